@@ -1,0 +1,1 @@
+"""Compress speech self-supervised models by attention map reusing and masking distillation."""
