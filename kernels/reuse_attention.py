@@ -1,0 +1,476 @@
+"""Attention whose map is kept, and layers that reuse a kept map with values of their own.
+
+    computing layer:  A_h = softmax_j(q_h k_h^T / sqrt(d))  over valid keys j,   out = concat_h(A_h v_h)
+    reusing layer:    out = concat_h(A_h V_h),   V = X W^T + b                              ("exact")
+                      out = concat_h(softmax_j(A_h) V_h)                                    ("resoftmax")
+
+The map is a handle (q, k, log-sum-exp, lengths), not a tensor: a reusing layer recomputes p_ij = exp(s_ij - lse_i) tile
+by tile, in memory linear in T. "resoftmax" is what the released ARMHuBERT weights were trained with: the map went
+through the softmax twice. Its second softmax needs no maximum, since probabilities lie in [0, 1]: with e = exp(A) - 1,
+
+    softmax(A) V = (sum_valid V + e V) / (T_valid + sum e).
+
+Backward, with p = A, D_i = dout_i . out_i, Z_i = T_valid + sum_j e_ij, u = dout (exact) or dout / Z (resoftmax):
+
+    exact:      dV_j = sum_i p_ij u_i            dp_ij = u_i . V_j
+    resoftmax:  dV_j = sum_i (1 + e_ij) u_i      dp_ij = (1 + e_ij) (u_i . V_j - D_i / Z_i)
+    both:       ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij),   dq_i = sum_j ds_ij k_j / sqrt(d),   dk_j alike
+
+so gradients reach q and k of the computing layer from every layer that reuses its map, and no [T, T] tensor is kept.
+Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), attention map reusing.
+
+Legend: B utterances, T frames, H heads, d head width, D model width.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+
+Setting = Literal["exact", "resoftmax"]
+
+
+class AttentionMap(NamedTuple):
+    """What a reusing layer needs of a computing layer's attention: enough to recompute softmax(q k^T) tile by tile."""
+
+    queries: Tensor
+    """[B, T, H, d], any strides (a view of a fused projection)."""
+    keys: Tensor
+    """[B, T, H, d]."""
+    log_sum_exp: Tensor | None
+    """[B, H, T] float32, natural log of the sum of exponentials of the scaled logits; None from the PyTorch twin."""
+    lengths: Tensor | None
+    """[B] valid frames; None if all T are."""
+
+
+# ---- PyTorch: the CPU path and the oracle of the tests ----------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """[B, T, H, d] -> [B, T, H d], PyTorch's own attention over valid keys."""
+    T = q.shape[1]
+    valid = None
+    if lengths is not None and (torch.compiler.is_compiling() or not _all_full(lengths, T)):
+        valid = frame_mask(lengths, T)[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, valid, dropout).transpose(1, 2).flatten(2)
+
+
+def _all_full(lengths: Tensor, T: int) -> bool:
+    """Whether nothing is padded, asked only where the answer costs no synchronisation."""
+    return lengths.device.type == "cpu" and bool((lengths == T).all())
+
+
+def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropout: float) -> Tensor:
+    """Dropout factors of one utterance, 0 or 1 / (1 - dropout): the same for the same seed and b."""
+    generator = torch.Generator(like.device).manual_seed((int(seed) + b) % 2**63)
+    keep = torch.rand(shape, generator=generator, device=like.device, dtype=torch.float32) >= dropout
+    return keep.to(like.dtype).mul_(1 / (1 - dropout))
+
+
+def _probabilities(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """[H, n, d] of one utterance -> probabilities [H, n, n] and log-sum-exp [H, n], at least float32."""
+    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    lse = logits.logsumexp(-1)
+    return logits.sub_(lse[..., None]).exp_(), lse
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    resoftmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An utterance at a time, so that one map [H, T, T] exists, not B of them.
+
+    -> out [B, T, H d], log-sum-exp [B, H, T], normaliser Z [B, H, T] of the second softmax (empty unless resoftmax).
+    Padded rows of all three are 0 (Z: 1).
+    """
+    B, T, H, d = q.shape
+    acc = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(B, T, H, d)
+    lse = q.new_zeros(B, H, T, dtype=acc)
+    norm = q.new_ones((B, H, T) if resoftmax else (0,), dtype=acc)
+    for b in range(B):
+        n = T if lengths is None else int(lengths[b])
+        q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
+        p, lse[b, :, :n] = _probabilities(q_b, k_b)
+        if resoftmax:
+            e = p.expm1_()
+            norm[b, :, :n] = n + e.sum(-1)
+            o = torch.matmul(e.to(v.dtype), v_b) + v_b.to(acc).sum(1, keepdim=True)
+            o = o / norm[b, :, :n, None]
+        else:
+            p = p.to(v.dtype)
+            if seed is not None:
+                p *= _keep_mask(p.shape, p, seed, b, dropout)
+            o = torch.matmul(p, v_b)
+        out[b, :n] = o.transpose(0, 1)
+    return out.flatten(2), lse, norm
+
+
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    resoftmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k, v, recomputing one utterance's map at a time; the formulas are in the module docstring."""
+    B, T, H, d = q.shape
+    scale = d**-0.5
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for b in range(B):
+        n = T if lengths is None else int(lengths[b])
+        q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
+        u, o = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
+        p, _ = _probabilities(q_b, k_b)
+        delta = (u.to(p.dtype) * o).sum(-1, keepdim=True)
+        if resoftmax:
+            u = (u / norm[b, :, :n, None]).to(q.dtype)
+            e = p.expm1()  # not 1 + e: it is e that can afford the rounding to a 16-bit dtype
+            dv_b = torch.matmul(e.to(q.dtype).transpose(1, 2), u) + u.sum(1, keepdim=True)
+            dp = torch.matmul(u, v_b.transpose(1, 2)).to(p.dtype)
+            dp = dp.sub_(delta / norm[b, :, :n, None]).mul_(e.add_(1))
+            delta = (p * dp).sum(-1, keepdim=True)
+        else:
+            keep = None if seed is None else _keep_mask(p.shape, p, seed, b, dropout)
+            dv_b = torch.matmul((p if keep is None else p * keep).to(q.dtype).transpose(1, 2), u)
+            dp = torch.matmul(u, v_b.transpose(1, 2)).to(p.dtype)
+            if keep is not None:
+                dp *= keep
+        ds = dp.sub_(delta).mul_(p).mul_(scale).to(q.dtype)
+        dq[b, :n] = torch.matmul(ds, k_b).transpose(0, 1)
+        dk[b, :n] = torch.matmul(ds.transpose(1, 2), q_b).transpose(0, 1)
+        dv[b, :n] = dv_b.transpose(0, 1)
+    return dq, dk, dv
+
+
+def _resoftmax_composite(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """The second softmax in traceable PyTorch, for compilers and exporters: they see the whole batch's map."""
+    logits = torch.matmul(q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
+    valid = None if lengths is None else frame_mask(lengths, q.shape[1])[:, None, None]
+    if valid is not None:
+        logits = logits.masked_fill(~valid, -torch.inf)
+    p = logits.softmax(-1)
+    if valid is not None:
+        p = p.masked_fill(~valid, -torch.inf)
+    return torch.matmul(p.softmax(-1), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, log-sum-exp) of q, k, v with the map computed here; `use_op` picks the registered op or its PyTorch twin."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        use_op: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        dropout: float,
+        resoftmax: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if use_op:
+            out, lse = _attend_fwd(q, k, v, lengths, seed, dropout)
+            norm = lse.new_empty(0)
+        else:
+            out, lse, norm = attention_forward(q, k, v, lengths, seed, dropout, resoftmax)
+        ctx.save_for_backward(q, k, v, out, lse, norm, lengths, seed)
+        ctx.settings = use_op, dropout, resoftmax
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, norm, lengths, seed = ctx.saved_tensors
+        use_op, dropout, resoftmax = ctx.settings
+        run = _attention_bwd if use_op else attention_backward
+        dq, dk, dv = run(d_out.contiguous(), q, k, v, out, lse, norm, lengths, seed, dropout, resoftmax)
+        return None, dq, dk, dv, None, None, None, None
+
+
+class _Reuse(torch.autograd.Function):
+    """out of a kept map (q, k, lse) and values: v itself, or x, weight and bias with the projection inside the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        lengths: Tensor | None,
+        resoftmax: bool,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if weight is None:
+            out, norm = _reattend_fwd(q, k, x, lse, lengths, resoftmax)
+        else:
+            out, norm = _reattend_fused_fwd(q, k, x, weight, bias, lse, lengths, resoftmax)
+        ctx.save_for_backward(q, k, lse, lengths, x, weight, bias, out, norm)
+        ctx.resoftmax = resoftmax
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, lse, lengths, x, weight, bias, out, norm = ctx.saved_tensors
+        v = x if weight is None else F.linear(x, weight, bias).view(q.shape)
+        dq, dk, dv = _attention_bwd(d_out.contiguous(), q, k, v, out, lse, norm, lengths, None, 0.0, ctx.resoftmax)
+        if weight is None:
+            return dq, dk, None, None, None, dv, None, None
+        dv = dv.flatten(2)  # [B, T, H d]
+        dx = dv @ weight
+        d_weight = dv.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
+        d_bias = None if bias is None else dv.sum((0, 1))
+        return dq, dk, None, None, None, dx, d_weight, d_bias
+
+
+# ---- registered ops ---------------------------------------------------------
+
+
+def _attend_fwd_torch(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, lengths, seed, dropout, False)[:2]
+
+
+def _attend_fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    B, T, H, d = q.shape
+    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T)
+
+
+def _reattend_fwd_torch(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
+) -> tuple[Tensor, Tensor]:
+    out, _, norm = attention_forward(q, k, v, lengths, None, 0.0, resoftmax)
+    return out, norm
+
+
+def _reattend_fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
+) -> tuple[Tensor, Tensor]:
+    B, T, H, d = q.shape
+    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T) if resoftmax else lse.new_empty(0)
+
+
+def _reattend_fused_fwd_torch(
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    lengths: Tensor | None,
+    resoftmax: bool,
+) -> tuple[Tensor, Tensor]:
+    return _reattend_fwd_torch(q, k, F.linear(x, weight, bias).view(q.shape), lse, lengths, resoftmax)
+
+
+def _reattend_fused_fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    lengths: Tensor | None,
+    resoftmax: bool,
+) -> tuple[Tensor, Tensor]:
+    return _reattend_fwd_fake(q, k, x, lse, lengths, resoftmax)
+
+
+def _attention_bwd_fake(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _float_rows(q: Tensor, B: int, H: int, T: int) -> Tensor:
+    return q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+_attend_fwd = register(
+    "attend_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? seed, float dropout) -> (Tensor, Tensor)",
+    triton_fn="triton_reuse_attention:attend_forward",
+    torch_fn=_attend_fwd_torch,
+    fake_fn=_attend_fwd_fake,
+)
+_reattend_fwd = register(
+    "reattend_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? lengths, bool resoftmax) -> (Tensor, Tensor)",
+    triton_fn="triton_reuse_attention:reattend_forward",
+    torch_fn=_reattend_fwd_torch,
+    fake_fn=_reattend_fwd_fake,
+)
+_reattend_fused_fwd = register(
+    "reattend_fused_fwd",
+    "(Tensor q, Tensor k, Tensor x, Tensor weight, Tensor? bias, Tensor lse, Tensor? lengths, bool resoftmax) "
+    "-> (Tensor, Tensor)",
+    triton_fn="triton_reuse_attention:reattend_fused_forward",
+    torch_fn=_reattend_fused_fwd_torch,
+    fake_fn=_reattend_fused_fwd_fake,
+)
+_attention_bwd = register(
+    "attention_bwd",
+    "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor norm, Tensor? lengths, Tensor? seed, "
+    "float dropout, bool resoftmax) -> (Tensor, Tensor, Tensor)",
+    triton_fn="triton_reuse_attention:attention_backward",
+    torch_fn=attention_backward,
+    fake_fn=_attention_bwd_fake,
+)
+
+
+# ---- public -----------------------------------------------------------------
+
+
+def project_inside(T: int, D: int, d: int) -> bool:
+    """Whether one fused kernel beats projection then attention: a guess from operation counts, not yet measured.
+
+    Each block of 128 queries would repeat the projection of all T frames, so only a single block pays; the saving is a
+    launch and the round trip of V.
+    """
+    return T <= 128
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, AttentionMap]:
+    """softmax(q k^T / sqrt(d)) v over valid keys, and a handle to its map for the layers that reuse it.
+
+    Args:
+        q, k, v: [B, T, H, d], one dtype and device, any strides (views of one fused projection are fine).
+        lengths: [B] int32 or int64, valid frames of each utterance, 1..T; None if all T are.
+        dropout: probability of dropping an entry of this layer's map; the handle is the map before dropout.
+        seed: of the dropout: an int, or an int64 tensor of one element on q's device (no synchronisation). None draws
+            one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
+        impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
+
+    Returns:
+        out: [B, T, H d], heads side by side, ready for the output projection. Rows of padded frames are finite and
+            otherwise unspecified; valid rows do not depend on padding or on the rest of the batch.
+        map: AttentionMap. Differentiable: gradients of reusing layers reach q and k.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or lengths that do not fit, or an implementation that cannot run here.
+    """
+    if q.dim() != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"q, k and v must share one shape [B, T, H, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    q, k, v = autocast(q, k, v)
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    B, T = q.shape[:2]
+    check_lengths(lengths, B, T, q.device)
+    chosen = resolve_impl(impl, q)
+    if chosen == "torch" and not dropout:
+        return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
+    if chosen == "torch" and torch.compiler.is_compiling():
+        if seed is not None:
+            raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
+        return _sdpa(q, k, v, lengths, dropout), AttentionMap(q, k, None, lengths)
+    key = _seed_tensor(seed, q.device) if dropout else None
+    out, lse = _Attention.apply(chosen == "triton", q, k, v, lengths, key, dropout, False)
+    return out, AttentionMap(q, k, lse if chosen == "triton" else None, lengths)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """[1] int64 on the device, without a synchronisation."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(seed, int):
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed must be an int or one int64 on {device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    return seed.view(1)
+
+
+def reattend(
+    attention_map: AttentionMap,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    setting: Setting = "exact",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Apply a kept map to new values: concat_h(A_h V_h) with V = x weight^T + bias.
+
+    Args:
+        attention_map: from `attend`, of the same batch.
+        x: [B, T, D].
+        weight: [H d, D].
+        bias: [H d] or None.
+        setting: "exact" (the paper) or "resoftmax" (a second softmax over the probabilities of valid keys, as the
+            released weights were trained).
+        impl: "auto" (the implementation that made the map), "triton" or "torch".
+
+    Returns:
+        [B, T, H d]. Rows of padded frames are finite and otherwise unspecified.
+
+    Raises:
+        ValueError: a map of another batch, width or dtype, or an implementation that cannot run here.
+    """
+    q, k, lse, lengths = attention_map
+    B, T, H, d = q.shape
+    if setting not in ("exact", "resoftmax"):
+        raise ValueError(f"setting must be 'exact' or 'resoftmax', got {setting!r}")
+    if x.dim() != 3 or x.shape[:2] != (B, T):
+        raise ValueError(f"x must be [{B}, {T}, D] like the map's batch, got {tuple(x.shape)}")
+    if weight.shape != (H * d, x.shape[2]):
+        raise ValueError(
+            f"weight must be [{H * d}, {x.shape[2]}]: heads x width of the map, width of x; got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (H * d,):
+        raise ValueError(f"bias must be [{H * d}], got {tuple(bias.shape)}")
+    if any(t.device != q.device for t in (x, weight, bias) if t is not None):
+        raise ValueError(f"x, weight and bias must be on {q.device} like the map, got {x.device} and {weight.device}")
+    x, weight, bias = autocast(x, weight, bias)
+    if any(t.dtype != q.dtype for t in (x, weight, bias) if t is not None):
+        raise ValueError(f"x, weight and bias must have the map's dtype {q.dtype}, got {x.dtype} and {weight.dtype}")
+    if impl == "triton" and lse is None:
+        raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
+    resoftmax = setting == "resoftmax"
+    if resolve_impl(impl, q) == "torch" or lse is None:
+        v = F.linear(x, weight, bias).view(B, T, H, d)
+        if not resoftmax:
+            return _sdpa(q, k, v, lengths)
+        if torch.compiler.is_compiling():
+            return _resoftmax_composite(q, k, v, lengths)
+        return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]  # type: ignore[no-any-return]
+    if project_inside(T, x.shape[2], d):
+        return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)  # type: ignore[no-any-return]
+    v = F.linear(x, weight, bias).view(B, T, H, d)
+    return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)  # type: ignore[no-any-return]

@@ -1,0 +1,95 @@
+"""What every kernel module needs to know about the machine, in one place. Importing it does not import Triton."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "torch"]
+
+# triton.jit picks interpreter or compiler when the decorator runs, so this is read once, like Triton itself does.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+NAMESPACE = "armhubert"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def register(
+    name: str, schema: str, *, triton_fn: str, torch_fn: Callable[..., Any], fake_fn: Callable[..., Any]
+) -> Callable[..., Any]:
+    """One op, two kernels: Triton on CUDA (and on CPU under the interpreter), PyTorch on CPU.
+
+    `triton_fn` names a function as "module:function" inside this package: it is imported at the first launch, so that
+    the package works and imports fast where Triton is absent. A schema string and a hand-written fake keep the op
+    opaque to the compiler: tracing never launches anything, and a CPU-only machine can run opcheck and torch.compile.
+    """
+    module, function = triton_fn.split(":")
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"armhubert.kernels.{module}"), function)(*args)
+
+    qualname = f"{NAMESPACE}::{name}"
+    torch.library.define(qualname, schema)
+    torch.library.impl(qualname, "CUDA", launch)
+    torch.library.impl(qualname, "CPU", launch if INTERPRET else torch_fn)
+    torch.library.register_fake(qualname, fake_fn)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+
+
+def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
+    """Pick the implementation; an explicit request never falls back silently.
+
+    "auto" takes Triton where its kernels can run on `x`, and PyTorch everywhere else.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+    if impl == "torch":
+        return "torch"
+    runnable = HAS_TRITON and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
+    if impl == "auto":
+        return "triton" if runnable and x.dtype in TRITON_DTYPES else "torch"
+    if not HAS_TRITON:
+        raise ValueError("impl='triton' needs the package triton (pip install triton), which is not installed")
+    if not runnable:
+        raise ValueError(
+            f"impl='triton' needs a CUDA tensor, got device={x.device}; "
+            "move the input, or set TRITON_INTERPRET=1 before importing armhubert"
+        )
+    if x.dtype not in TRITON_DTYPES:
+        raise ValueError(f"impl='triton' takes float32, float16 or bfloat16, got {x.dtype}; use impl='torch'")
+    return "triton"
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as a matrix product under torch.autocast would see them: cast to its dtype, float64 and None left alone."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def frame_mask(lengths: Tensor, T: int) -> Tensor:
+    """[B] valid frames -> [B, T] bool, True where a frame is valid."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
+def check_lengths(lengths: Tensor | None, B: int, T: int, device: torch.device) -> None:
+    """Lengths are integers [B] on the data's device, 1..T; values are read only where that costs no synchronisation."""
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):
+        raise ValueError(f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths must be on {device} like the data, got {lengths.device}")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 1 or high > T:
+            raise ValueError(f"lengths must be within 1..{T} (the frames of the batch), got {lengths.tolist()}")
