@@ -1,1 +1,52 @@
-"""Other people's weights -> ours."""
+"""Other people's weights -> ours. One module a format; each returns `Weights`, none builds a model."""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from armhubert.config import read_mapping
+from armhubert.convert import huggingface, native, released, torchaudio
+from armhubert.errors import ArmhubertError
+from armhubert.weights import Weights
+
+__all__ = ["load_weights"]
+
+BUNDLED = "mini"
+
+
+def load_weights(source: str | Path) -> Weights:
+    """Read an encoder's configuration and tensors; the format is recognised from the content.
+
+    Args:
+        source: `mini` (the bundled teacher); a folder with config.json and weights, ours or Hugging Face's (hubert,
+            wav2vec2, wavlm); a released `student.ckpt` with its `.yaml` beside it; a torchaudio pipeline's name
+            (HUBERT_BASE, ...); a hub id (org/name), downloaded and cached by huggingface_hub.
+
+    Raises:
+        ArmhubertError: nothing there, an unsupported architecture, or files that are damaged.
+    """
+    name, path = str(source), Path(source)
+    if name == BUNDLED and not path.exists():
+        path = Path(str(resources.files("armhubert"))) / "assets" / "teacher-mini"
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return released.load(path)
+    if torchaudio.is_pipeline(name):
+        return torchaudio.load(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _from_folder(huggingface.download(name))
+    raise ArmhubertError(
+        f"no model at {name!r}: it must be 'mini', a folder with config.json, a released .ckpt file, "
+        "a torchaudio pipeline such as HUBERT_BASE, or a hub id such as facebook/hubert-base-ls960"
+    )
+
+
+def _from_folder(folder: Path) -> Weights:
+    if not (folder / "config.json").is_file():
+        raise ArmhubertError(f"{folder} has no config.json: a model folder holds config.json and its weights")
+    config = read_mapping(folder / "config.json")
+    kind = config.get("model_type")
+    if kind == "armhubert":
+        return native.load(folder, config)
+    return huggingface.load(folder, config)

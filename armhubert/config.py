@@ -1,0 +1,339 @@
+"""Settings as frozen data: what an encoder is, the published presets, and strict reading of configuration files."""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from armhubert.errors import ArmhubertError, nearest
+
+ConvLayer = tuple[int, int, int]
+"""(output channels, kernel, stride) of one waveform convolution."""
+
+AttentionMode = Literal["exact", "resoftmax"]
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """One speech encoder, teacher or student: waveform convolutions, positional convolution, Transformer layers.
+
+    Raises:
+        ArmhubertError: a setting breaks a rule; the message names the rule, the value and the remedy.
+    """
+
+    conv_layers: tuple[ConvLayer, ...]
+    """(channels, kernel, stride) of each waveform convolution; the product of the strides is the samples a frame."""
+    width: int
+    """D, the width of the residual stream."""
+    layers: int
+    """Number of Transformer layers."""
+    heads: int
+    """Attention heads; must divide the width."""
+    ffn: int
+    """Inner width of the feed-forward blocks."""
+    pattern: str = ""
+    """One letter a layer: C computes its attention map, R reuses the last computed one. Empty: all compute."""
+    attention_mode: AttentionMode = "exact"
+    """How a reusing layer reads the map: `exact` as in the paper, `resoftmax` for weights of the released code."""
+    head_width: int | None = None
+    """D_t, output width of the distillation heads (one linear map a layer); None: no heads."""
+    scale_layer_gradients: bool = False
+    """Layer-gradient scaling of the ARM students: see `armhubert.encoder.scale_gradient`."""
+    conv_norm: Literal["group", "layer"] = "group"
+    """`group`: one group a channel after the first convolution only; `layer`: LayerNorm over channels after all."""
+    conv_bias: bool = False
+    """Whether the waveform convolutions have biases."""
+    feature_norm: bool = True
+    """LayerNorm over the convolution's channels before the encoder."""
+    feature_projection: bool = False
+    """Linear map from the convolution's channels to `width`; required where the two differ."""
+    mask_embedding: bool = True
+    """Whether the model has an embedding for masked frames; torchaudio's teachers have lost theirs."""
+    norm_first: bool = False
+    """Pre-norm Transformer layers (Large models) instead of post-norm (Base models)."""
+    position_kernel: int = 128
+    """Kernel of the convolutional positional embedding, in frames."""
+    position_groups: int = 16
+    """Groups of that convolution."""
+    position_buckets: int = 0
+    """WavLM's gated relative position bias: number of distance buckets (320); 0: no bias."""
+    position_max_distance: int = 800
+    """Distance in frames beyond which all positions share WavLM's last bucket."""
+    norm_eps: float = 1e-5
+    """Epsilon of every normalisation."""
+    dropout: float = 0.0
+    """On each block's output before it joins the residual stream, and after the positional embedding."""
+    attention_dropout: float = 0.0
+    """On the attention probabilities of computing layers."""
+    activation_dropout: float = 0.0
+    """On the activations inside the feed-forward blocks."""
+    input_dropout: float = 0.0
+    """On the encoder's input frames."""
+    normalize_input: bool = False
+    """Shift and scale each waveform to zero mean and unit variance first (Hugging Face's `do_normalize`)."""
+    padding: Literal["independent", "as_trained"] = "independent"
+    """`independent`: an utterance's features never depend on its batch. `as_trained`: padding enters the first group
+    norm, as in fairseq, transformers and torchaudio, for heads that were trained on such features."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.layers))
+        for name in ("width", "layers", "heads", "ffn", "position_kernel", "position_groups"):
+            if getattr(self, name) < 1:
+                raise ArmhubertError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ArmhubertError(f"width must be divisible by heads, got width {self.width} and heads {self.heads}")
+        if self.width % self.position_groups:
+            raise ArmhubertError(
+                f"width must be divisible by position_groups, got {self.width} and {self.position_groups}"
+            )
+        if not self.conv_layers:
+            raise ArmhubertError("conv_layers must hold at least one (channels, kernel, stride), got none")
+        if any(len(layer) != 3 or min(layer) < 1 for layer in self.conv_layers):
+            raise ArmhubertError(f"conv_layers must be (channels, kernel, stride) of 1 or more, got {self.conv_layers}")
+        if not self.feature_projection and self.conv_layers[-1][0] != self.width:
+            raise ArmhubertError(
+                f"the last convolution has {self.conv_layers[-1][0]} channels and width is {self.width}: "
+                "make them equal or set feature_projection"
+            )
+        if self.position_buckets and "R" in self.pattern:
+            raise ArmhubertError("reusing layers have no relative position bias: set position_buckets to 0")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ArmhubertError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.head_width is not None and self.head_width < 1:
+            raise ArmhubertError(f"head_width must be at least 1 or null, got {self.head_width}")
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that the first frame needs; a shorter waveform has no frame."""
+        field = 1
+        for _, kernel, stride in reversed(self.conv_layers):
+            field = (field - 1) * stride + kernel
+        return field
+
+    @property
+    def hop(self) -> int:
+        """Samples between two frames."""
+        hop = 1
+        for _, _, stride in self.conv_layers:
+            hop *= stride
+        return hop
+
+    def frames(self, samples: Any) -> Any:
+        """Frames that `samples` samples give: an int for an int, a tensor for a tensor. The one place that counts."""
+        for _, kernel, stride in self.conv_layers:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+
+# ---- reuse patterns and conv stacks ----------------------------------------
+
+
+def parse_pattern(pattern: str, layers: int) -> str:
+    """A reuse pattern in its one-letter form: "CRCR...", "compute,reuse,...", "NbyM" (M maps for N layers), or "".
+
+    Raises:
+        ArmhubertError: unparsable, of another length than `layers`, or beginning with a reusing layer.
+    """
+    text = pattern.strip()
+    if text == "":
+        return "C" * layers
+    if match := re.fullmatch(r"(\d+)by(\d+)", text):
+        span, count = map(int, match.groups())
+        if span < 1:
+            raise ArmhubertError(f"pattern 'NbyM' needs N of at least 1, got {pattern!r}")
+        letters = ("C" + "R" * (span - 1)) * count
+    else:
+        letters = text.replace("compute", "C").replace("reuse", "R").replace(",", "").replace(" ", "").upper()
+        if set(letters) - {"C", "R"}:
+            raise ArmhubertError(
+                f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, got {pattern!r}"
+            )
+    if len(letters) != layers:
+        raise ArmhubertError(f"pattern must have one letter a layer: {layers} layers, got {len(letters)} in {pattern!r}")
+    if letters[0] == "R":
+        raise ArmhubertError(f"the first layer must compute its attention map, got pattern {pattern!r}: begin with C")
+    return letters
+
+
+_CONV_TERM = re.compile(r"\[((?:\(\d+,\d+,\d+\),?)+)\](?:\*(\d+))?")
+
+
+def parse_conv_layers(text: str) -> tuple[ConvLayer, ...]:
+    """A conv stack written as in fairseq, `[(128, 10, 5)] + [(256, 3, 2)] * 4`; read by a grammar, never evaluated.
+
+    Raises:
+        ArmhubertError: anything that is not a sum of lists of integer triples, each with an optional repeat.
+    """
+    rule = "conv_layers must read like '[(128, 10, 5)] + [(256, 3, 2)] * 4'"
+    layers: list[ConvLayer] = []
+    if len(text) > 2000:
+        raise ArmhubertError(f"{rule}, got {len(text)} characters")
+    for term in re.sub(r"\s", "", text).split("+"):
+        match = _CONV_TERM.fullmatch(term)
+        repeat = int(match[2] or 1) if match else 0
+        if match is None or repeat > 100:
+            raise ArmhubertError(f"{rule}, got {text!r}")
+        triples = [tuple(map(int, triple.split(","))) for triple in re.findall(r"\(([\d,]+)\)", match[1])]
+        layers += typing.cast(list[ConvLayer], triples) * repeat
+    return tuple(layers)
+
+
+# ---- presets ---------------------------------------------------------------
+
+
+def _arm(width: int, ffn: int, **settings: Any) -> EncoderConfig:
+    """The backbone that all released students share."""
+    stack = ((128, 10, 5), (256, 1, 1), *((256, 3, 2),) * 4, (width, 1, 1), *((width, 2, 2),) * 2)
+    return EncoderConfig(
+        **{
+            "conv_layers": stack,
+            "width": width,
+            "layers": 12,
+            "heads": 12,
+            "ffn": ffn,
+            "pattern": "2by6",
+            "head_width": 768,
+            "scale_layer_gradients": True,
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+            "input_dropout": 0.05,
+            **settings,
+        }
+    )
+
+
+def armhubert() -> EncoderConfig:
+    """ARMHuBERT: 26,448,448 parameters with heads for a 768-wide teacher, 22,015,552 without."""
+    return _arm(480, 864)
+
+
+def armhubert_s() -> EncoderConfig:
+    """ARMHuBERT-S and ARMwavLM-S: 22,394,080 parameters with heads, 18,403,552 without."""
+    return _arm(432, 816)
+
+
+def maskhubert() -> EncoderConfig:
+    """MaskHuBERT, no map reused: 26,635,840 parameters with heads, 22,202,944 without."""
+    return _arm(480, 640, pattern="", scale_layer_gradients=False)
+
+
+def mini() -> EncoderConfig:
+    """A student for the bundled 5.6 M teacher, a quarter of its size; for demonstrations and tests on a CPU."""
+    return EncoderConfig(
+        conv_layers=((32, 10, 5), (48, 1, 1), *((48, 3, 2),) * 4, (160, 1, 1), *((160, 2, 2),) * 2),
+        width=160,
+        layers=6,
+        heads=4,
+        ffn=288,
+        pattern="2by3",
+        head_width=256,
+        scale_layer_gradients=True,
+    )
+
+
+PRESETS: dict[str, Callable[[], EncoderConfig]] = {
+    "armhubert": armhubert,
+    "armhubert-s": armhubert_s,
+    "armwavlm-s": armhubert_s,
+    "maskhubert": maskhubert,
+    "mini": mini,
+}
+
+
+def preset(name: str) -> EncoderConfig:
+    """The preset called `name`; an unknown name is an ArmhubertError that names the nearest."""
+    if name not in PRESETS:
+        raise ArmhubertError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+# ---- strict reading --------------------------------------------------------
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds (safe parsers only).
+
+    Raises:
+        ArmhubertError: unreadable, not YAML or JSON, or not a mapping.
+    """
+    try:
+        text = path.read_text("utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise ArmhubertError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def build(cls: type[_T], data: Mapping[str, Any], source: str) -> _T:
+    """A frozen dataclass from untrusted data: unknown keys, wrong types and missing keys are errors.
+
+    Args:
+        cls: the dataclass.
+        data: its fields by name; lists stand for tuples, strings of numbers for numbers (YAML reads 1e-4 as text).
+        source: where the data came from, for messages.
+
+    Raises:
+        ArmhubertError: naming the key, the rule, the value and, for an unknown key, the nearest known one.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            raise ArmhubertError(f"unknown key {key!r} in {source}{nearest(str(key), known)}")
+        values[key] = _coerce(value, hints[key], f"{key} in {source}")
+    required = {
+        field.name
+        for field in dataclasses.fields(typing.cast(Any, cls))
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - values.keys()):
+        raise ArmhubertError(f"{source} lacks {', '.join(missing)}")
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = (arg for arg in args if arg is not type(None))
+        return _coerce(value, hint, name)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {value!r}")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return tuple(_coerce(item, args[0], name) for item in value)
+            if len(value) == len(args):
+                return tuple(_coerce(item, arg, name) for item, arg in zip(value, args, strict=True))
+        raise ArmhubertError(f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {value!r}")
+    if hint is bool or hint is str:
+        if isinstance(value, hint):
+            return value
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = hint(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (hint is not int or number == float(value)) and abs(number) < float("inf"):
+            return number
+    kind = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[hint]
+    raise ArmhubertError(f"{name} must be {kind}, got {value!r}")

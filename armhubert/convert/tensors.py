@@ -1,0 +1,82 @@
+"""Tensors from files of strangers: safetensors, or pickles read without running anything in them."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from armhubert.config import read_mapping
+from armhubert.errors import ArmhubertError
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder in Hugging Face's layout: model.safetensors, its shards, or pytorch_model.bin.
+
+    Raises:
+        ArmhubertError: no weights, damaged weights, or an index that points outside the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+    raise ArmhubertError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or sharded")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one .safetensors or .bin file."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArmhubertError(f"{path} is damaged or no safetensors file: {error}") from None
+    state = read_pickle(path)
+    return tensors_of(state, path)
+
+
+def read_pickle(path: Path) -> Any:
+    """What a torch pickle holds, through torch's restricted unpickler: tensors and plain containers only.
+
+    Raises:
+        ArmhubertError: damaged, or holding anything that would have to be executed.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArmhubertError(f"{path} holds more than tensors and plain containers, so it is not read: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ArmhubertError(f"{path} is damaged or no torch checkpoint: {' '.join(str(error).split())[:200]}") from None
+
+
+def tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
+    """`state` as a mapping from names to tensors, or an ArmhubertError."""
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ArmhubertError(f"{path} must hold a mapping from names to tensors")
+    return dict(state)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    shards = read_mapping(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ArmhubertError(f"{index} must hold a weight_map from tensor names to files")
+    state: dict[str, Tensor] = {}
+    for name in sorted({str(shard) for shard in shards.values()}):
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
+            raise ArmhubertError(f"{index} names {name!r}: shards must be .safetensors or .bin files in the same folder")
+        if not (folder / name).is_file():
+            raise ArmhubertError(f"{folder} lacks {name}, which its index names")
+        state.update(read_file(folder / name))
+    return state
+
+
+def fused_qkv(state: Mapping[str, Tensor], prefix: str, kind: str) -> Tensor:
+    """Query, key and value projections of one layer as one [3D, D] weight or [3D] bias."""
+    return torch.cat([state[f"{prefix}{letter}_proj.{kind}"] for letter in "qkv"])

@@ -1,0 +1,92 @@
+"""torchaudio's pretrained pipelines: HUBERT_BASE, HUBERT_LARGE, WAV2VEC2_BASE, WAVLM_BASE, ...
+
+torchaudio's importers drop the mask embedding, so these teachers have no masked view: distil from them with
+`--loss plain` or `star`, or take the same weights from the hub.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armhubert.config import EncoderConfig, build
+from armhubert.convert import huggingface
+from armhubert.errors import ArmhubertError
+from armhubert.weights import Weights
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether `name` reads like a pipeline's (capitals, digits, underscores)."""
+    return re.fullmatch(r"(HUBERT|WAV2VEC2|WAVLM)_[A-Z0-9_]+", name) is not None
+
+
+def load(name: str) -> Weights:
+    """Weights of the pipeline `name`, downloaded and cached by torch.hub.
+
+    Raises:
+        ArmhubertError: no such pipeline, or the download failed.
+    """
+    import torchaudio
+
+    bundle = getattr(torchaudio.pipelines, name, None)
+    if bundle is None or not hasattr(bundle, "get_model"):
+        known = sorted(n for n in dir(torchaudio.pipelines) if is_pipeline(n))
+        raise ArmhubertError(f"torchaudio has no pipeline {name!r}; known: {', '.join(known)}")
+    try:
+        model = bundle.get_model()
+    except (OSError, RuntimeError) as error:
+        raise ArmhubertError(f"cannot fetch {name} through torch.hub: {error}; check the network") from None
+    model = getattr(model, "model", model)  # torchaudio wraps models that normalise their input
+    return from_model(model, name, normalize=bool(bundle._normalize_waveform))
+
+
+def from_model(model: torch.nn.Module, source: str, *, normalize: bool) -> Weights:
+    """Weights of a torchaudio Wav2Vec2Model (HuBERT, wav2vec 2.0 or WavLM)."""
+    names, ignored = {}, []
+    for name, tensor in model.state_dict().items():
+        if name.startswith("aux."):
+            ignored.append(name)
+        else:
+            names.update(_transformers_names(name, tensor))
+    config = build(EncoderConfig, _settings(model, normalize), source)
+    return Weights(config, huggingface.rename(names, config), source, tuple(ignored))
+
+
+def _transformers_names(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+    """torchaudio's names are transformers' but for two prefixes and WavLM's fused projections."""
+    name = name.replace("encoder.feature_projection.", "feature_projection.").replace("encoder.transformer.", "encoder.")
+    name = name.replace(".attention.attention.", ".attention.")
+    if match := re.fullmatch(r"(.*\.attention\.)in_proj_(weight|bias)", name):
+        return {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", tensor.chunk(3), strict=True)}
+    return {name: tensor}
+
+
+def _settings(model: Any, normalize: bool) -> dict[str, Any]:
+    """EncoderConfig's fields, read off the modules."""
+    convs = [layer.conv for layer in model.feature_extractor.conv_layers]
+    transformer = model.encoder.transformer
+    layer, position = transformer.layers[0], transformer.pos_conv_embed.conv
+    attention = layer.attention
+    has_bias = hasattr(attention, "gru_rel_pos_linear")
+    embedding = getattr(attention, "rel_attn_embed", None)
+    return {
+        "conv_layers": [(c.out_channels, c.kernel_size[0] if isinstance(c.kernel_size, tuple) else c.kernel_size,
+                         c.stride[0] if isinstance(c.stride, tuple) else c.stride) for c in convs],
+        "width": position.out_channels,
+        "layers": len(transformer.layers),
+        "heads": attention.num_heads,
+        "ffn": layer.feed_forward.intermediate_dense.out_features,
+        "conv_norm": "layer" if model.feature_extractor.conv_layers[-1].layer_norm is not None else "group",
+        "conv_bias": convs[0].bias is not None,
+        "feature_projection": True,
+        "mask_embedding": False,
+        # the layers' flag says where the norm sits; the Transformer's own is its opposite
+        "norm_first": layer.layer_norm_first,
+        "position_kernel": position.kernel_size[0],
+        "position_groups": position.groups,
+        "position_buckets": embedding.num_embeddings if has_bias and embedding is not None else 0,
+        "position_max_distance": attention.max_distance if has_bias else 800,
+        "normalize_input": normalize,
+    }

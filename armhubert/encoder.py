@@ -1,0 +1,369 @@
+"""The one speech encoder: HuBERT, wav2vec 2.0, WavLM and our students are settings of it.
+
+Shapes: B utterances, S samples, T frames, D width, H heads, d = D / H.
+
+    waveforms [B, S] -> front end -> mask embedding -> positional convolution -> layers -> hidden states [B, T, D]
+
+An utterance's features do not depend on its batch (`padding="independent"`): see `armhubert.frontend` for the
+convolutions; past them, padded frames are zeroed before the positional convolution and never attended to.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
+
+from armhubert.config import EncoderConfig
+from armhubert.errors import ArmhubertError
+from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform, valid_mask
+from armhubert.kernels import AttentionMap, Impl, attend, reattend
+from armhubert.weights import Weights
+
+
+class EncoderOutput(NamedTuple):
+    """Features of a batch."""
+
+    last_hidden_state: Tensor
+    """[B, T, D]; of pre-norm models after the final LayerNorm."""
+    hidden_states: tuple[Tensor, ...]
+    """Input of layer 0, then each layer's output: L + 1 tensors [B, T, D]."""
+    projections: tuple[Tensor, ...] | None
+    """Head outputs, L tensors [B, T, D_t]; None where the model has no heads or they were not asked for."""
+    lengths: Tensor
+    """Valid frames [B], int64."""
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return gradient * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The identity, with its gradient multiplied by `factor`.
+
+    ARM students scale what flows back along the residual stream out of layer i = 0..L-1 by m_i = (L - i) / (L - i + 1),
+    and what enters through head i by 1 - m_i before that.
+    """
+    return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() and x.requires_grad else x
+
+
+# ---- attention -------------------------------------------------------------
+
+
+class ComputingAttention(nn.Module):
+    """Self-attention that computes its map and hands it on."""
+
+    def __init__(self, config: EncoderConfig, impl: Impl) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.impl = config.heads, config.attention_dropout, impl
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
+        """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.heads)
+        out, attention_map = attend(
+            q, k, v, lengths, dropout=self.dropout if self.training else 0.0, impl=self.impl
+        )
+        return self.output(out), attention_map
+
+
+class ReusingAttention(nn.Module):
+    """Attention without queries and keys: the kept map of the last computing layer, applied to this layer's values."""
+
+    def __init__(self, config: EncoderConfig, impl: Impl) -> None:
+        super().__init__()
+        self.mode, self.impl = config.attention_mode, impl
+        self.value = nn.Linear(config.width, config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, attention_map: AttentionMap) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        out = reattend(attention_map, x, self.value.weight, self.value.bias, setting=self.mode, impl=self.impl)
+        return self.output(out)
+
+
+class RelativePositions(nn.Module):
+    """WavLM's distance buckets: T -> bias [H, T, T], shared by all layers and gated by each (WavLM, section III-A)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.max_distance = config.position_max_distance
+        self.embedding = nn.Embedding(config.position_buckets, config.heads)
+
+    def forward(self, size: int) -> Tensor:
+        """Bias of `size` queries and keys, [H, T, T]."""
+        position = torch.arange(size, device=self.embedding.weight.device)
+        relative = position[None, :] - position[:, None]
+        half = self.embedding.num_embeddings // 2
+        exact = half // 2
+        distance = relative.abs()
+        far = exact + torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+        bucket = torch.where(distance < exact, distance, far.long().clamp(max=half - 1)) + half * (relative > 0)
+        return self.embedding(bucket).permute(2, 0, 1)
+
+
+class GatedPositionAttention(nn.Module):
+    """WavLM's self-attention: logits gain the relative position bias, gated by each query."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.gate = nn.Linear(config.width // config.heads, 8)
+        self.gate_scale = nn.Parameter(torch.ones(config.heads))
+
+    def forward(self, x: Tensor, lengths: Tensor | None, position_bias: Tensor) -> Tensor:
+        """[B, T, D], valid frames [B], bias [H, T, T] -> [B, T, D]."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        per_head = rearrange(x, "b t (h d) -> b h t d", h=self.heads)
+        reset, update = torch.sigmoid(self.gate(per_head).unflatten(-1, (2, 4)).sum(-1)).chunk(2, -1)  # [B, H, T, 1]
+        bias = (reset * (update * self.gate_scale[:, None, None] - 1) + 2) * position_bias
+        if lengths is not None:
+            bias = bias.masked_fill(~valid_mask(lengths, x.shape[1])[:, None, None], float("-inf"))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.output(rearrange(out, "b h t d -> b t (h d)"))
+
+
+# ---- layers ----------------------------------------------------------------
+
+
+class EncoderLayer(nn.Module):
+    """One Transformer layer, post-norm or pre-norm, with whichever attention the pattern gives it."""
+
+    def __init__(self, config: EncoderConfig, letter: str, impl: Impl) -> None:
+        super().__init__()
+        self.norm_first, self.dropout, self.activation_dropout = (
+            config.norm_first,
+            config.dropout,
+            config.activation_dropout,
+        )
+        self.attention: ComputingAttention | ReusingAttention | GatedPositionAttention
+        if letter == "R":
+            self.attention = ReusingAttention(config, impl)
+        elif config.position_buckets:
+            self.attention = GatedPositionAttention(config)
+        else:
+            self.attention = ComputingAttention(config, impl)
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.up = nn.Linear(config.width, config.ffn)
+        self.down = nn.Linear(config.ffn, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, attention_map: AttentionMap | None, lengths: Tensor | None, position_bias: Tensor | None
+    ) -> tuple[Tensor, AttentionMap | None]:
+        """[B, T, D] and the last computed map -> [B, T, D] and the map for the next layer."""
+        update, attention_map = self._attend(
+            self.attention_norm(x) if self.norm_first else x, attention_map, lengths, position_bias
+        )
+        x = x + self._drop(update)
+        if self.norm_first:
+            return x + self._feed_forward(self.ffn_norm(x)), attention_map
+        x = self.attention_norm(x)
+        return self.ffn_norm(x + self._feed_forward(x)), attention_map
+
+    def _attend(
+        self, x: Tensor, attention_map: AttentionMap | None, lengths: Tensor | None, position_bias: Tensor | None
+    ) -> tuple[Tensor, AttentionMap | None]:
+        if isinstance(self.attention, ReusingAttention):
+            assert attention_map is not None, "the configuration guarantees a computing layer first"
+            return self.attention(x, attention_map), attention_map
+        if isinstance(self.attention, GatedPositionAttention):
+            return self.attention(x, lengths, position_bias), None
+        return self.attention(x, lengths)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.gelu(self.up(x)), self.activation_dropout, self.training)
+        return self._drop(self.down(x))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class PositionalConv(nn.Module):
+    """Convolutional positional embedding: grouped convolution over time, weight-normed along it, then GELU."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        kernel = config.position_kernel
+        conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.conv = weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+
+# ---- the encoder -----------------------------------------------------------
+
+
+class SpeechEncoder(nn.Module):
+    """HuBERT, wav2vec 2.0 or WavLM as a feature extractor; the base of `ARMHuBERT`.
+
+    Args:
+        config: what to build.
+        impl: implementation of the attention ops: `auto` (Triton on a GPU, PyTorch elsewhere), `triton` or `torch`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.config = config
+        channels = config.conv_layers[-1][0]
+        self.front_end = FrontEnd(config)
+        self.feature_norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.feature_norm else nn.Identity()
+        self.feature_projection = nn.Linear(channels, config.width) if config.feature_projection else nn.Identity()
+        self.mask_embedding = nn.Parameter(torch.rand(config.width)) if config.mask_embedding else None
+        self.position = PositionalConv(config)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.relative_positions = RelativePositions(config) if config.position_buckets else None
+        self.layers = nn.ModuleList(EncoderLayer(config, letter, impl) for letter in config.pattern)
+        self.gradient_checkpointing = False
+        for module in self.modules():
+            _initialize(module)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Weights,
+        *,
+        impl: Impl = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A model in eval mode with these weights; every parameter must be there, with the right shape.
+
+        Raises:
+            ArmhubertError: tensors that are missing, left over or of another shape than the configuration's.
+        """
+        with torch.device("meta"):
+            model = cls(weights.config, impl=impl)
+        expected = model.state_dict()
+        if missing := sorted(expected.keys() - weights.state.keys()):
+            raise ArmhubertError(f"{weights.source} lacks {_count(missing)}: its weights do not fit its configuration")
+        if extra := sorted(weights.state.keys() - expected.keys()):
+            raise ArmhubertError(f"{weights.source} has {_count(extra)} too many: they do not fit its configuration")
+        for name, tensor in weights.state.items():
+            if tensor.shape != expected[name].shape:
+                raise ArmhubertError(
+                    f"{weights.source}: {name} must have shape {list(expected[name].shape)} by its configuration, "
+                    f"got {list(tensor.shape)}"
+                )
+        model.load_state_dict({k: v.to(device, dtype) for k, v in weights.state.items()}, assign=True)
+        return model.eval()
+
+    # The stages, in order. `forward` runs them all; a teacher runs the first once for its two views.
+
+    def embed(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Everything before the mask: [B, S], valid samples [B] -> frames [B, T, D], valid frames [B] (None: all)."""
+        if self.config.normalize_input:
+            waveforms = normalize_waveform(waveforms, lengths)
+        x = self.front_end(waveforms.to(self.norm.weight.dtype), lengths)
+        x = self.feature_projection(self.feature_norm(x))
+        x = F.dropout(x, self.config.input_dropout, self.training)
+        return x, None if lengths is None else self.config.frames(lengths)
+
+    def layer_inputs(self, x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Mask embedding, zeroed padding, positional embedding: the input of layer 0, [B, T, D]."""
+        if mask is not None:
+            if self.mask_embedding is None:
+                raise ArmhubertError("this model has no mask embedding, so no frame can be masked: use weights with one")
+            x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+        if lengths is not None:
+            x = torch.where(valid_mask(lengths, x.shape[1])[..., None], x, 0)
+        x = x + self.position(x)
+        if not self.config.norm_first:
+            x = self.norm(x)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def layer_outputs(self, x: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
+        """Each layer's output [B, T, D] as soon as it is there; a caller that needs no more may stop."""
+        attention_map: AttentionMap | None = None
+        bias = self.relative_positions(x.shape[1]) if self.relative_positions is not None else None
+        keep_nothing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            if keep_nothing:
+                x, attention_map = checkpoint(layer, x, attention_map, lengths, bias, use_reentrant=False)
+            else:
+                x, attention_map = layer(x, attention_map, lengths, bias)
+            if self.config.scale_layer_gradients:
+                x = scale_gradient(x, self._stream_factor(i))
+            yield x
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> EncoderOutput:
+        """Features of a batch of waveforms.
+
+        Args:
+            waveforms: [B, S] at 16 kHz, float.
+            lengths: valid samples of each utterance [B], integer; None: all S.
+            mask: [B, T] bool, frames to replace by the mask embedding; None: none.
+
+        Raises:
+            ArmhubertError: shapes or lengths that do not fit.
+        """
+        self._check(waveforms, lengths, mask)
+        x, frames = self.embed(waveforms, lengths)
+        x = self.layer_inputs(x, frames, mask)
+        hidden_states = (x, *self.layer_outputs(x, frames))
+        last = hidden_states[-1]
+        if frames is None:
+            frames = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        return EncoderOutput(self.norm(last) if self.config.norm_first else last, hidden_states, None, frames)
+
+    def _stream_factor(self, layer: int) -> float:
+        remaining = self.config.layers - layer
+        return remaining / (remaining + 1)
+
+    def _check(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
+        if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            raise ArmhubertError(
+                f"waveforms must be floating point [B, S], got {waveforms.dtype} {list(waveforms.shape)}"
+            )
+        batch, samples = waveforms.shape
+        shortest = self.config.receptive_field
+        if samples < shortest:
+            raise ArmhubertError(f"waveforms must have at least {shortest} samples (one frame), got {samples}: pad them")
+        if lengths is not None:
+            if lengths.shape != (batch,) or lengths.is_floating_point():
+                raise ArmhubertError(f"lengths must be integers [{batch}], got {lengths.dtype} {list(lengths.shape)}")
+            # Reading values would stop a GPU's queue and a compiler's trace; on the CPU it is free.
+            if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = int(lengths.min()), int(lengths.max())
+                if low < shortest or high > samples:
+                    raise ArmhubertError(f"lengths must lie in {shortest}..{samples} samples, got {low}..{high}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, self.config.frames(samples))):
+            expected = [batch, self.config.frames(samples)]
+            raise ArmhubertError(f"mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
+
+
+def _count(names: list[str]) -> str:
+    return f"{names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+
+
+def _initialize(module: nn.Module) -> None:
+    """Weights as fairseq starts them: normal(0, 0.02) in the Transformer, Kaiming in the waveform convolutions."""
+    if isinstance(module, (ComputingAttention, ReusingAttention, GatedPositionAttention, EncoderLayer, SpeechEncoder)):
+        for child in module.children():
+            if isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, std=0.02)
+                nn.init.zeros_(child.bias)
+    elif isinstance(module, (ConvLayer, ChannelNormConv)):
+        nn.init.kaiming_normal_(module.conv.weight)

@@ -1,0 +1,153 @@
+"""ARMHuBERT, the student: an encoder that reuses attention maps, with the heads it is distilled through."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from armhubert.config import AttentionMode, EncoderConfig
+from armhubert.convert import load_weights
+from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
+from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
+from armhubert.kernels import Impl
+
+
+class LayerHeads(nn.Module):
+    """One linear map D -> D_t a layer, kept as one tensor for all layers: weight [L, D_t, D], bias [L, D_t]."""
+
+    def __init__(self, layers: int, width: int, head_width: int) -> None:
+        super().__init__()
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(layers, head_width, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(layers, head_width).uniform_(-bound, bound))
+
+    def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """L tensors [B, T, D] -> L tensors [B, T, D_t]."""
+        return tuple(
+            F.linear(x, weight, bias) for x, weight, bias in zip(hidden_states, self.weight, self.bias, strict=True)
+        )
+
+
+class ARMHuBERT(SpeechEncoder):
+    """A student: `SpeechEncoder` with distillation heads, where its configuration has a `head_width`."""
+
+    def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
+        super().__init__(config, impl=impl)
+        self.heads = LayerHeads(config.layers, config.width, config.head_width) if config.head_width else None
+
+    def head_inputs(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The layer outputs that enter the heads: hidden_states[1:], gradients scaled as the configuration says."""
+        outputs = hidden_states[1:]
+        if not self.config.scale_layer_gradients:
+            return outputs
+        return tuple(scale_gradient(x, 1 - self._stream_factor(i)) for i, x in enumerate(outputs))
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        projections: bool = True,
+    ) -> EncoderOutput:
+        """As `SpeechEncoder.forward`; `projections=False` leaves the heads out."""
+        output = super().forward(waveforms, lengths, mask)
+        if self.heads is None or not projections:
+            return output
+        return output._replace(projections=self.heads(self.head_inputs(output.hidden_states)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        heads: bool = True,
+        attention_mode: AttentionMode | None = None,
+        impl: Impl = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A student in eval mode, from whatever holds one.
+
+        Args:
+            source: a folder of `save_pretrained` or `armhubert distill`, a hub id, a released `student.ckpt` with its
+                `.yaml` beside it, or any source that `load_teacher` takes (a student that reuses nothing).
+            heads: keep the distillation heads, if there are any; without them the model is smaller and faster.
+            attention_mode: read the maps in another way than recorded; None: as recorded.
+            impl: implementation of the attention ops.
+            dtype: of the parameters.
+            device: where the model goes.
+
+        Raises:
+            ArmhubertError: nothing usable at `source`; the message says what is missing.
+        """
+        weights = load_weights(source)
+        if attention_mode is not None:
+            weights = weights.with_config(attention_mode=attention_mode)
+        if not heads:
+            weights = weights.without_heads()
+        return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)
+
+    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
+        """Write config.json, model.safetensors (float32 on disk as in memory) and a model card, each atomically.
+
+        Raises:
+            ArmhubertError: the folder cannot be written.
+        """
+        from armhubert import __version__
+
+        folder = Path(path)
+        config = {"model_type": "armhubert", "armhubert_version": __version__, **dataclasses.asdict(self.config)}
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(folder / "README.md", card or model_card(self))
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a student."""
+
+    total: int
+    without_heads: int
+
+
+def count_parameters(model: SpeechEncoder) -> ParameterCount:
+    """Count as the papers do: every parameter, and every one but the heads'."""
+    heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("heads."))
+    total = sum(p.numel() for p in model.parameters())
+    return ParameterCount(total, total - heads)
+
+
+def model_card(model: ARMHuBERT, training: str = "") -> str:
+    """Markdown that a model folder carries: what the model is, how to use it, and `training`, how it came to be."""
+    config, count = model.config, count_parameters(model)
+    return f"""---
+library_name: armhubert
+license: apache-2.0
+tags: [speech, self-supervised, distillation, feature-extraction]
+---
+# ARMHuBERT student
+
+{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern `{config.pattern}`, maps read as \
+`{config.attention_mode}`; {count.total:,} parameters, {count.without_heads:,} without the distillation heads. Input: 16 kHz mono{
+        ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""
+    }; one frame every {config.hop} samples.
+
+```python
+from armhubert import ARMHuBERT
+
+model = ARMHuBERT.from_pretrained("this-folder", heads=False)
+features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
+```
+{training}
+Method: Jang et al., *Recycle-and-Distill: Universal Compression Strategy for Transformer-based Speech SSL Models with
+Attention Map Reusing and Masking Distillation*, Interspeech 2023 (arXiv 2305.11685).
+"""
+

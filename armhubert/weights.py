@@ -1,0 +1,29 @@
+"""Weights on their way into a model: a configuration and the tensors that belong to it, under our names."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from armhubert.config import EncoderConfig
+
+
+class Weights(NamedTuple):
+    """What every converter returns."""
+
+    config: EncoderConfig
+    state: dict[str, Tensor]
+    """Tensors by the names of `SpeechEncoder.state_dict()` or `ARMHuBERT.state_dict()`."""
+    source: str
+    """Where they came from, for messages."""
+    ignored: tuple[str, ...] = ()
+    """Names in the source that have no place in an encoder: quantisers, CTC heads, optimiser state."""
+
+    def with_config(self, **changes: Any) -> "Weights":
+        """The same tensors under a changed configuration."""
+        return self._replace(config=dataclasses.replace(self.config, **changes))
+
+    def without_heads(self) -> "Weights":
+        """Without the distillation heads, if there are any."""
+        state = {name: value for name, value in self.state.items() if not name.startswith("heads.")}
+        return self._replace(state=state).with_config(head_width=None)
