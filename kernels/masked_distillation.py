@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+from torch import Tensor
 
 Distance = Literal["mse", "l1"]
 Layers = Tensor | Sequence[Tensor]

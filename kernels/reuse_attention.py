@@ -26,9 +26,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+from torch import Tensor
 
 Setting = Literal["exact", "resoftmax"]
 
