@@ -125,7 +125,7 @@ _forward = register(
 _backward = register(
     "distillation_bwd",
     "(Tensor g, Tensor residuals, Tensor[] hidden, Tensor weight, bool l1) -> (Tensor[], Tensor, Tensor)",
-    triton_fn="triton_masked_distillation:backward",
+    triton_fn="masked_distillation:distillation_backward",
     torch_fn=distillation_backward,
     fake_fn=_fake_backward,
 )

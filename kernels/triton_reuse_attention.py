@@ -118,6 +118,12 @@ def _head(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     return ptr + tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
 
 
+@triton.constexpr_function
+def _dense_align(D):
+    """Of the rows of contiguous [B, T, H, D]: D alone says it."""
+    return min(D & -D, 16)
+
+
 @triton.jit
 def _kept(seed_ptr, pair, m, n, T, threshold):
     """Dropout's choice for map entries (m, n) of one utterance and head, from a counter: the same in every kernel."""
@@ -345,16 +351,14 @@ def backward_q_kernel(
     k_ptr = _head(k_ptr, b, h, k_b, k_h, ALIGN)
     v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGN)
     dense = (b * T * H + h) * D
-    # g, out and dq are contiguous [B, T, H, D]: D alone says how their rows are aligned
-    u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, 1, BLOCK_M)
-    o, o_tail = _load(out_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, 1, BLOCK_M)
+    u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, _dense_align(D), BLOCK_M)
+    o, o_tail = _load(out_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, _dense_align(D), BLOCK_M)
     lse = tl.load(lse_ptr + rows, mask=row, other=0.0)
     delta = tl.sum(u.to(tl.float32) * o.to(tl.float32), 1)
     if TAIL > 0:
         delta += tl.sum(u_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
     shift = delta
     keys = tl.where(m0 < valid, valid, 0)
-    keep = True
     if RESOFTMAX:
         norm = tl.load(norm_ptr + rows, mask=row, other=1.0)
         u = (u.to(tl.float32) / norm[:, None]).to(q.dtype)
@@ -370,7 +374,7 @@ def backward_q_kernel(
             v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
             p = _probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION)
             dp = _map_gradient(
-                u, u_tail, v, v_tail, p, shift[:, None], keep, inverse_keep, TAIL, PRECISION, True, False
+                u, u_tail, v, v_tail, p, shift[:, None], True, inverse_keep, TAIL, PRECISION, True, False
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
     tl.store(delta_ptr + rows, delta, mask=m < T)
@@ -380,6 +384,7 @@ def backward_q_kernel(
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         p = _probabilities(q, q_tail, k, k_tail, lse, n < valid, scale, TAIL, PRECISION)
+        keep = True
         if DROPOUT:
             keep = _kept(seed_ptr, pair, m[:, None], n[None, :], T, threshold)
         dp = _map_gradient(
@@ -411,13 +416,12 @@ def backward_kv_kernel(
     dv, dv_tail = _zeros(BLOCK_N, HEAD, TAIL)
     u_sum = tl.zeros([HEAD], tl.float32)
     u_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
-    keep = True
     for m0 in range(0, tl.where(n0 < valid, valid, 0), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         row = m < valid
         rows = pair * T + m
         q, q_tail = _load(q_ptr, m0, q_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_M)
-        u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, 1, BLOCK_M)
+        u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, _dense_align(D), BLOCK_M)
         lse = tl.load(lse_ptr + rows, mask=row, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=row, other=0.0)
         shift = delta
@@ -434,6 +438,7 @@ def backward_kv_kernel(
                 scaled_tail = u_tail.to(tl.float32) / norm[:, None]
                 u_sum_tail += tl.sum(scaled_tail, 0)
                 u_tail = scaled_tail.to(q.dtype)
+        keep = True
         if DROPOUT:
             keep = _kept(seed_ptr, pair, m[None, :], n[:, None], T, threshold)
             weights = tl.where(keep, weights * inverse_keep, 0.0)
@@ -477,10 +482,21 @@ def head_tiles(d: int) -> tuple[int, int]:
     return (2 * head, 0) if tail == head else (head, tail)
 
 
-def config(kernel: str, d: int, dtype: torch.dtype) -> Config:
-    """The configuration shipped for a kernel: fixed, so that no call pays for autotuning and reruns are equal."""
+def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Config:
+    """The configuration shipped for a kernel: fixed, so that no call pays for autotuning and reruns are equal.
+
+    `crowded` (dropout or the second softmax) keeps more values alive in a tile. Chosen so that nothing spills on sm_90.
+    """
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1) if d > 64 or "backward" in kernel else Config(64, 32, 4, 2)
+        if kernel == "backward_kv" or (d > 64 and kernel in ("attend", "reattend")):
+            return Config(32, 32, 8, 1)
+        if kernel == "reattend_fused" and d > 48:
+            return Config(32, 32, 8, 2) if d <= 64 else Config(32, 16, 8, 1)
+        return Config(64, 32, 8, 2)
+    if kernel == "backward_kv" and (crowded or d > 48):
+        return Config(32, 64, 8 if d > 64 and crowded else 4, 2)
+    if kernel == "backward_q" and d > 64:
+        return Config(64, 32, 4, 2)
     if "backward" in kernel:
         return Config(64, 64, 4, 2)
     return Config(128, 64, 8, 2)
@@ -534,7 +550,7 @@ def attend_forward(
     out = q.new_empty(B, T, H * D)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     strides = _strides(q, k, v)
-    shipped = config("attend", D, q.dtype)
+    shipped = config("attend", D, q.dtype, seed is not None)
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lengths, seed, out, lse, *strides, T, H, D**-0.5, *_scalars(dropout),
         **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), **shipped._asdict(),
@@ -551,7 +567,7 @@ def reattend_forward(
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
     strides = _strides(q, k, v)
-    shipped = config("reattend", D, q.dtype)
+    shipped = config("reattend", D, q.dtype, resoftmax)
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lse.contiguous(), lengths, out, norm, *strides, T, H, D**-0.5,
         **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
@@ -575,7 +591,7 @@ def reattend_fused_forward(
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
     strides = _strides(q, k, x)
-    shipped = config("reattend_fused", D, q.dtype)
+    shipped = config("reattend_fused", D, q.dtype, resoftmax)
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, x, weight.contiguous(), bias, lse.contiguous(), lengths, out, norm, *strides, T, H, D**-0.5,
         C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), RESOFTMAX=resoftmax, BLOCK_C=32,
@@ -609,11 +625,12 @@ def attention_backward(
     }  # fmt: skip
     scalars = (*strides, T, H, D**-0.5, *_scalars(dropout))
     g, out, lse = d_out.contiguous(), out.contiguous(), lse.contiguous()
-    shipped = config("backward_q", D, q.dtype)
+    crowded = resoftmax or seed is not None
+    shipped = config("backward_q", D, q.dtype, crowded)
     backward_q_kernel[_grid(q.shape, shipped.BLOCK_M)](
         g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **shipped._asdict()
     )
-    shipped = config("backward_kv", D, q.dtype)
+    shipped = config("backward_kv", D, q.dtype, crowded)
     backward_kv_kernel[_grid(q.shape, shipped.BLOCK_N)](
         g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **shipped._asdict()
     )

@@ -1,0 +1,150 @@
+"""Lower every kernel to machine code for the GPUs we claim, without one in the machine, and read what came out.
+
+`python -m armhubert.bench lowering` prints a row per kernel, shape, target and dtype, and writes results/lowering.json.
+What lowers has not thereby been run.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from armhubert.kernels import triton_masked_distillation as distillation
+from armhubert.kernels import triton_reuse_attention as attention
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# looked for in order, the strongest first
+MATRIX_INSTRUCTIONS = {
+    "sm_80": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async", "mma.sync"),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+}
+HEAD_WIDTHS = (36, 40, 64, 128)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one shipped configuration: argument types and constants by name."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of a case; registers and spills are None where the target's tools do not tell."""
+
+    kernel: str
+    target: str
+    dtype: str
+    registers: int | None
+    spilled: int | None
+    shared: int
+    matrix: str
+
+
+def _attention_cases(dtype: str) -> Iterator[Case]:
+    low = f"*{dtype}"
+    for d in HEAD_WIDTHS:
+        for settings in ("exact", "resoftmax", "dropout"):
+            head = {"scale": "fp32", **attention._tiles(d), "ALIGN": 8 if d % 16 else 16, "PRECISION": "ieee"}
+            if dtype == "fp32" and d % 16:
+                head["ALIGN"] = 4
+            rows = {"T": "i32", "H": "i32"}
+            strides = {f"{x}_{y}": "i32:16" for x in "qkv" for y in "bt"}
+            strides |= {f"{x}_h": "i32:16" if d % 16 == 0 else "i32" for x in "qkv"}
+            seed = "*i64" if settings == "dropout" else None
+            dropout = {"threshold": "i32", "inverse_keep": "fp32"}
+            inputs = {"q_ptr": low, "k_ptr": low, "v_ptr": low}
+            tables = {"lengths_ptr": "*i64", "lse_ptr": "*fp32", "norm_ptr": "*fp32"}
+            resoftmax = {"RESOFTMAX": settings == "resoftmax"}
+            gradients = {"g_ptr": low, "seed_ptr": seed, "delta_ptr": "*fp32", "shift_ptr": "*fp32", **dropout}
+            common = inputs | tables | strides | rows | head
+            forms: list[tuple[str, dict[str, Any]]] = [
+                ("backward_q", common | gradients | resoftmax | {"out_ptr": low, "dq_ptr": low}),
+                ("backward_kv", common | gradients | resoftmax | {"dk_ptr": low, "dv_ptr": low}),
+            ]
+            if settings != "resoftmax":
+                forms.append(("attend", common | dropout | {"seed_ptr": seed, "out_ptr": low}))
+            if settings != "dropout":
+                forms.append(("reattend", common | resoftmax | {"out_ptr": low}))
+                fused = {"x_ptr": low, "weight_ptr": low, "bias_ptr": low, "x_b": "i32:16", "x_t": "i32:16"}
+                forms.append(
+                    ("reattend_fused", common | resoftmax | fused | {"out_ptr": low, "C": 12 * d, "BLOCK_C": 32})
+                )
+            for name, arguments in forms:
+                shipped = attention.config(name, d, DTYPES[dtype], settings != "exact")
+                arguments = arguments | {"BLOCK_M": shipped.BLOCK_M, "BLOCK_N": shipped.BLOCK_N}
+                kernel = getattr(attention, f"{name}_kernel")
+                label = f"{name} {settings} d={d}" if settings != "exact" else f"{name} d={d}"
+                yield Case(label, kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every shipped configuration, in three dtypes."""
+    for dtype in DTYPES:
+        yield from _attention_cases(dtype)
+
+
+def compile_case(case: Case, target: str) -> Any:
+    """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(case.kernel.arg_names):
+        value = case.arguments[name]
+        if isinstance(value, str) and name != "PRECISION":
+            kind, _, divisor = value.partition(":")
+            signature[name] = kind
+            # what a launch would find out for itself: allocations start at multiples of 16 bytes
+            if divisor or kind.startswith("*"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def measure(case: Case, target: str) -> Row:
+    """Compile a case and read its resources."""
+    binary = compile_case(case, target)
+    registers, spilled = None, None
+    if "cubin" in binary.asm:
+        registers, spilled = _cubin_resources(binary.asm["cubin"])
+        text = binary.asm["ptx"]
+    else:
+        text = binary.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+    matrix = next((name for name in MATRIX_INSTRUCTIONS[target] if name in text), "none")
+    return Row(case.name, target, case.dtype, registers, spilled, binary.metadata.shared, matrix)
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack: Triton's kernels have no other use for a stack than spills."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])  # type: ignore[index]

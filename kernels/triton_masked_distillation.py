@@ -1,0 +1,141 @@
+# mypy: disallow-untyped-defs=False
+# (jit functions are typed by Triton)
+"""Triton kernel of the masked distillation loss; formula and public function are in masked_distillation.py.
+
+Legend: L layers, N = B T frames, C student width, E teacher width. One program holds a tile [BLOCK_N, BLOCK_E] of one
+layer's prediction in registers: it is compared with the one view each frame needs, and summed, before it could be
+stored. Partial sums are added in a fixed order afterwards: reruns are bitwise equal.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ---- kernel -----------------------------------------------------------------
+
+
+@triton.jit
+def _pick(pointers, layer, L: tl.constexpr):
+    """pointers[layer] for an index known at run time only."""
+    chosen = pointers[0]
+    for index in tl.static_range(1, L):
+        chosen = tl.where(layer == index, pointers[index], chosen)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def forward_kernel(
+    hidden, weight_ptr, bias_ptr, clean, masked, mask_ptr, lengths_ptr, residual_ptr, partial_ptr,
+    h_n, clean_n, masked_n, N, T,
+    L: tl.constexpr, C: tl.constexpr, E: tl.constexpr, L1: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tile: prediction - target, its distance summed into `partial`, itself (or its sign) kept where KEEP."""
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    # neighbours share a tile of hidden, which therefore stays in cache
+    e0 = tl.program_id(0) % blocks_e * BLOCK_E
+    n0 = tl.program_id(0) // blocks_e % blocks_n * BLOCK_N
+    layer = tl.program_id(0) // (blocks_e * blocks_n)
+    n = n0 + tl.arange(0, BLOCK_N)
+    e = e0 + tl.arange(0, BLOCK_E)
+    valid = n < N
+    if lengths_ptr is not None:
+        valid = valid & (n % T < tl.load(lengths_ptr + n // T, mask=valid, other=0))
+    frame = n.to(tl.int64)
+    column = e < E
+
+    h_ptr = _pick(hidden, layer, L) + (frame * h_n)[:, None]
+    weight_ptr += (tl.cast(layer, tl.int64) * E + e)[:, None] * C
+    acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    # a tile of padding costs no product
+    for c0 in range(0, tl.where(tl.max(valid.to(tl.int32), 0) > 0, C, 0), BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        h_mask = valid[:, None]
+        w_mask = column[:, None]
+        if C % BLOCK_C > 0:
+            h_mask = h_mask & (c < C)[None, :]
+            w_mask = w_mask & (c < C)[None, :]
+        h = tl.load(h_ptr + c[None, :], mask=h_mask, other=0.0)
+        w = tl.load(weight_ptr + c[None, :], mask=w_mask, other=0.0)
+        acc = tl.dot(h, tl.trans(w), acc, input_precision=PRECISION)  # [BN, BC] @ [BC, BE]
+    bias = tl.load(bias_ptr + layer * E + e, mask=column, other=0.0).to(tl.float32)
+
+    target_ptr = _pick(clean, layer, L) + frame * clean_n
+    if masked is not None:
+        # one view per frame: the other is never fetched
+        seen = tl.load(mask_ptr + n, mask=valid, other=0) != 0
+        target_ptr = tl.where(seen, target_ptr, _pick(masked, layer, L) + frame * masked_n)
+    tile = valid[:, None] & column[None, :]
+    target = tl.load(target_ptr[:, None] + e[None, :], mask=tile, other=0.0).to(tl.float32)
+    residual = tl.where(tile, acc + bias[None, :] - target, 0.0)
+    distance = tl.abs(residual) if L1 else residual * residual
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(distance))
+    if KEEP:
+        if L1:
+            residual = tl.where(residual > 0, 1.0, tl.where(residual < 0, -1.0, 0.0))
+        at = residual_ptr + ((tl.cast(layer, tl.int64) * N + frame) * E)[:, None] + e[None, :]
+        tl.store(at, residual.to(residual_ptr.dtype.element_ty), mask=(n < N)[:, None] & column[None, :])
+
+
+# ---- shipped configurations and launcher ------------------------------------
+
+
+class Config(NamedTuple):
+    """Tile of the prediction, step along the student's width, and how the compiler schedules it."""
+
+    BLOCK_N: int
+    BLOCK_E: int
+    BLOCK_C: int
+    num_warps: int
+    num_stages: int
+
+
+def config(dtype: torch.dtype) -> Config:
+    """The configuration shipped: fixed, so that no call pays for autotuning and reruns are equal."""
+    if dtype == torch.float32:
+        return Config(64, 64, 32, 8, 2)
+    return Config(128, 128, 64, 8, 3)
+
+
+def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[B, T, D] each -> [B T, D] each with one row stride and adjacent columns, without a copy where that is so already."""
+    flat = tuple(layer.flatten(0, 1) for layer in layers)
+    if all(x.stride(-1) == 1 and x.stride(0) == flat[0].stride(0) for x in flat):
+        return flat
+    return tuple(x.contiguous() for x in flat)
+
+
+def forward(
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    clean: Sequence[Tensor],
+    masked: Sequence[Tensor] | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    l1: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> loss [L] float32, residual or sign [L, B, T, E] in the dtype of hidden (empty unless keep)."""
+    L, E, C = weight.shape
+    B, T, _ = hidden[0].shape
+    N = B * T
+    residual = weight.new_empty((L, B, T, E) if keep else (0,))
+    shipped = config(weight.dtype)
+    tiles = triton.cdiv(E, shipped.BLOCK_E) * triton.cdiv(N, shipped.BLOCK_N)
+    partial = weight.new_empty(L, tiles, dtype=torch.float32)
+    hidden, clean = _frames(hidden), _frames(clean)
+    masked = None if masked is None else _frames(masked)
+    forward_kernel[(L * tiles,)](
+        hidden, weight.contiguous(), bias.contiguous(), clean, masked, None if mask is None else mask.contiguous(),
+        lengths, residual, partial,
+        hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
+        L=L, C=C, E=E, L1=l1, KEEP=keep,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **shipped._asdict(),
+    )  # fmt: skip
+    return partial.sum(1) / E, residual
