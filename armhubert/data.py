@@ -12,9 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
 from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
 
 _PATH_COLUMNS = ("audio_filepath", "path", "audio")
 _SOURCES = f"a folder, a .tsv or .jsonl manifest, or an audio file ({', '.join(sorted(AUDIO_SUFFIXES))})"
@@ -239,13 +239,12 @@ def scan(
     min_samples: int,
     cache: Path | None,
     workers: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Scan:
+) -> Generator[tuple[int, int], None, Scan]:
     """Decode every file once, so that broken, silent and short files are found before training and not in its midst.
 
     `min_samples` counts at 16 kHz. `workers` threads share the work (decoding releases the interpreter lock; processes
     were measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is
-    replaced; an interrupted scan saves what it has. `progress(done, total)` is called from this thread, in files.
+    replaced; an interrupted scan saves what it has. Yields (files done, files in all) and returns the result.
     Raises ArmhubertError where the cache cannot be written. A result without utterances is the caller's to report
     (`Scan.require_utterances`), after the list of skipped files has been written.
     """
@@ -264,8 +263,7 @@ def scan(
                 records[name] = record
                 fresh += record is not known.get(name) and not _transient(record)
                 done += 1
-            if progress:
-                progress(done, len(names))
+            yield done, len(names)
     except BaseException:
         executor.shutdown(wait=True, cancel_futures=True)
         with contextlib.suppress(ArmhubertError):
@@ -290,7 +288,7 @@ def write_skipped(scan: Scan, path: Path) -> None:
     """Write `path<TAB>reason` under a header, one line a skipped file, atomically; without any, the header alone."""
     escape = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
     rows = ["path\treason", *(f"{row.path.translate(escape)}\t{row.reason.translate(escape)}" for row in scan.skipped)]
-    _write_atomically(path, "\n".join(rows) + "\n", "report of skipped files")
+    write_atomic(path, "\n".join(rows) + "\n")
 
 
 def _examine(names: Sequence[str], known: Mapping[str, _Record]) -> list[tuple[str, _Record]]:
@@ -336,23 +334,7 @@ def _save_cache(cache: Path | None, known: Mapping[str, _Record], records: Mappi
         return
     # Files of other scans stay: training and validation data may share a cache.
     files = {**known, **{name: record for name, record in records.items() if not _transient(record)}}
-    _write_atomically(cache, json.dumps({"format": _CACHE_FORMAT, "files": files}), "scan cache")
-
-
-def _write_atomically(path: Path, text: str, what: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # File names that are not UTF-8 come back as the bytes they are.
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArmhubertError(
-            f"{what} {str(path)!r} cannot be written ({error.strerror}): choose an output folder that is writable"
-        ) from None
+    write_atomic(cache, json.dumps({"format": _CACHE_FORMAT, "files": files}))
 
 
 # -------------------------------------------------------------------------------------------------------------- plan

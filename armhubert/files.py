@@ -14,7 +14,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         ArmhubertError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
-    content = data.encode() if isinstance(data, str) else data
+    content = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,26 @@
-"""The command line."""
+"""The command line: the only place that knows typer and rich. One command a file; `ui` renders."""
+
+import os
+import sys
+
+from armhubert.cli.app import app
+from armhubert.errors import ArmhubertError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run a command. Bad input is one line and exit code 2; Ctrl-C is 130; anything else is a defect, with its traceback."""
+    from armhubert.cli import ui
+
+    try:
+        app()
+    except ArmhubertError as error:
+        ui.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`armhubert ... | head`); its end is ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -13,7 +13,7 @@ import torch
 
 from armhubert import data
 from armhubert.audio import Measured, read_audio
-from armhubert.data import Crop, Scan, Skipped, Utterance, batches, discover, padding_waste, plan_epoch, scan
+from armhubert.data import Crop, Scan, Skipped, Utterance, batches, discover, padding_waste, plan_epoch
 from armhubert.errors import ArmhubertError
 
 
@@ -22,6 +22,15 @@ def write(path: Path, seconds: float = 0.5, rate: int = 16_000, seed: int = 0) -
     wave = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))
     soundfile.write(path, wave, rate)
     return path
+
+
+def scan(paths, progress=lambda *at: None, **settings) -> Scan:
+    steps = data.scan(paths, **settings)
+    while True:
+        try:
+            progress(*next(steps))
+        except StopIteration as end:
+            return end.value
 
 
 def message(caught: pytest.ExceptionInfo) -> str:
@@ -236,11 +245,10 @@ def test_what_is_no_cache_of_ours_is_replaced(tmp_path, content, decoded):
 def test_an_interrupted_scan_keeps_what_it_has(tmp_path, decoded):
     paths = [write(tmp_path / f"{i:03}.wav", 0.05) for i in range(100)]
 
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    steps = data.scan(paths, min_samples=400, cache=tmp_path / "cache.json", workers=1)
+    next(steps)
     with pytest.raises(KeyboardInterrupt):
-        scan(paths, min_samples=400, cache=tmp_path / "cache.json", workers=1, progress=interrupt)
+        steps.throw(KeyboardInterrupt)
     saved = json.loads((tmp_path / "cache.json").read_text())["files"]
     assert len(saved) >= 16
     decoded.clear()
@@ -250,9 +258,9 @@ def test_an_interrupted_scan_keeps_what_it_has(tmp_path, decoded):
 
 def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ArmhubertError, match=r"scan cache .* cannot be written") as caught:
+    with pytest.raises(ArmhubertError, match=r"cannot write .*cache\.json") as caught:
         scan([write(tmp_path / "a.wav")], min_samples=400, cache=tmp_path / "file/cache.json", workers=1)
-    assert "output folder" in message(caught)
+    assert "choose another folder" in message(caught)
 
 
 def test_file_names_that_are_not_text(tmp_path):

@@ -1,0 +1,759 @@
+"""Distillation: a teacher, speech and settings in; a student, step by step, out.
+
+`distill` is the loop, to be read from top to bottom. It yields reports and prints nothing. All chance comes from
+(seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so that a resumed run, or the same
+run on more processes, computes the same thing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from armhubert import checkpoint, losses, runlog
+from armhubert.audio import SAMPLE_RATE
+from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
+from armhubert.config import EncoderConfig, build, read_mapping
+from armhubert.data import (
+    AudioBatch,
+    Crop,
+    Scan,
+    Utterance,
+    batches,
+    discover,
+    padding_waste,
+    plan_epoch,
+    scan,
+    split_validation,
+    write_skipped,
+)
+from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
+from armhubert.distributed import World, pick_device, world
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
+from armhubert.losses import Objective
+from armhubert.masking import batch_mask, scheduled_probability, span_mask
+from armhubert.student import ARMHuBERT, count_parameters, model_card
+from armhubert.teacher import fingerprint, layer_mapping, load_teacher, teacher_targets
+
+CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE, SCAN_CACHE = "distill.json", "checkpoint.pt", "skipped.tsv", ".armhubert-scan.json"
+MAX_SKIPPED_IN_A_ROW = 10
+STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
+
+
+# ---- reports ---------------------------------------------------------------
+
+
+class Scanning(NamedTuple):
+    """Files examined so far."""
+
+    done: int
+    total: int
+
+
+class Started(NamedTuple):
+    """Everything is checked and built; training begins."""
+
+    config: DistillConfig
+    student: EncoderConfig
+    teacher_parameters: int
+    student_parameters: int
+    student_parameters_without_heads: int
+    copied_from_teacher: int
+    utterances: int
+    seconds: float
+    valid_utterances: int
+    valid_seconds: float
+    skipped: dict[str, int]
+    skipped_report: Path | None
+    padding_waste: float
+    steps: int
+    first_step: int
+    processes: int
+    device: str
+
+
+class Progress(NamedTuple):
+    """Where training is, averaged since the last report."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    layers: tuple[float, ...]
+    learning_rate: float
+    gradient_norm: float
+    masked_share: float
+    audio_rate: float
+    """Seconds of audio a second."""
+    eta: float
+    """Seconds."""
+    skipped_steps: int
+
+
+class Validated(NamedTuple):
+    """Error on held-out speech, student and teacher both clean."""
+
+    step: int
+    loss: float
+    layers: tuple[float, ...]
+    best: bool
+
+
+class Saved(NamedTuple):
+    """The training state is on disk."""
+
+    step: int
+    path: Path
+
+
+class StepSkipped(NamedTuple):
+    """Loss or gradients were not finite; the step was left out."""
+
+    step: int
+    in_a_row: int
+
+
+class Finished(NamedTuple):
+    """The end of the run, or of this part of it."""
+
+    step: int
+    reason: str
+    """done, stopped or early stop."""
+    best_loss: float
+    seconds: float
+    audio_seconds: float
+    peak_memory: int
+    """Bytes: of the GPU where one is used, else of the process."""
+    out: Path
+
+
+Report = Scanning | Started | Progress | Validated | Saved | StepSkipped | Finished
+
+
+# ---- the loop --------------------------------------------------------------
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Report]:
+    """Distil a student; yields reports while it works.
+
+    Args:
+        config: the settings. With `resume`, of the run to continue, changed only in `RESUMABLE`.
+        resume: continue from `config.out`'s checkpoint.
+        force: start anew although `config.out` exists.
+        should_stop: asked after every step; on True a checkpoint is written and the run ends.
+
+    Raises:
+        ArmhubertError: bad input, before anything is written, or a run that diverged, its last checkpoint intact.
+    """
+    out = Path(config.out)
+    _check_out(out, config, resume, force)
+    saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
+    with world(pick_device(config.device)) as processes:
+        teacher = load_teacher(config.teacher, device=processes.device)
+        if "masking" in config.terms and teacher.mask_embedding is None:
+            raise ArmhubertError(
+                f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
+                "use --loss plain or star, or the same weights from the hub"
+            )
+        student = _new_student(config, teacher).to(processes.device)
+        copied = copy_matching(student, teacher) if config.init == "teacher" else 0
+        data = yield from _prepare_data(config, out, student.config.receptive_field, processes)
+        identity = _identity(config, teacher, student, data, processes)
+        run = _Run(config, processes, teacher, student, data)
+        if saved is not None:
+            _check_identity(saved.identity, identity, out)
+            run.restore(saved)
+        if processes.leads:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            write_skipped(data.scan, out / SKIPPED_FILE)
+        log = runlog.RunLog(out, run.state.step) if processes.leads else None
+        yield _started(run, copied, out)
+
+        try:
+            yield from _train(run, log, identity, should_stop)
+        finally:
+            if log is not None:
+                log.close()
+
+
+def _train(
+    run: "_Run", log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
+) -> Iterator[Report]:
+    config, state, out = run.config, run.state, Path(run.config.out)
+    validate_every = config.validate_every or max(1, run.steps // 20)
+    save_every = config.save_every or validate_every
+    reason = "done"
+    window = _Window(run)
+    for group in run.groups():
+        outcome = run.step(group)
+        if outcome is None:
+            yield StepSkipped(state.step, state.skipped_in_a_row)
+            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise ArmhubertError(
+                    f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: lower "
+                    f"the learning rate ({config.learning_rate}) or set clip; the last good state is in {out}"
+                )
+        else:
+            window.add(outcome)
+        last = state.step >= run.steps
+        if window.count and (last or state.step % config.log_every == 0):
+            progress = window.report()
+            if log is not None:
+                scalars = {"loss": progress.loss, "learning_rate": progress.learning_rate}
+                scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
+                log.add("train", state.step, scalars, progress.layers)
+            yield progress
+        stop = run.world.any(should_stop())
+        if run.data.valid and (last or state.step % validate_every == 0):
+            validated = run.validate()
+            if log is not None:
+                log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
+            if validated.best:
+                run.export(out)
+            yield validated
+            if config.patience is not None and state.validations_without_gain >= config.patience and not last:
+                reason, stop = "early stop", True
+        if last or stop or state.step % save_every == 0:
+            if run.world.leads:
+                checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
+                if not run.data.valid:
+                    run.export(out)
+            if log is not None:
+                log.draw()
+            yield Saved(state.step, out / CHECKPOINT_FILE)
+        if last or stop:
+            reason = "stopped" if stop and reason == "done" and not last else reason
+            break
+    run.world.wait()
+    yield Finished(
+        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, peak_memory(run.world), out
+    )
+
+
+# ---- one run ---------------------------------------------------------------
+
+
+class _Data(NamedTuple):
+    train: Sequence[Utterance]
+    valid: Sequence[Utterance]
+    scan: Scan
+
+
+class _Micro(NamedTuple):
+    """One batch of one process: the smallest piece of a step."""
+
+    epoch: int
+    place: int
+    """In the step, counted over all processes; seeds dropout."""
+    crops: list[Crop]
+
+
+class _Group(NamedTuple):
+    """The batches of one optimizer step over all processes, and this process's share of them as audio."""
+
+    all: list[_Micro]
+    mine: list[tuple[_Micro, AudioBatch]]
+    after: Cursor
+
+
+class _Outcome(NamedTuple):
+    """Of one step, over all processes; still on the device."""
+
+    loss: Tensor
+    layers: Tensor
+    gradient_norm: Tensor
+    masked_share: float
+    audio_seconds: float
+
+
+class _Run:
+    """Models, optimizer and state of one process of a run."""
+
+    def __init__(
+        self, config: DistillConfig, processes: World, teacher: SpeechEncoder, student: ARMHuBERT, data: _Data
+    ) -> None:
+        self.config, self.world, self.teacher, self.student, self.data = config, processes, teacher, student, data
+        self.state = TrainingState()
+        self.layers = layer_mapping(student.config.layers, teacher.config.layers)
+        self.layer_weights = losses.layer_weights(student.config.layers, config.layer_weight).to(processes.device)
+        student.gradient_checkpointing = config.gradient_checkpointing
+        self.objective = Objective(student, config.terms, config.distance, config.impl).to(processes.device)
+        self.term_weights = torch.tensor(list(config.terms.values()), device=processes.device)
+        self.wrapped: torch.nn.Module = self.objective
+        if processes.size > 1:
+            self.wrapped = DistributedDataParallel(
+                self.objective, device_ids=[processes.device] if processes.device.type == "cuda" else None
+            )
+        self.trained = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
+        self.batches_per_step = config.accumulate * processes.size
+        self.steps = config.steps or self._steps_of_epochs(200.0 if config.epochs is None else config.epochs)
+
+    def _steps_of_epochs(self, epochs: float) -> int:
+        return max(1, -int(-epochs * len(self._plan(0)) // self.batches_per_step))
+
+    def _plan(self, epoch: int) -> list[list[Crop]]:
+        config = self.config
+        return plan_epoch(
+            self.data.train,
+            batch_seconds=config.batch_seconds,
+            max_seconds=config.max_seconds,
+            seed=config.seed,
+            epoch=epoch,
+        )
+
+    def _stream(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[Crop]]]:
+        """Every batch from `cursor` on, epoch after epoch, with the cursor that follows it."""
+        epoch, first = cursor
+        while True:
+            plan = self._plan(epoch)
+            for number in range(first, len(plan)):
+                yield Cursor(epoch, number + 1), plan[number]
+            epoch, first = epoch + 1, 0
+
+    def groups(self) -> Iterator[_Group]:
+        """The steps that are left, with their audio."""
+        stream = self._stream(self.state.cursor)
+        step = self.state.step
+        while step < self.steps:
+            count = min(STEPS_PER_LOADER, self.steps - step)
+            planned = []
+            for _ in range(count):
+                pieces = list(islice(stream, self.batches_per_step))
+                micros = [_Micro(after.epoch, place, crops) for place, (after, crops) in enumerate(pieces)]
+                planned.append((micros, pieces[-1][0]))
+            mine = [micros[self.world.rank :: self.world.size] for micros, _ in planned]
+            audio = batches(
+                self.data.train,
+                [micro.crops for micros in mine for micro in micros],
+                workers=self.config.workers,
+                pin_memory=self.world.device.type == "cuda",
+            )
+            with contextlib.closing(audio):  # type: ignore[type-var]
+                for (micros, after), own in zip(planned, mine, strict=True):
+                    yield _Group(micros, [(micro, next(audio)) for micro in own], after)
+            step += count
+
+    def step(self, group: _Group) -> _Outcome | None:
+        """One optimizer step; None where it was skipped because something was not finite."""
+        started = time.perf_counter()
+        state, config, student = self.state, self.config, self.student
+        student.train()
+        rate = learning_rate(state.step, self.steps, config.warmup, config.learning_rate)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        # Frames of all batches of all processes: known from the plan, so every process divides by the same number.
+        frames = sum(student.config.frames(crop.count) for micro in group.all for crop in micro.crops)
+        sums = torch.zeros(len(config.terms), student.config.layers, device=self.world.device)
+        masked = 0
+        for position, (micro, audio) in enumerate(group.mine):
+            waveforms, lengths, mask = self._inputs(micro, audio)
+            masked += int(mask.sum())
+            mask = mask.to(waveforms.device, non_blocking=True)
+            last = position == len(group.mine) - 1
+            alone = contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
+            with alone, self._chance(state.step, micro.place):
+                with self._autocast():
+                    targets = teacher_targets(
+                        self.teacher, waveforms, lengths, mask, self.layers,
+                        masking="masking" in config.terms,
+                        clean=bool(config.terms.keys() & {"plain", "star"}),
+                        inputs="star" in config.terms,
+                    )  # fmt: skip
+                    terms = self.wrapped(waveforms, lengths, mask, targets)
+                # DistributedDataParallel averages gradients; ours are shares of one sum.
+                self.scaler.scale(self._weigh(terms) / frames * self.world.size).backward()
+            sums += terms.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.clip or float("inf"))
+        sums = self.world.sum(sums)
+        loss = self._weigh(sums) / frames
+        state.step += 1
+        state.cursor = group.after
+        # The one place where the device is waited for. With fp16 the scaler itself skips gradients that overflow.
+        finite = bool(torch.isfinite(loss) & (torch.isfinite(norm) | (self.dtype is torch.float16)))
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.train_seconds += time.perf_counter() - started
+        if not finite:
+            state.skipped_steps += 1
+            state.skipped_in_a_row += 1
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+            return None
+        state.skipped_in_a_row = 0
+        seconds = sum(crop.count for micro in group.all for crop in micro.crops) / SAMPLE_RATE
+        state.audio_seconds += seconds
+        own = sum(student.config.frames(crop.count) for micro, _ in group.mine for crop in micro.crops)
+        layers = (sums * self.term_weights[:, None]).sum(0) / frames
+        return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
+
+    def _weigh(self, sums: Tensor) -> Tensor:
+        return (self.term_weights @ sums) @ self.layer_weights
+
+    def _inputs(self, micro: _Micro, audio: AudioBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Waveforms and lengths on the device, and the mask: drawn here, once, for teacher and student."""
+        config, student = self.config, self.student.config
+        probability = scheduled_probability(config.mask_prob, config.mask_prob_end, self.state.step / self.steps)
+        if "masking" not in config.terms:
+            probability = 0.0
+        masks = [
+            span_mask(
+                student.frames(crop.count),
+                probability,
+                np.random.default_rng([config.seed, micro.epoch, crop.index]),
+                mean_length=config.mask_length,
+            )
+            for crop in micro.crops
+        ]
+        mask = batch_mask(masks, student.frames(audio.waveforms.shape[1]))
+        waveforms = audio.waveforms.to(self.world.device, non_blocking=True)
+        return waveforms, _lengths(audio, self.world.device), mask
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
+
+    @contextlib.contextmanager
+    def _chance(self, step: int, place: int) -> Iterator[None]:
+        """Dropout's generators seeded by (seed, step, batch); the caller's are put back."""
+        device = self.world.device
+        seed = int(np.random.SeedSequence([self.config.seed, step, place]).generate_state(1, np.uint64)[0] >> 1)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+            yield
+
+    @torch.no_grad()
+    def validate(self) -> Validated:
+        """Held-out error of student against teacher, both clean, per layer; remembers whether it is the lowest."""
+        config, student = self.config, self.student
+        student.eval()
+        plan = plan_epoch(
+            self.data.valid, batch_seconds=config.batch_seconds, max_seconds=config.max_seconds,
+            seed=config.seed, epoch=0, shuffle=False,
+        )  # fmt: skip
+        own = plan[self.world.rank :: self.world.size]
+        sums = torch.zeros(student.config.layers, device=self.world.device)
+        audio = batches(self.data.valid, own, workers=min(1, config.workers))
+        with contextlib.closing(audio):  # type: ignore[type-var]
+            for batch in audio:
+                waveforms, lengths = batch.waveforms.to(self.world.device), _lengths(batch, self.world.device)
+                with self._autocast():
+                    targets = teacher_targets(
+                        self.teacher, waveforms, lengths, None, self.layers,
+                        masking=False, clean=True, inputs=student.heads is None,
+                    )  # fmt: skip
+                    output = SpeechEncoder.forward(student, waveforms, lengths)
+                    frames = output.lengths if lengths is not None else None
+                    if student.heads is None:
+                        sums += losses.relation_loss(output.hidden_states, targets, frames)
+                    else:
+                        sums += self.objective.frame_loss(output.hidden_states, targets.clean, frames)
+        total = sum(student.config.frames(crop.count) for crops in plan for crop in crops)
+        layers = self.world.sum(sums) / total
+        loss = float(layers @ self.layer_weights)
+        best = loss < self.state.best_loss
+        self.state.best_loss = min(loss, self.state.best_loss)
+        self.state.validations_without_gain = 0 if best else self.state.validations_without_gain + 1
+        return Validated(self.state.step, loss, tuple(layers.tolist()), best)
+
+    def export(self, out: Path) -> None:
+        """Write the student as a model folder, and load it once."""
+        if not self.world.leads:
+            return
+        self.student.save_pretrained(out, card=model_card(self.student, _training_section(self)))
+        again = ARMHuBERT.from_pretrained(out).state_dict()
+        if not all(torch.equal(again[name], value.cpu()) for name, value in self.student.state_dict().items()):
+            raise RuntimeError(f"{out} did not read back as it was written: the disk is at fault")
+
+    def checkpoint(self, identity: dict[str, Any]) -> Checkpoint:
+        """Everything needed to go on."""
+        return Checkpoint(
+            self.state, self.student.state_dict(), self.optimizer.state_dict(), self.scaler.state_dict(), identity
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from `saved`."""
+        self.state = saved.state
+        try:
+            self.student.load_state_dict(saved.student)
+            self.optimizer.load_state_dict(saved.optimizer)
+            if saved.scaler:
+                self.scaler.load_state_dict(saved.scaler)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ArmhubertError(f"the checkpoint does not fit the student: {' '.join(str(error).split())[:200]}") from None
+
+
+class _Window:
+    """Outcomes since the last report."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self._clear()
+
+    def _clear(self) -> None:
+        self.outcomes: list[_Outcome] = []
+        self.since, self.trained = time.perf_counter(), self.run.state.train_seconds
+
+    @property
+    def count(self) -> int:
+        return len(self.outcomes)
+
+    def add(self, outcome: _Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def report(self) -> Progress:
+        run, state, outcomes = self.run, self.run.state, self.outcomes
+        elapsed = max(1e-9, time.perf_counter() - self.since)
+        progress = Progress(
+            step=state.step,
+            steps=run.steps,
+            epoch=state.cursor.epoch,
+            loss=float(torch.stack([o.loss for o in outcomes]).mean()),
+            layers=tuple(torch.stack([o.layers for o in outcomes]).mean(0).tolist()),
+            learning_rate=learning_rate(state.step - 1, run.steps, run.config.warmup, run.config.learning_rate),
+            gradient_norm=float(torch.stack([o.gradient_norm for o in outcomes]).mean()),
+            masked_share=sum(o.masked_share for o in outcomes) / len(outcomes),
+            audio_rate=sum(o.audio_seconds for o in outcomes) / elapsed,
+            eta=elapsed / len(outcomes) * (run.steps - state.step),
+            skipped_steps=state.skipped_steps,
+        )
+        self._clear()
+        return progress
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Rate of step 0..steps-1: linear rise over the first `warmup` share, then linear fall to 0."""
+    rising = warmup * steps
+    if step + 1 < rising:
+        return peak * (step + 1) / rising
+    return peak * (steps - step) / max(1.0, steps - rising + 1) if step + 1 > rising + 1 else peak
+
+
+# ---- preparation -----------------------------------------------------------
+
+
+def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> None:
+    if resume:
+        return
+    if out.exists() and not out.is_dir():
+        raise ArmhubertError(f"{out} is a file: choose a folder for the run")
+    for source in map(Path, (*config.data, *config.valid)):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise ArmhubertError(f"the run's folder {out} lies inside the data {source}: nothing is written there")
+    if force or not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / CONFIG_FILE).is_file():
+        raise ArmhubertError(f"{out} holds a run: continue it with --resume {out}, or start anew with --force")
+    raise ArmhubertError(f"{out} exists, is not empty and is no run: choose another folder, or use --force")
+
+
+def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
+    """The settings of the run in `out`, with `changes` made to what a resumed run may change.
+
+    Raises:
+        ArmhubertError: no run there, or a change to something that it computes.
+    """
+    if not (out / CONFIG_FILE).is_file():
+        raise ArmhubertError(f"{out} is no run: it has no {CONFIG_FILE}")
+    config = build(DistillConfig, read_mapping(out / CONFIG_FILE), str(out / CONFIG_FILE))
+    for name, value in changes.items():
+        if name not in RESUMABLE and value != getattr(config, name):
+            raise ArmhubertError(
+                f"a resumed run keeps its {name} {getattr(config, name)!r}, got {value!r}: leave it out, or start a new run"
+            )
+    if changes.get("steps") is not None:
+        changes = {**changes, "epochs": None}
+    elif changes.get("epochs") is not None:
+        changes = {**changes, "steps": None}
+    return dataclasses.replace(config, **{**changes, "out": str(out)})
+
+
+def _new_student(config: DistillConfig, teacher: SpeechEncoder) -> ARMHuBERT:
+    wanted = student_config(config, teacher.config)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(config.seed)
+        return ARMHuBERT(wanted, impl=config.impl)
+
+
+@torch.no_grad()
+def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
+    """Start the student from the teacher's tensors where names and shapes agree; returns how many were copied.
+
+    A student layer takes from the teacher layer it learns from; a reusing layer's values from that layer's values.
+    """
+    theirs = teacher.state_dict()
+    mapping = layer_mapping(student.config.layers, teacher.config.layers)
+    copied = 0
+    for name, parameter in student.named_parameters():
+        source = name
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            source = f"layers.{mapping[int(number)] - 1}.{rest}"
+        tensor = theirs.get(source)
+        if tensor is None and ".attention.value." in source:
+            fused = theirs.get(source.replace(".value.", ".qkv."))
+            tensor = None if fused is None else fused.chunk(3)[2]
+        if tensor is not None and tensor.shape == parameter.shape:
+            parameter.copy_(tensor)
+            copied += 1
+    return copied
+
+
+def _prepare_data(
+    config: DistillConfig, out: Path, min_samples: int, processes: World
+) -> Generator[Report, None, _Data]:
+    """Find, examine and split the speech; the lead process does the work, the others read its cache."""
+    bundled = resources.files("armhubert") / "assets" / "speech"
+    sources = config.data or (str(bundled),)
+    cache = out.absolute().parent / SCAN_CACHE
+    if not processes.leads:
+        processes.wait()
+    found = yield from _scan(sources, min_samples, cache, config.workers)
+    held = (yield from _scan(config.valid, min_samples, cache, config.workers)) if config.valid else None
+    if processes.leads:
+        processes.wait()
+    for part in (found, held):
+        if part is not None:
+            part.require_utterances()
+    if held is not None:
+        both = Scan(found.utterances, (*found.skipped, *held.skipped))
+        return _Data(found.utterances, held.utterances, both)
+    if config.hold_out == 0:
+        return _Data(found.utterances, (), found)
+    train, valid = split_validation(found.utterances, fraction=config.hold_out, seed=config.seed)
+    return _Data(train, valid, found)
+
+
+def _scan(
+    sources: Sequence[str], min_samples: int, cache: Path, workers: int
+) -> Generator[Report, None, Scan]:
+    examined = scan(discover(sources), min_samples=min_samples, cache=cache, workers=workers)
+    while True:
+        try:
+            yield Scanning(*next(examined))
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def _lengths(audio: AudioBatch, device: torch.device) -> Tensor | None:
+    """Valid samples on the device; None where nothing is padded, which is faster."""
+    if bool((audio.lengths == audio.waveforms.shape[1]).all()):
+        return None
+    return audio.lengths.to(device, non_blocking=True)
+
+
+def _identity(
+    config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: _Data, processes: World
+) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
+    for utterance in (*data.train, *data.valid):
+        digest.update(f"{Path(utterance.path).name} {utterance.samples}\n".encode(errors="surrogateescape"))
+    return {
+        "teacher": fingerprint(teacher),
+        "student": dataclasses.asdict(student.config),
+        "data": digest.hexdigest(),
+        "batches in a step": config.accumulate * processes.size,
+    }
+
+
+def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            detail = ""
+            if name == "student" and isinstance(saved.get(name), dict):
+                changed = [k for k in value if saved[name].get(k) != value[k]]
+                detail = f" ({', '.join(changed)})"
+            if name == "batches in a step":
+                detail = f": {saved.get(name)} then, {value} now (accumulate times processes)"
+            raise ArmhubertError(
+                f"{out} was made with another {name}{detail}: resume with the same, or start a new run"
+            )
+
+
+def _started(run: _Run, copied: int, out: Path) -> Started:
+    count = count_parameters(run.student)
+    data = run.data
+    return Started(
+        config=run.config,
+        student=run.student.config,
+        teacher_parameters=sum(p.numel() for p in run.teacher.parameters()),
+        student_parameters=count.total,
+        student_parameters_without_heads=count.without_heads,
+        copied_from_teacher=copied,
+        utterances=len(data.train),
+        seconds=sum(u.samples for u in data.train) / SAMPLE_RATE,
+        valid_utterances=len(data.valid),
+        valid_seconds=sum(u.samples for u in data.valid) / SAMPLE_RATE,
+        skipped=data.scan.skipped_by_kind,
+        skipped_report=out / SKIPPED_FILE if data.scan.skipped else None,
+        padding_waste=padding_waste(run._plan(0)),
+        steps=run.steps,
+        first_step=run.state.step,
+        processes=run.world.size,
+        device=device_name(run.world.device),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Readable name of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(processes: World) -> int:
+    """Bytes: the GPU's high-water mark where one is used, else the process's."""
+    if processes.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(processes.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _training_section(run: _Run) -> str:
+    config, state = run.config, run.state
+    hours = state.audio_seconds / 3600
+    lines = [
+        "## Training",
+        "",
+        f"Distilled from `{Path(config.teacher).name}` with armhubert: loss `{config.loss}` ({config.distance}), "
+        f"mask probability {config.mask_prob}, {state.step} steps of {run.steps}, {hours:.2f} hours of audio seen, "
+        f"{len(run.data.train)} utterances, peak learning rate {config.learning_rate:g}, precision {config.precision}, "
+        f"seed {config.seed}.",
+    ]
+    if state.best_loss < float("inf"):
+        lines.append(f"Held-out loss ({len(run.data.valid)} utterances, unmasked): {state.best_loss:.4f}.")
+    return "\n".join([*lines, "", "All settings: distill.json; curves: metrics.jsonl, loss.png, layers.png.", ""])

@@ -1,0 +1,82 @@
+"""Several processes under torchrun, or one: what the training loop needs to know of the others."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from armhubert.errors import ArmhubertError
+
+
+class World(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> a device that exists here.
+
+    Raises:
+        ArmhubertError: a GPU that is not there, or another kind of device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ArmhubertError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ArmhubertError(f"device {name!r} was asked for and PyTorch sees no GPU here: use --device cpu or auto")
+    index = int(number) if number else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ArmhubertError(f"device 'cuda:{index}' was asked for and there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def world(device: torch.device) -> Iterator[World]:
+    """Join the other processes that torchrun started (gloo on CPUs, NCCL on GPUs); alone where it started none."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or dist.is_initialized():
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        yield World(rank, dist.get_world_size() if dist.is_initialized() else 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None
+    )
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,124 @@
+"""What a run leaves to read and to look at: metrics.jsonl, TensorBoard, loss.png, layers.png."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from armhubert.files import write_atomic
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes a run's measurements into its folder; on resume, forgets what came after the checkpoint.
+
+    Args:
+        folder: of the run.
+        step: the step that the run goes on from; 0: anew.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
+
+        self.folder = folder
+        self.rows = [row for row in read_metrics(folder / METRICS) if row["step"] <= step] if step else []
+        write_atomic(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if not step:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def add(self, kind: str, step: int, scalars: dict[str, float], layers: tuple[float, ...]) -> None:
+        """One measurement: `kind` is train or valid; `layers` the unweighted error of each layer."""
+        row: dict[str, Any] = {"kind": kind, "step": step, **scalars, "layers": [round(x, 6) for x in layers]}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        for number, value in enumerate(layers, start=1):
+            self._board.add_scalar(f"{kind}/layer_{number:02d}", value, step)
+
+    def draw(self) -> None:
+        """Rewrite the pictures from everything measured so far."""
+        draw_loss(self.rows, self.folder / "loss.png")
+        draw_layers(self.rows, self.folder / "layers.png")
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a torn last line, as an interrupted run leaves it, is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over the steps."""
+    figure, axes = _figure("step", "loss (weighted sum over layers)")
+    for kind, style in (("train", {"alpha": 0.75, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 3.5})):
+        points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
+        if points:
+            label = {"train": "training, masked", "valid": "held out, unmasked"}[kind]
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_yscale("log")
+    _save(figure, axes, path)
+
+
+def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
+    """Error of every layer over the steps: of the validation where there is one, else of the training batches."""
+    kind = "valid" if any(row["kind"] == "valid" for row in rows) else "train"
+    chosen = [row for row in rows if row["kind"] == kind]
+    figure, axes = _figure("step", f"error of each layer ({'held out' if kind == 'valid' else 'training'})")
+    count = len(chosen[0]["layers"]) if chosen else 0
+    colors = _colors(count)
+    for layer in range(count):
+        points = [(row["step"], row["layers"][layer]) for row in chosen]
+        axes.plot(*zip(*points, strict=True), color=colors[layer], label=f"layer {layer + 1}", marker="o", markersize=2.5)
+    axes.set_yscale("log")
+    _save(figure, axes, path)
+
+
+def _figure(x: str, y: str) -> tuple[Any, Any]:
+    # Figures without pyplot: no global state, no display, no backend chosen behind the caller's back.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, which="both")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _colors(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.05 + 0.85 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    import io
+
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, ncols=2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,5 @@
+"""`python -m armhubert.cli`, for torchrun."""
+
+from armhubert.cli import main
+
+main()

@@ -1,0 +1,187 @@
+"""How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from armhubert.config import EncoderConfig
+    from armhubert.distill import Finished, Report, Started
+    from armhubert.student import ParameterCount
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """One line on standard error."""
+    _err.print(f"[red]error:[/red] {_plain(message)}" if _err.is_terminal else f"error: {_plain(message)}")
+
+
+def note(message: str) -> None:
+    """A remark on standard error."""
+    _err.print(_plain(message))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")
+
+
+def show(reports: "Iterator[Report]") -> None:
+    """Consume a run's reports."""
+    import os
+
+    if int(os.environ.get("RANK", 0)) > 0:
+        for _ in reports:
+            pass
+    elif _out.is_terminal:
+        _show_live(reports)
+    else:
+        for report in reports:
+            line = format_line(report)
+            if line:
+                print(line, flush=True)
+
+
+def format_line(report: "Report") -> str:
+    """One line of `kind key=value ...` for logs and scripts; empty for reports that a log does not need."""
+    from armhubert import distill
+
+    if isinstance(report, distill.Scanning):
+        return f"scan done={report.done} total={report.total}" if report.done == report.total else ""
+    if isinstance(report, distill.Started):
+        skipped = sum(report.skipped.values())
+        return (
+            f"start teacher={Path(report.config.teacher).name} teacher_parameters={report.teacher_parameters} "
+            f"student_parameters={report.student_parameters} without_heads={report.student_parameters_without_heads} "
+            f"pattern={report.student.pattern} utterances={report.utterances} seconds={report.seconds:.1f} "
+            f"valid_utterances={report.valid_utterances} valid_seconds={report.valid_seconds:.1f} skipped={skipped} "
+            f"padding={report.padding_waste:.3f} steps={report.steps} first_step={report.first_step} "
+            f"processes={report.processes} out={report.config.out}"
+        )
+    if isinstance(report, distill.Progress):
+        return (
+            f"train step={report.step} of={report.steps} epoch={report.epoch} loss={report.loss:.5f} "
+            f"lr={report.learning_rate:.2e} grad_norm={report.gradient_norm:.3f} masked={report.masked_share:.2f} "
+            f"audio_rate={report.audio_rate:.1f} eta={report.eta:.0f} skipped_steps={report.skipped_steps}"
+        )
+    if isinstance(report, distill.Validated):
+        layers = ",".join(f"{x:.4f}" for x in report.layers)
+        return f"valid step={report.step} loss={report.loss:.5f} layers={layers} best={str(report.best).lower()}"
+    if isinstance(report, distill.Saved):
+        return f"saved step={report.step} path={report.path}"
+    if isinstance(report, distill.StepSkipped):
+        return f"skipped step={report.step} in_a_row={report.in_a_row}"
+    resume = f" resume='armhubert distill --resume {report.out}'" if report.reason == "stopped" else ""
+    return (
+        f"finished reason={report.reason.replace(' ', '-')} step={report.step} best_loss={report.best_loss:.5f} "
+        f"train_seconds={report.seconds:.1f} audio_seconds={report.audio_seconds:.1f} "
+        f"peak_memory_mib={report.peak_memory / 2**20:.0f} out={report.out}{resume}"
+    )
+
+
+def _show_live(reports: "Iterator[Report]") -> None:
+    from armhubert import distill
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_out) as bar:
+        scanning = training = None
+        for report in reports:
+            if isinstance(report, distill.Scanning):
+                if scanning is None:
+                    scanning = bar.add_task("examine audio", total=report.total, detail="")
+                bar.update(scanning, completed=report.done, total=report.total)
+            elif isinstance(report, distill.Started):
+                if scanning is not None:
+                    bar.remove_task(scanning)
+                bar.console.print(_start_table(report))
+                training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
+            elif isinstance(report, distill.Progress) and training is not None:
+                detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"
+                bar.update(training, completed=report.step, detail=detail)
+            elif isinstance(report, distill.Validated):
+                mark = " [green]best[/green]" if report.best else ""
+                layers = " ".join(f"{x:.3f}" for x in report.layers)
+                bar.console.print(f"step {report.step}: held-out loss {report.loss:.4f}{mark} [dim]by layer {layers}[/dim]")
+            elif isinstance(report, distill.StepSkipped):
+                bar.console.print(f"[yellow]step {report.step} skipped: not finite ({report.in_a_row} in a row)[/yellow]")
+            elif isinstance(report, distill.Finished):
+                bar.stop()
+                _show_end(report)
+
+
+def _start_table(report: "Started") -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    share = report.student_parameters_without_heads / report.teacher_parameters
+    table.add_row("teacher", f"{report.config.teacher}, {report.teacher_parameters:,} parameters")
+    table.add_row(
+        "student",
+        f"{report.student_parameters_without_heads:,} parameters ({share:.0%} of the teacher), pattern "
+        f"{report.student.pattern}" + (f", {report.copied_from_teacher} tensors from the teacher" if report.copied_from_teacher else ""),
+    )
+    table.add_row("speech", f"{report.utterances} utterances, {_duration(report.seconds)}; padding {report.padding_waste:.1%}")
+    if report.valid_utterances:
+        table.add_row("held out", f"{report.valid_utterances} utterances, {_duration(report.valid_seconds)}")
+    if report.skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.skipped.items())
+        table.add_row("skipped", f"[yellow]{kinds}[/yellow], listed in {report.skipped_report}")
+    processes = f"{report.processes} processes, " if report.processes > 1 else ""
+    table.add_row("on", f"{processes}{report.device}, {report.config.precision}")
+    if report.first_step:
+        table.add_row("resumed", f"at step {report.first_step}")
+    return table
+
+
+def _show_end(report: "Finished") -> None:
+    held_out = f", lowest held-out loss {report.best_loss:.4f}" if report.best_loss < float("inf") else ""
+    _out.print(
+        f"{report.reason.capitalize()} at step {report.step}{held_out}; {_duration(report.seconds)} of training, "
+        f"{_duration(report.audio_seconds)} of audio, peak memory {report.peak_memory / 2**30:.2f} GiB."
+    )
+    if report.reason == "stopped":
+        _out.print(f"Go on with:  armhubert distill --resume {report.out}")
+    else:
+        _out.print(f"Student, curves and card are in {report.out}:  ARMHuBERT.from_pretrained({str(report.out)!r})")
+
+
+def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -> None:
+    """What a model is."""
+    rows: dict[str, Any] = {
+        "model": source,
+        "parameters": f"{count.total:,}, without heads {count.without_heads:,}",
+        "layers": f"{config.layers} of width {config.width}, {config.heads} heads, FFN {config.ffn}",
+        "pattern": f"{config.pattern}, maps read as {config.attention_mode}",
+        "frames": f"one every {config.hop} samples of 16 kHz",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    _out.print(table)
+
+
+def show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:
+    """What a model made of a recording."""
+    _out.print(
+        f"{audio.name}: {seconds:.2f} s -> features {list(features.shape)}, mean {features.mean():.3f}, "
+        f"deviation {features.std():.3f}, in {elapsed * 1e3:.0f} ms"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
