@@ -4,13 +4,15 @@
 What lowers has not thereby been run.
 """
 
-import hashlib
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import torch
 import triton
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_reuse_attention as attention
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,6 +42,7 @@ MATRIX_INSTRUCTIONS = {
     "gfx942": ("v_mfma",),
 }
 HEAD_WIDTHS = (36, 40, 64, 128)
+LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of a case; registers and spills are None where the target's tools do not tell."""
+    """What the compiler made of a case: registers a thread, spills (bytes on NVIDIA, registers on AMD), shared memory."""
 
     kernel: str
     target: str
     dtype: str
-    registers: int | None
-    spilled: int | None
+    registers: int
+    spilled: int
     shared: int
     matrix: str
 
@@ -101,10 +107,27 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
                 yield Case(label, kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
 
 
+def _distillation_cases(dtype: str) -> Iterator[Case]:
+    low = f"*{dtype}"
+    shipped = distillation.config(DTYPES[dtype])
+    for l1, keep in ((False, False), (False, True), (True, True)):
+        arguments: dict[str, Any] = {
+            **dict.fromkeys(("hidden", "clean", "masked"), (low,) * LAYERS),
+            **dict.fromkeys(("weight_ptr", "bias_ptr", "residual_ptr"), low),
+            **{"mask_ptr": "*i1", "lengths_ptr": "*i64", "partial_ptr": "*fp32", "N": "i32", "T": "i32"},
+            **dict.fromkeys(("h_n", "clean_n", "masked_n"), "i32:16"),
+            **{"L": LAYERS, "C": 480, "E": 768, "L1": l1, "KEEP": keep, "PRECISION": "ieee"},
+            **{name: getattr(shipped, name) for name in ("BLOCK_N", "BLOCK_E", "BLOCK_C")},
+        }
+        label = f"distillation {'l1' if l1 else 'mse'}{' training' if keep else ''}"
+        yield Case(label, distillation.forward_kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration, in three dtypes."""
     for dtype in DTYPES:
         yield from _attention_cases(dtype)
+        yield from _distillation_cases(dtype)
 
 
 def compile_case(case: Case, target: str) -> Any:
@@ -112,7 +135,10 @@ def compile_case(case: Case, target: str) -> Any:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(case.kernel.arg_names):
         value = case.arguments[name]
-        if isinstance(value, str) and name != "PRECISION":
+        if isinstance(value, tuple):
+            signature[name] = value
+            attributes |= {(index, part): [["tt.divisibility", 16]] for part in range(len(value))}
+        elif isinstance(value, str) and name != "PRECISION":
             kind, _, divisor = value.partition(":")
             signature[name] = kind
             # what a launch would find out for itself: allocations start at multiples of 16 bytes
@@ -129,13 +155,14 @@ def compile_case(case: Case, target: str) -> Any:
 def measure(case: Case, target: str) -> Row:
     """Compile a case and read its resources."""
     binary = compile_case(case, target)
-    registers, spilled = None, None
     if "cubin" in binary.asm:
         registers, spilled = _cubin_resources(binary.asm["cubin"])
         text = binary.asm["ptx"]
     else:
         text = binary.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+        registers, spilled = (
+            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )  # type: ignore[index]
     matrix = next((name for name in MATRIX_INSTRUCTIONS[target] if name in text), "none")
     return Row(case.name, target, case.dtype, registers, spilled, binary.metadata.shared, matrix)
 
@@ -148,3 +175,35 @@ def _cubin_resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])  # type: ignore[index]
+
+
+def table() -> Iterator[Row]:
+    """Every case on every target: some 600 compilations, minutes on a laptop; Triton caches them."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        count = len(list(cases()))
+        yield from pool.map(_row, [(index, target) for index in range(count) for target in TARGETS])
+
+
+def _row(job: tuple[int, str]) -> Row:
+    index, target = job  # an index, since a jit function does not pickle
+    return measure(_all_cases()[index], target)
+
+
+@cache
+def _all_cases() -> tuple[Case, ...]:
+    return tuple(cases())
+
+
+def main() -> None:
+    """Print the table and write results/lowering.json beside it."""
+    shown = Table("kernel", "target", "dtype", "registers", "spilled", "shared", "matrix", title="lowers; not run")
+    rows = []
+    for row in track(table(), total=len(_all_cases()) * len(TARGETS), description="compiling", transient=True):
+        rows.append(row)
+        shown.add_row(*(str(value) for value in asdict(row).values()))
+    Console(width=110).print(shown)
+    path = Path(__file__).parent / "results" / "lowering.json"
+    path.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    print(f"{len(rows)} rows -> {path}")

@@ -30,6 +30,7 @@ from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask,
 from torch import Tensor
 
 Setting = Literal["exact", "resoftmax"]
+MAX_HEAD_WIDTH = 128
 
 
 class AttentionMap(NamedTuple):
@@ -341,6 +342,16 @@ _attention_bwd = register(
 # ---- public -----------------------------------------------------------------
 
 
+def _resolve(impl: Impl, q: Tensor) -> Literal["triton", "torch"]:
+    """As resolve_impl, knowing that the kernels hold whole heads in registers: at most 128 columns."""
+    chosen = resolve_impl(impl, q)
+    if chosen == "triton" and q.shape[-1] > MAX_HEAD_WIDTH:
+        if impl == "triton":
+            raise ValueError(f"head width must be 1..{MAX_HEAD_WIDTH} for impl='triton', got {q.shape[-1]}")
+        return "torch"
+    return chosen
+
+
 def project_inside(T: int, D: int, d: int) -> bool:
     """Whether one fused kernel beats projection then attention: a guess from operation counts, not yet measured.
 
@@ -391,7 +402,7 @@ def attend(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     B, T = q.shape[:2]
     check_lengths(lengths, B, T, q.device)
-    chosen = resolve_impl(impl, q)
+    chosen = _resolve(impl, q)
     if chosen == "torch" and not dropout:
         return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
     if chosen == "torch" and torch.compiler.is_compiling():
@@ -462,7 +473,7 @@ def reattend(
     if impl == "triton" and lse is None:
         raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
     resoftmax = setting == "resoftmax"
-    if resolve_impl(impl, q) == "torch" or lse is None:
+    if _resolve(impl, q) == "torch" or lse is None:
         v = F.linear(x, weight, bias).view(B, T, H, d)
         if not resoftmax:
             return _sdpa(q, k, v, lengths)

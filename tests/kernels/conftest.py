@@ -6,10 +6,21 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_TRITON = INTERPRET or DEVICE == "cuda"
+# the interpreter has no bfloat16 arithmetic
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def assert_no_worse_than_torch(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Error against float64 at most twice PyTorch's own in the same dtype, plus one rounding step of the largest value."""
+    step = torch.finfo(low.dtype).eps * high.abs().max().item()
+    budget = 2 * ((low.double() - high).abs().max().item() + step)
+    assert torch.isfinite(got).all(), name
+    error = (got.double() - high).abs().max().item()
+    assert error <= budget, f"{name}: {error:.3e} > {budget:.3e}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`needs_triton` tests run where kernels can: on a GPU or in the interpreter; `needs_compiler` ones where it can compile."""
+    """Skip what cannot run here: kernels need a GPU or the interpreter, which in turn has no compiler."""
     for item in items:
         if item.get_closest_marker("needs_triton") and not RUNS_TRITON:
             item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
@@ -27,7 +38,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write shows up as NaN."""
 
     def poison(t: torch.Tensor) -> torch.Tensor:
-        return t.fill_(torch.nan) if t.is_floating_point() and not torch.compiler.is_compiling() else t
+        return t if t.requires_grad or not t.is_floating_point() else t.fill_(torch.nan)
 
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))

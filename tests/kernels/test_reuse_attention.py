@@ -2,33 +2,76 @@ import pytest
 import torch
 import torch.nn.functional as F
 from armhubert.kernels import AttentionMap, attend, reattend
+from armhubert.kernels import reuse_attention as module
+from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+SETTINGS = ["exact", "resoftmax"]
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("setting", ["exact", "resoftmax"])
+def valid_frames(lengths: Tensor, T: int) -> Tensor:
+    return (torch.arange(T, device=lengths.device) < lengths[:, None])[..., None]
+
+
+def ragged(B: int, T: int) -> Tensor:
+    return torch.tensor([max(1, T - 5 * b) for b in range(B)], device=DEVICE)
+
+
+def layer_pair(impl, dtype, setting, *, B, T, H, d, D, lengths, packed=True):
+    """A computing and a reusing layer: outputs on valid frames and the gradients of every input."""
+    qkv = draw(B, T, 3, H, d, dtype=dtype, seed=T + d).requires_grad_()
+    x = draw(B, T, D, dtype=dtype, seed=1).requires_grad_()
+    weight = (draw(H * d, D, seed=2) / D**0.5).to(dtype).requires_grad_()
+    bias = draw(H * d, dtype=dtype, seed=3).requires_grad_()
+    g = draw(2, B, T, H * d, dtype=dtype, seed=4) * (1 if lengths is None else valid_frames(lengths, T))
+    q, k, v = qkv.unbind(2) if packed else (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
+    computed, kept = attend(q, k, v, lengths, impl=impl)
+    reused = reattend(kept, x, weight, bias, setting=setting, impl=impl)
+    grads = torch.autograd.grad([computed, reused], [qkv, x, weight, bias], [g[0], g[1]])
+    shown = 1 if lengths is None else valid_frames(lengths, T)
+    names = ("computed", "reused", "d_qkv", "d_x", "d_weight", "d_bias")
+    return dict(zip(names, (computed * shown, reused * shown, *grads), strict=True))
+
+
+def compare(dtype, setting, **shape):
+    got = layer_pair("triton", dtype, setting, **shape)
+    low = layer_pair("torch", dtype, setting, **shape)
+    high = layer_pair("torch", torch.float64, setting, **shape)
+    for name in got:
+        assert_no_worse_than_torch(name, got[name], low[name], high[name])
+
+
+# ---- the twins --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_twin_gradients(setting):
     B, T, H, d, D = 3, 6, 2, 4, 5
-    lengths = torch.tensor([6, 4, 1])
-    valid = (torch.arange(T) < lengths[:, None])[..., None]
+    lengths = torch.tensor([6, 4, 1], device=DEVICE)
     inputs = [draw(B, T, H, d), draw(B, T, H, d, seed=1), draw(B, T, D), draw(H * d, D), draw(H * d)]
 
     def reuse(q, k, x, weight, bias):
-        return reattend(AttentionMap(q, k, None, lengths), x, weight, bias, setting=setting, impl="torch") * valid
+        kept = AttentionMap(q, k, None, lengths)
+        return reattend(kept, x, weight, bias, setting=setting, impl="torch") * valid_frames(lengths, T)
 
     assert torch.autograd.gradcheck(reuse, [x.requires_grad_() for x in inputs])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_twin_computing_gradients(dropout):
-    lengths = torch.tensor([6, 3])
-    valid = (torch.arange(6) < lengths[:, None])[..., None]
+    lengths = torch.tensor([6, 3], device=DEVICE)
     inputs = [draw(2, 6, 2, 4, seed=s).requires_grad_() for s in range(3)]
-    assert torch.autograd.gradcheck(
-        lambda *qkv: attend(*qkv, lengths, dropout=dropout, seed=1, impl="torch")[0] * valid, inputs
-    )
+
+    def compute(q, k, v):
+        return attend(q, k, v, lengths, dropout=dropout, seed=1, impl="torch")[0] * valid_frames(lengths, 6)
+
+    assert torch.autograd.gradcheck(compute, inputs)
 
 
 def test_twin_is_the_formula():
@@ -40,3 +83,287 @@ def test_twin_is_the_formula():
     for setting, M in (("exact", A), ("resoftmax", A.softmax(-1))):
         want = torch.einsum("bhij,bjhd->bihd", M, v).flatten(2)
         torch.testing.assert_close(reattend(kept, x, weight, setting=setting, impl="torch"), want)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_twin_traces(setting):
+    """The traceable form that compilers and exporters see equals the one that works an utterance at a time."""
+    lengths = torch.tensor([7, 3], device=DEVICE)
+    q, k, v = (draw(2, 7, 3, 4, seed=s) for s in range(3))
+    x, weight = draw(2, 7, 12), draw(12, 12)
+
+    def both(q, k, v, x):
+        out, kept = attend(q, k, v, lengths, impl="torch")
+        return out + reattend(kept, x, weight, setting=setting, impl="torch")
+
+    got = torch.compile(both, fullgraph=True, backend="eager")(q, k, v, x)
+    shown = valid_frames(lengths, 7)
+    torch.testing.assert_close(got * shown, both(q, k, v, x) * shown)
+
+
+# ---- Triton against float64 -------------------------------------------------
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d"), [(1, 64), (7, 36), (63, 40), (129, 40)])
+def test_matches(T, d, dtype, setting):
+    B = 1 if T > 100 else 2
+    compare(dtype, setting, B=B, T=T, H=2 if T < 100 else 1, d=d, D=20, lengths=ragged(B, T) - int(T > 100))
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("d", [12, 24, 80, 128])
+def test_head_widths(d):
+    compare(torch.float32, "exact", B=1, T=18, H=2, d=d, D=33, lengths=None)
+
+
+@pytest.mark.needs_triton
+def test_ten_seconds():
+    compare(torch.float16, "exact", B=1, T=500, H=1, d=40, D=40, lengths=torch.tensor([499], device=DEVICE))
+
+
+@pytest.mark.needs_triton
+def test_strides():
+    """Heads first in memory, and a model width that no block divides."""
+    compare(torch.float32, "resoftmax", B=2, T=9, H=3, d=20, D=7, lengths=ragged(2, 9).int(), packed=False)
+
+
+@pytest.mark.needs_triton
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 40),
+    H=st.integers(1, 3),
+    d=st.integers(3, 70),
+    D=st.integers(1, 70),
+    setting=st.sampled_from(SETTINGS),
+)
+def test_any_shape(B, T, H, d, D, setting):
+    compare(torch.float32, setting, B=B, T=T, H=H, d=d, D=D, lengths=ragged(B, T))
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_projection_inside_equals_two_stages(setting, monkeypatch):
+    shape = {"B": 2, "T": 40, "H": 2, "d": 40, "D": 48, "lengths": ragged(2, 40)}
+    inside = layer_pair("triton", torch.float32, setting, **shape)
+    monkeypatch.setattr(module, "project_inside", lambda T, D, d: False)
+    outside = layer_pair("triton", torch.float32, setting, **shape)
+    for name in inside:
+        torch.testing.assert_close(inside[name], outside[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.needs_triton
+def test_large_logits():
+    """Logits near 1000: one rounding step of the log-sum-exp is then 6e-5 of a probability."""
+    q = 10 * draw(1, 33, 1, 40, dtype=torch.float32)
+    out, kept = attend(q, q, q, impl="triton")
+    again = reattend(kept, q.flatten(2), torch.eye(40, device=DEVICE), impl="triton")
+    torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.needs_triton
+def test_dropout_is_one_mask_forward_and_backward():
+    """v = identity shows which entries of the map were dropped; with that mask float64 autograd gives the gradients."""
+    B, T, H, d, dropout = 2, 24, 2, 24, 0.4
+    lengths = torch.tensor([24, 17], device=DEVICE)
+    q, k, v = (draw(B, T, H, d, dtype=torch.float32, seed=s) for s in range(3))
+    eye = torch.eye(T, device=DEVICE)[None, :, None].expand(B, T, H, d)
+    seed = torch.tensor([2**40 + 5], device=DEVICE)
+    dropped, _ = attend(q, k, eye, lengths, dropout=dropout, seed=seed, impl="triton")
+    keep = (dropped.view(B, T, H, T).transpose(1, 2) > 0).double() / (1 - dropout)  # [B, H, T, T]
+    share = (keep[0] > 0).double().mean()
+    assert abs(share - (1 - dropout)) < 0.06
+    assert not torch.equal(keep[0, 0], keep[0, 1])
+    shown = valid_frames(lengths, T)
+
+    def reference(q, k, v):
+        logits = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
+        A = logits.masked_fill(~shown[:, None, None, :, 0], -torch.inf).softmax(-1) * keep
+        return torch.einsum("bhij,bjhd->bihd", A, v).flatten(2)
+
+    def ours(q, k, v):
+        return attend(q, k, v, lengths, dropout=dropout, seed=2**40 + 5, impl="triton")[0]
+
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    g = draw(B, T, H * d, dtype=torch.float32, seed=9) * shown
+    got, want = ours(*inputs), reference(*doubles)
+    torch.testing.assert_close(got * shown, (want * shown).float(), rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, doubles, g.double()), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+def test_dropout_follows_the_seed(impl):
+    q = draw(2, 9, 2, 16, dtype=torch.float32)
+    first, second = (attend(q, q, q, dropout=0.5, seed=7, impl=impl)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, attend(q, q, q, dropout=0.5, seed=8, impl=impl)[0])
+    torch.manual_seed(0)
+    first = attend(q, q, q, dropout=0.5, impl=impl)[0]
+    torch.manual_seed(0)
+    assert torch.equal(first, attend(q, q, q, dropout=0.5, impl=impl)[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_padding_does_not_leak(impl, setting):
+    """An utterance in a padded batch, with garbage behind it, equals itself alone."""
+    q, k, v = (draw(2, 21, 2, 40, dtype=torch.float32, seed=s) for s in range(3))
+    x, weight = draw(2, 21, 16, dtype=torch.float32), draw(80, 16, dtype=torch.float32)
+    for t in (q, k, v, x):
+        t[1, 13:] = 1e4
+    lengths = torch.tensor([21, 13], device=DEVICE)
+    out, kept = attend(q, k, v, lengths, impl=impl)
+    alone, kept_alone = attend(q[1:, :13], k[1:, :13], v[1:, :13], impl=impl)
+    torch.testing.assert_close(out[1:, :13], alone)
+    reused = reattend(kept, x, weight, setting=setting, impl=impl)
+    reused_alone = reattend(kept_alone, x[1:, :13], weight, setting=setting, impl=impl)
+    torch.testing.assert_close(reused[1:, :13], reused_alone, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(reused).all()
+
+
+@pytest.mark.needs_triton
+def test_reruns_are_bitwise_equal():
+    shape = {"B": 2, "T": 40, "H": 1, "d": 40, "D": 16, "lengths": ragged(2, 40)}
+    first, second = (layer_pair("triton", torch.float32, "exact", **shape) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- the ops in PyTorch's machinery -----------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_opcheck(setting):
+    q, k, v = (draw(2, 7, 2, 16, dtype=torch.float32, seed=s) for s in range(3))
+    x, weight, bias = (draw(*s, dtype=torch.float32) for s in ((2, 7, 12), (32, 12), (32,)))
+    lengths, resoftmax = ragged(2, 7), setting == "resoftmax"
+    seed = torch.tensor([3], device=DEVICE)
+    out, lse = module._attend_fwd(q, k, v, lengths, None, 0.0)
+    _, norm = module._reattend_fwd(q, k, v, lse, lengths, resoftmax)
+    check = torch.library.opcheck
+    check(module._attend_fwd, (q, k, v, lengths, seed, 0.2))
+    check(module._reattend_fwd, (q, k, v, lse, lengths, resoftmax))
+    check(module._reattend_fused_fwd, (q, k, x, weight, bias, lse, None, resoftmax))
+    check(module._attention_bwd, (out, q, k, v, out, lse, norm, lengths, None, 0.0, resoftmax))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_op_compiles_whole(inside, setting, monkeypatch):
+    """Forward and backward in one graph with dynamic shapes: the ops are opaque, so this needs no GPU."""
+    monkeypatch.setattr(module, "project_inside", lambda T, D, d: inside)
+    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
+    torch._dynamo.reset()
+
+    def pair(q, k, v, x, weight, lengths):
+        out, kept = attend(q, k, v, lengths)
+        return (out + reattend(kept, x, weight, setting=setting)).sum()
+
+    compiled = torch.compile(pair, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 13):
+        inputs = [draw(2, T, 2, 16, dtype=torch.float32, seed=s).requires_grad_() for s in range(3)]
+        inputs += [
+            draw(2, T, 8, dtype=torch.float32).requires_grad_(),
+            draw(32, 8, dtype=torch.float32).requires_grad_(),
+        ]
+        lengths = torch.full((2,), T, device=DEVICE)
+        got, want = compiled(*inputs, lengths), pair(*inputs, lengths)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+def test_inference_and_checkpointing(impl):
+    q, x, weight = (draw(*s, dtype=torch.float32) for s in ((1, 9, 2, 16), (1, 9, 8), (32, 8)))
+
+    def pair(q, x):
+        out, kept = attend(q, q, q, dropout=0.3, impl=impl)
+        return out + reattend(kept, x, weight, impl=impl)
+
+    with torch.inference_mode():
+        assert torch.isfinite(pair(q, x)).all()
+    q.requires_grad_()
+    grads = []
+    for run in (pair, lambda *a: torch.utils.checkpoint.checkpoint(pair, *a, use_reentrant=False)):
+        torch.manual_seed(5)
+        grads += torch.autograd.grad(run(q, x).sum(), q)
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast_of_the_twin():
+    q, x, weight = (draw(*s, dtype=torch.float32) for s in ((1, 9, 2, 16), (1, 9, 8), (32, 8)))
+    weight.requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out, kept = attend(q, q, q, impl="torch")
+        for setting in SETTINGS:
+            reused = reattend(kept, x, weight, setting=setting, impl="torch")
+            assert out.dtype == reused.dtype == kept.queries.dtype == torch.bfloat16
+            (d_weight,) = torch.autograd.grad(reused.sum(), weight, retain_graph=True)
+            assert d_weight.dtype == torch.float32
+
+
+@pytest.mark.needs_triton
+def test_autocast():
+    q, x, weight = (draw(*s, dtype=torch.float32) for s in ((1, 9, 2, 16), (1, 9, 8), (32, 8)))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        out, kept = attend(q, q, q, impl="triton")
+        reused = reattend(kept, x, weight, impl="triton")
+    assert out.dtype == reused.dtype == torch.float16
+    torch.testing.assert_close(
+        reused.float(), reattend(attend(q, q, q)[1], x, weight, impl="triton"), rtol=0.02, atol=0.02
+    )
+
+
+# ---- bad input --------------------------------------------------------------
+
+
+def test_bad_input_is_told_before_any_launch():
+    q = draw(2, 5, 2, 8, dtype=torch.float32)
+    x, weight = draw(2, 5, 6, dtype=torch.float32), draw(16, 6, dtype=torch.float32)
+    kept = attend(q, q, q)[1]
+    for match, call in {
+        "share one shape": lambda: attend(q, q[:, :4], q),
+        "one floating dtype": lambda: attend(q, q.double(), q),
+        r"dropout must be in \[0, 1\)": lambda: attend(q, q, q, dropout=1.0),
+        "lengths must be int32 or int64": lambda: attend(q, q, q, torch.tensor([torch.nan, 1.0], device=DEVICE)),
+        "int64": lambda: attend(q, q, q, torch.tensor([5], device=DEVICE)),
+        "impl must be": lambda: attend(q, q, q, impl="cuda"),
+        "seed must be": lambda: attend(q, q, q, dropout=0.5, seed=torch.zeros(2, device=DEVICE), impl="torch"),
+        "x must be": lambda: reattend(kept, x[:1], weight),
+        "weight must be": lambda: reattend(kept, x, weight[:8]),
+        "bias must be": lambda: reattend(kept, x, weight, x[0, 0]),
+        "map's dtype": lambda: reattend(kept, x.double(), weight),
+        "setting must be": lambda: reattend(kept, x, weight, setting="softmax"),
+        "log_sum_exp": lambda: reattend(AttentionMap(q, q, None, None), x, weight, impl="triton"),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="lengths on a GPU are not read")
+def test_lengths_must_fit():
+    q = draw(2, 5, 2, 8)
+    for bad in ([6, 1], [0, 5]):
+        with pytest.raises(ValueError, match=r"within 1\.\.5"):
+            attend(q, q, q, torch.tensor(bad))
+
+
+@pytest.mark.needs_triton
+def test_what_triton_does_not_take():
+    with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
+        attend(*[draw(1, 3, 1, 8)] * 3, impl="triton")
+    with pytest.raises(ValueError, match="head width"):
+        attend(*[draw(1, 3, 1, 130, dtype=torch.float32)] * 3, impl="triton")
+    assert attend(*[draw(1, 3, 1, 130, dtype=torch.float32)] * 3)[1].log_sum_exp is None
+
+
+@pytest.mark.skipif(INTERPRET or DEVICE == "cuda", reason="plain CPU only")
+def test_explicit_triton_does_not_fall_back():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        attend(*[draw(1, 3, 1, 8, dtype=torch.float32)] * 3, impl="triton")
