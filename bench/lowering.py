@@ -59,13 +59,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of a case: registers a thread, spills (bytes on NVIDIA, registers on AMD), shared memory."""
+    """What the compiler made of a case: registers a thread, spills, bytes of shared memory."""
 
     kernel: str
     target: str
     dtype: str
     registers: int
-    spilled: int
+    spilled: int  # bytes of stack on NVIDIA, registers on AMD
     shared: int
     matrix: str
 
@@ -132,7 +132,9 @@ def cases() -> Iterator[Case]:
 
 def compile_case(case: Case, target: str) -> Any:
     """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(case.kernel.arg_names):
         value = case.arguments[name]
         if isinstance(value, tuple):
@@ -156,25 +158,27 @@ def measure(case: Case, target: str) -> Row:
     """Compile a case and read its resources."""
     binary = compile_case(case, target)
     if "cubin" in binary.asm:
-        registers, spilled = _cubin_resources(binary.asm["cubin"])
         text = binary.asm["ptx"]
+        usage = _resource_usage(binary.asm["cubin"])
+        # Triton's kernels have no use for a stack but spills
+        registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     else:
         text = binary.asm["amdgcn"]
-        registers, spilled = (
-            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
-        )  # type: ignore[index]
+        registers, spilled = (_number(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count"))
     matrix = next((name for name in MATRIX_INSTRUCTIONS[target] if name in text), "none")
     return Row(case.name, target, case.dtype, registers, spilled, binary.metadata.shared, matrix)
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack: Triton's kernels have no other use for a stack than spills."""
+def _number(pattern: str, text: str) -> int:
+    return int(re.findall(pattern, text)[0])
+
+
+def _resource_usage(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])  # type: ignore[index]
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def table() -> Iterator[Row]:

@@ -152,7 +152,7 @@ class _Distillation(torch.autograd.Function):
         loss, residuals = run(hidden, weight, bias, clean, masked, mask, lengths, l1, keep)
         ctx.save_for_backward(residuals, weight, *hidden)
         ctx.use_op, ctx.l1, ctx.targets = use_op, l1, len(layers) - L
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -237,20 +237,21 @@ def distillation_loss(
         distance. Targets may have a dtype of their own. Padded frames may hold anything finite.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, targets that require grad, an implementation that cannot run.
+        ValueError: shapes, dtypes or devices that do not fit, targets that require grad, or an
+            implementation that cannot run here.
     """
     hidden_layers = hidden.unbind() if isinstance(hidden, Tensor) else tuple(hidden)
     clean_layers = clean.unbind() if isinstance(clean, Tensor) else tuple(clean)
     masked_layers = masked.unbind() if isinstance(masked, Tensor) else None if masked is None else tuple(masked)
     _check(hidden_layers, weight, bias, clean_layers, masked_layers, mask, lengths, distance)
-    weight, bias, *hidden_layers = autocast(weight, bias, *hidden_layers)
-    if any(t.dtype != weight.dtype for t in (bias, *hidden_layers)):
+    weight, bias, *hidden_low = autocast(weight, bias, *hidden_layers)
+    if any(t.dtype != weight.dtype for t in (bias, *hidden_low)):
         raise ValueError(
-            f"hidden, weight and bias must share one dtype, got {hidden_layers[0].dtype}, {weight.dtype}, {bias.dtype}"
+            f"hidden, weight and bias must share one dtype, got {hidden_low[0].dtype}, {weight.dtype}, {bias.dtype}"
         )
     if masked_layers is None:
         mask = None
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, bias, *hidden_layers))
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, bias, *hidden_low))
     use_op = resolve_impl(impl, weight) == "triton"
     loss = _Distillation.apply(
         use_op,
@@ -260,8 +261,8 @@ def distillation_loss(
         bias,
         mask,
         lengths,
-        *hidden_layers,
+        *hidden_low,
         *clean_layers,
         *(masked_layers or ()),
     )
-    return loss  # type: ignore[no-any-return]
+    return loss

@@ -171,7 +171,7 @@ def _resoftmax_composite(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
 
 
 class _Attention(torch.autograd.Function):
-    """(out, log-sum-exp) of q, k, v with the map computed here; `use_op` picks the registered op or its PyTorch twin."""
+    """(out, log-sum-exp) of q, k, v; `use_op` picks the registered op or its PyTorch twin."""
 
     @staticmethod
     def forward(
@@ -206,7 +206,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Reuse(torch.autograd.Function):
-    """out of a kept map (q, k, lse) and values: v itself, or x, weight and bias with the projection inside the kernel."""
+    """out of a kept map (q, k, lse) and values: v itself, or x, weight and bias to project inside the kernel."""
 
     @staticmethod
     def forward(
@@ -226,7 +226,7 @@ class _Reuse(torch.autograd.Function):
             out, norm = _reattend_fused_fwd(q, k, x, weight, bias, lse, lengths, resoftmax)
         ctx.save_for_backward(q, k, lse, lengths, x, weight, bias, out, norm)
         ctx.resoftmax = resoftmax
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -479,8 +479,8 @@ def reattend(
             return _sdpa(q, k, v, lengths)
         if torch.compiler.is_compiling():
             return _resoftmax_composite(q, k, v, lengths)
-        return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]  # type: ignore[no-any-return]
+        return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
     if project_inside(T, x.shape[2], d):
-        return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)  # type: ignore[no-any-return]
+        return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
     v = F.linear(x, weight, bias).view(B, T, H, d)
-    return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)  # type: ignore[no-any-return]
+    return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)

@@ -38,7 +38,7 @@ def register(
     torch.library.impl(qualname, "CUDA", launch)
     torch.library.impl(qualname, "CPU", launch if INTERPRET else torch_fn)
     torch.library.register_fake(qualname, fake_fn)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
@@ -66,7 +66,7 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as a matrix product under torch.autocast would see them: cast to its dtype, float64 and None left alone."""
+    """The tensors as torch.autocast hands them to a matrix product; float64 and None are left alone."""
     kind = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-# (jit functions are typed by Triton)
+# (jit functions are typed by Triton, and choose between tiles of different shapes by statement)
 """Triton kernel of the masked distillation loss; formula and public function are in masked_distillation.py.
 
 Legend: L layers, N = B T frames, C student width, E teacher width. One program holds a tile [BLOCK_N, BLOCK_E] of one
@@ -103,7 +103,7 @@ def config(dtype: torch.dtype) -> Config:
 
 
 def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[B, T, D] each -> [B T, D] each with one row stride and adjacent columns, without a copy where that is so already."""
+    """[B, T, D] each -> [B T, D] each with one row stride and adjacent columns, copied only where need be."""
     flat = tuple(layer.flatten(0, 1) for layer in layers)
     if all(x.stride(-1) == 1 and x.stride(0) == flat[0].stride(0) for x in flat):
         return flat

@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False
-# (jit functions are typed by Triton)
+# ruff: noqa: SIM108
+# (jit functions are typed by Triton, and choose between tiles of different shapes by statement)
 """Triton kernels of attention with map reuse; formulas and public functions are in reuse_attention.py.
 
 Legend: B utterances, T frames, H heads, D head width, C model width; M a block of queries, N a block of keys.
@@ -486,11 +487,7 @@ def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Co
     `crowded` (dropout or the second softmax) keeps more values alive in a tile. Chosen so that nothing spills on sm_90.
     """
     if dtype == torch.float32:
-        if kernel == "backward_kv" or (d > 64 and kernel in ("attend", "reattend")):
-            return Config(32, 32, 8, 1)
-        if kernel == "reattend_fused" and d > 48:
-            return Config(32, 32, 8, 2) if d <= 64 else Config(32, 16, 8, 1)
-        return Config(64, 32, 8, 2)
+        return _float32_config(kernel, d, crowded)
     if kernel == "backward_kv" and (crowded or d > 48):
         return Config(32, 64, 8 if d > 64 and crowded else 4, 2)
     if kernel == "backward_q" and d > 64:
@@ -498,6 +495,24 @@ def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Co
     if "backward" in kernel:
         return Config(64, 64, 4, 2)
     return Config(128, 64, 8, 2)
+
+
+def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
+    """True float32 has no tensor cores: operands live in registers, so tiles are small and warps are many."""
+    small = Config(32, 16, 8, 1)
+    if kernel == "attend":
+        return Config(64, 32, 8, 2) if d <= 64 else Config(32, 32, 8, 1)
+    if kernel == "reattend":
+        return small if d > 64 else Config(64, 32, 8, 1 if crowded and d <= 48 else 2)
+    if kernel == "reattend_fused":
+        if d > 64 or (crowded and d <= 48):
+            return small
+        return Config(32, 32, 8, 2) if d > 48 else Config(64, 32, 8, 2)
+    if kernel == "backward_q":
+        return Config(32, 32, 8, 1) if crowded and 48 < d <= 64 else Config(64, 32, 8, 2)
+    if d > 64:
+        return small if crowded else Config(64, 32, 8, 1)
+    return Config(16, 32, 8, 1) if crowded and d > 48 else Config(32, 32, 8, 1)
 
 
 # ---- launchers --------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Every kernel lowers to machine code for the GPUs we claim, without one in the machine.
 
-The whole table is `python -m armhubert.bench lowering`; here, each kernel in its plain form on every target and dtype at
-head width 40, and in bfloat16 on sm_90 at every width and in every form.
+The whole table is `python -m armhubert.bench lowering`; here, each kernel in its plain form at head width 40
+on every target in every dtype, and in bfloat16 on sm_90 at every width and in every form.
 """
 
 import pytest
