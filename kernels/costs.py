@@ -1,0 +1,60 @@
+"""Fewest bytes and operations of each op, hence a floor on its time on a named GPU: predicted, not measured."""
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    """Rates that a well-fed kernel reaches."""
+
+    bytes_per_second: float
+    operations_per_second: float
+    """Of 16-bit matrix products, a multiply-add counted as two."""
+    exponentials_per_second: float
+
+
+GPUS = {"H200": Gpu(4.3e12, 790e12, 4.2e12)}
+
+
+class Cost(NamedTuple):
+    """What an op cannot avoid; bytes are the compulsory traffic, each input read once and each output written once."""
+
+    bytes: float
+    operations: float
+    exponentials: float = 0.0
+
+    def floor(self, gpu: Gpu) -> float:
+        """Seconds: the largest of memory, matrix units and special-function units, as if they overlapped perfectly."""
+        return max(
+            self.bytes / gpu.bytes_per_second,
+            self.operations / gpu.operations_per_second,
+            self.exponentials / gpu.exponentials_per_second,
+        )
+
+
+def attend(B: int, T: int, H: int, d: int, itemsize: int = 2, backward: bool = False) -> Cost:
+    """Computing attention: q, k, v in, out and log-sum-exp out; 2 products forward, 5 backward."""
+    rows, products = B * T * H * d, 2 * B * H * T * T * d
+    if backward:
+        return Cost(8 * rows * itemsize + 4 * B * H * T, 5 * products, B * H * T * T)
+    return Cost(4 * rows * itemsize + 4 * B * H * T, 2 * products, B * H * T * T)
+
+
+def reattend(B: int, T: int, H: int, d: int, D: int, itemsize: int = 2, backward: bool = False) -> Cost:
+    """A kept map, recomputed, times projected values: q, k, x, weight in, out out."""
+    projection, products = 2 * B * T * D * H * d, 2 * B * H * T * T * d
+    rows = B * T * H * d
+    weight = D * H * d * itemsize
+    if backward:  # reads g, q, k, x, out and weight; writes dq, dk, dx and d weight; v is projected again
+        moved = (6 * rows + 2 * B * T * D) * itemsize + 2 * weight + 4 * B * H * T
+        return Cost(moved, 3 * projection + 5 * products, B * H * T * T)
+    return Cost((3 * rows + B * T * D) * itemsize + weight + 4 * B * H * T, projection + 2 * products, B * H * T * T)
+
+
+def distillation(L: int, B: int, T: int, D: int, Dt: int, itemsize: int = 2, backward: bool = False) -> Cost:
+    """All layers' heads against the one view each frame needs; backward reads the kept residual."""
+    frames = L * B * T
+    product = 2 * frames * D * Dt
+    weight = L * D * Dt * itemsize
+    if backward:  # reads residual and hidden, writes d hidden
+        return Cost((frames * (Dt + 2 * D)) * itemsize + 2 * weight, 2 * product)
+    return Cost(frames * (D + Dt) * itemsize + weight, product)
