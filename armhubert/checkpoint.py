@@ -27,7 +27,7 @@ class TrainingState:
     (seed, step, batch), so `step` and `cursor` are the whole state of sampler and generators."""
 
     step: int = 0
-    cursor: Cursor = Cursor(0, 0)
+    cursor: Cursor = dataclasses.field(default_factory=lambda: Cursor(0, 0))
     audio_seconds: float = 0.0
     """Audio seen, without padding."""
     skipped_steps: int = 0
@@ -59,7 +59,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     """
     content = {
         "format": FORMAT,
-        "state": dataclasses.asdict(checkpoint.state),
+        "state": {**dataclasses.asdict(checkpoint.state), "cursor": tuple(checkpoint.state.cursor)},
         **{name: getattr(checkpoint, name) for name in ("student", "optimizer", "scaler", "identity")},
     }
     buffer = io.BytesIO()

@@ -158,7 +158,9 @@ def parse_pattern(pattern: str, layers: int) -> str:
                 f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, got {pattern!r}"
             )
     if len(letters) != layers:
-        raise ArmhubertError(f"pattern must have one letter a layer: {layers} layers, got {len(letters)} in {pattern!r}")
+        raise ArmhubertError(
+            f"pattern must have one letter a layer: {layers} layers, got {len(letters)} in {pattern!r}"
+        )
     if letters[0] == "R":
         raise ArmhubertError(f"the first layer must compute its attention map, got pattern {pattern!r}: begin with C")
     return letters
@@ -324,7 +326,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
                 return tuple(_coerce(item, args[0], name) for item in value)
             if len(value) == len(args):
                 return tuple(_coerce(item, arg, name) for item, arg in zip(value, args, strict=True))
-        raise ArmhubertError(f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {value!r}")
+        raise ArmhubertError(
+            f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {value!r}"
+        )
     if hint is bool or hint is str:
         if isinstance(value, hint):
             return value

@@ -1,8 +1,8 @@
 """Distillation: a teacher, speech and settings in; a student, step by step, out.
 
-`distill` is the loop, to be read from top to bottom. It yields reports and prints nothing. All chance comes from
-(seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so that a resumed run, or the same
-run on more processes, computes the same thing.
+`distill` prepares and `_train` loops, to be read from top to bottom; they yield reports and print nothing. All chance
+comes from (seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so that a resumed run,
+or the same run on more processes, computes the same thing.
 """
 
 import contextlib
@@ -50,7 +50,12 @@ from armhubert.masking import batch_mask, scheduled_probability, span_mask
 from armhubert.student import ARMHuBERT, count_parameters, model_card
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher, teacher_targets
 
-CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE, SCAN_CACHE = "distill.json", "checkpoint.pt", "skipped.tsv", ".armhubert-scan.json"
+CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE, SCAN_CACHE = (
+    "distill.json",
+    "checkpoint.pt",
+    "skipped.tsv",
+    ".armhubert-scan.json",
+)
 MAX_SKIPPED_IN_A_ROW = 10
 STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
 
@@ -212,8 +217,8 @@ def _train(
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise ArmhubertError(
-                    f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: lower "
-                    f"the learning rate ({config.learning_rate}) or set clip; the last good state is in {out}"
+                    f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: "
+                    f"lower the learning rate ({config.learning_rate}) or set clip; the last good state is in {out}"
                 )
         else:
             window.add(outcome)
@@ -515,7 +520,9 @@ class _Run:
             if saved.scaler:
                 self.scaler.load_state_dict(saved.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ArmhubertError(f"the checkpoint does not fit the student: {' '.join(str(error).split())[:200]}") from None
+            raise ArmhubertError(
+                f"the checkpoint does not fit the student: {' '.join(str(error).split())[:200]}"
+            ) from None
 
 
 class _Window:
@@ -594,7 +601,8 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
     for name, value in changes.items():
         if name not in RESUMABLE and value != getattr(config, name):
             raise ArmhubertError(
-                f"a resumed run keeps its {name} {getattr(config, name)!r}, got {value!r}: leave it out, or start a new run"
+                f"a resumed run keeps its {name} {getattr(config, name)!r}, got {value!r}: "
+                "leave it out, or start a new run"
             )
     if changes.get("steps") is not None:
         changes = {**changes, "epochs": None}
@@ -659,15 +667,13 @@ def _prepare_data(
     return _Data(train, valid, found)
 
 
-def _scan(
-    sources: Sequence[str], min_samples: int, cache: Path, workers: int
-) -> Generator[Report, None, Scan]:
+def _scan(sources: Sequence[str], min_samples: int, cache: Path, workers: int) -> Generator[Report, None, Scan]:
     examined = scan(discover(sources), min_samples=min_samples, cache=cache, workers=workers)
     while True:
         try:
             yield Scanning(*next(examined))
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value
 
 
 def _lengths(audio: AudioBatch, device: torch.device) -> Tensor | None:

@@ -30,7 +30,7 @@ class DistillConfig:
     """`mini` (bundled), a Hugging Face folder, a hub id, or a torchaudio pipeline."""
 
     preset: str | None = None
-    """Student: armhubert, armhubert-s, armwavlm-s, maskhubert or mini; none: mini for the bundled teacher, else armhubert."""
+    """Student: armhubert, armhubert-s, armwavlm-s, maskhubert or mini; none: mini for teacher mini, else armhubert."""
     width: int | None = None
     """Student width instead of the preset's."""
     layers: int | None = None

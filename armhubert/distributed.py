@@ -73,9 +73,7 @@ def world(device: torch.device) -> Iterator[World]:
         yield World(rank, dist.get_world_size() if dist.is_initialized() else 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None
-    )
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
     try:
         yield World(dist.get_rank(), size, device)
     finally:

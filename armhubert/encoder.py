@@ -47,7 +47,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return gradient * ctx.factor, None
 
 
@@ -75,9 +75,7 @@ class ComputingAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
         """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.heads)
-        out, attention_map = attend(
-            q, k, v, lengths, dropout=self.dropout if self.training else 0.0, impl=self.impl
-        )
+        out, attention_map = attend(q, k, v, lengths, dropout=self.dropout if self.training else 0.0, impl=self.impl)
         return self.output(out), attention_map
 
 
@@ -111,7 +109,9 @@ class RelativePositions(nn.Module):
         half = self.embedding.num_embeddings // 2
         exact = half // 2
         distance = relative.abs()
-        far = exact + torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+        far = exact + torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (
+            half - exact
+        )
         bucket = torch.where(distance < exact, distance, far.long().clamp(max=half - 1)) + half * (relative > 0)
         return self.embedding(bucket).permute(2, 0, 1)
 
@@ -285,7 +285,9 @@ class SpeechEncoder(nn.Module):
         """Mask embedding, zeroed padding, positional embedding: the input of layer 0, [B, T, D]."""
         if mask is not None:
             if self.mask_embedding is None:
-                raise ArmhubertError("this model has no mask embedding, so no frame can be masked: use weights with one")
+                raise ArmhubertError(
+                    "this model has no mask embedding, so no frame can be masked: use weights with one"
+                )
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
         if lengths is not None:
             x = torch.where(valid_mask(lengths, x.shape[1])[..., None], x, 0)
@@ -340,7 +342,9 @@ class SpeechEncoder(nn.Module):
         batch, samples = waveforms.shape
         shortest = self.config.receptive_field
         if samples < shortest:
-            raise ArmhubertError(f"waveforms must have at least {shortest} samples (one frame), got {samples}: pad them")
+            raise ArmhubertError(
+                f"waveforms must have at least {shortest} samples (one frame), got {samples}: pad them"
+            )
         if lengths is not None:
             if lengths.shape != (batch,) or lengths.is_floating_point():
                 raise ArmhubertError(f"lengths must be integers [{batch}], got {lengths.dtype} {list(lengths.shape)}")

@@ -37,7 +37,8 @@ class ChannelNormConv(nn.Module):
     The convolution is linear in its K-sample windows and every channel is a group of its own, so mean and variance
     over the valid frames follow in closed form from the windows' mean m [K] and covariance R [K, K]:
 
-        mean_c = w_c . m,   var_c = w_c R w_c,   norm(conv(x))_c = (s_c w_c) * x - s_c w_c . m + b_c,   s_c = g_c / sqrt(var_c + eps)
+        mean_c = w_c . m,   var_c = w_c R w_c,   s_c = g_c / sqrt(var_c + eps)
+        norm(conv(x))_c = (s_c w_c) * x - s_c w_c . m + b_c
 
     Exact, differentiable, and without a pass over the widest activation of the model ([B, C, T], T = 3,200 a second).
     A bias of the convolution would cancel, so it takes no part.
@@ -72,7 +73,7 @@ class ChannelNormConv(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """A convolution over frames, with LayerNorm over channels where the architecture has it. [B, C, T] -> [B, C', T']."""
+    """A convolution over frames, then LayerNorm over channels where the architecture has it."""
 
     def __init__(self, inputs: int, channels: int, kernel: int, stride: int, config: EncoderConfig) -> None:
         super().__init__()

@@ -36,7 +36,9 @@ def parse_loss(text: str) -> dict[str, float]:
         except ValueError:
             weight = 0.0
         if name in weights or not 0 < weight < float("inf"):
-            raise ArmhubertError(f"loss must read like 'masking=1,star=0.5', positive weights, a term once; got {text!r}")
+            raise ArmhubertError(
+                f"loss must read like 'masking=1,star=0.5', positive weights, a term once; got {text!r}"
+            )
         weights[name] = weight
     return weights
 
@@ -74,14 +76,16 @@ def star_loss(
     Returns:
         [L] float32.
     """
-    batch, size = student[0].shape[:2]
+    size = student[0].shape[1]
     if frames is None:
         weight = torch.tensor(1 / size, device=student[0].device)
     else:
         valid = valid_mask(frames, size)
         weight = (valid[:, :, None] & valid[:, None, :]) / frames[:, None, None]
     losses = []
-    with torch.autocast(student[0].device.type, enabled=False):  # Gram matrices of 16-bit products lose the small relations
+    with torch.autocast(
+        student[0].device.type, enabled=False
+    ):  # Gram matrices of 16-bit products lose the small relations
         for s_in, s_out, t_in, t_out in zip(student_inputs, student, teacher_inputs, teacher, strict=True):
             across = (temporal_gram(s_out, s_out) - temporal_gram(t_out, t_out)).square()
             within = (temporal_gram(s_in, s_out) - temporal_gram(t_in, t_out)).square()
@@ -105,7 +109,9 @@ class Objective(nn.Module):
         if "masking" not in terms and student.mask_embedding is not None:
             student.mask_embedding.requires_grad_(False)  # unused, and every trained parameter must get a gradient
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, targets: TeacherTargets) -> Tensor:
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, targets: TeacherTargets
+    ) -> Tensor:
         """Each term's sum over valid frames, by layer: [terms, L] float32, unweighted, in the order of `terms`.
 
         The student sees the masked view for `masking` and the clean view for `plain` and `star`; where it needs both,

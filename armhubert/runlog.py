@@ -87,7 +87,9 @@ def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
     colors = _colors(count)
     for layer in range(count):
         points = [(row["step"], row["layers"][layer]) for row in chosen]
-        axes.plot(*zip(*points, strict=True), color=colors[layer], label=f"layer {layer + 1}", marker="o", markersize=2.5)
+        axes.plot(
+            *zip(*points, strict=True), color=colors[layer], label=f"layer {layer + 1}", marker="o", markersize=2.5
+        )
     axes.set_yscale("log")
     _save(figure, axes, path)
 

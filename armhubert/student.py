@@ -14,7 +14,6 @@ from typing_extensions import Self
 from armhubert.config import AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
-from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.kernels import Impl
 
@@ -135,8 +134,11 @@ tags: [speech, self-supervised, distillation, feature-extraction]
 ---
 # ARMHuBERT student
 
-{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern `{config.pattern}`, maps read as \
-`{config.attention_mode}`; {count.total:,} parameters, {count.without_heads:,} without the distillation heads. Input: 16 kHz mono{
+{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern `{
+        config.pattern
+    }`, maps read as \
+`{config.attention_mode}`; {count.total:,} parameters, {
+        count.without_heads:,} without the distillation heads. Input: 16 kHz mono{
         ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""
     }; one frame every {config.hop} samples.
 
@@ -150,4 +152,3 @@ features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
 Method: Jang et al., *Recycle-and-Distill: Universal Compression Strategy for Transformer-based Speech SSL Models with
 Attention Map Reusing and Masking Distillation*, Interspeech 2023 (arXiv 2305.11685).
 """
-

@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run a command. Bad input is one line and exit code 2; Ctrl-C is 130; anything else is a defect, with its traceback."""
+    """Run a command: bad input is one line and exit code 2, Ctrl-C 130; the rest is a defect, with its traceback."""
     from armhubert.cli import ui
 
     try:

@@ -20,62 +20,133 @@ RUN, MODEL, LOSS, TRAINING = "Run", "Student", "Loss", "Training"
 def distill(
     data: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders (searched recursively), audio files, TSV or JSONL manifests. None: bundled speech."),
+        typer.Argument(
+            help="Folders (searched recursively), audio files, TSV or JSONL manifests. None: bundled speech."
+        ),
     ] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder of the run. [runs/distill]", rich_help_panel=RUN)] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder of the run. [runs/distill]", rich_help_panel=RUN)
+    ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file with these settings by name; options given here win.", rich_help_panel=RUN),
+        typer.Option(
+            help="YAML or JSON file with these settings by name; options given here win.", rich_help_panel=RUN
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew although OUT exists.", rich_help_panel=RUN)] = False,
-    valid: Annotated[list[str] | None, typer.Option(help="Held-out speech, as DATA; may be repeated.", rich_help_panel=RUN)] = None,
-    hold_out: Annotated[float | None, typer.Option(help="Share of DATA held out without --valid; 0: no validation. [0.05]", rich_help_panel=RUN)] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew although OUT exists.", rich_help_panel=RUN)
+    ] = False,
+    valid: Annotated[
+        list[str] | None, typer.Option(help="Held-out speech, as DATA; may be repeated.", rich_help_panel=RUN)
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(help="Share of DATA held out without --valid; 0: no validation. [0.05]", rich_help_panel=RUN),
+    ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="mini (bundled), a Hugging Face folder, a hub id, or a torchaudio pipeline. [mini]", rich_help_panel=MODEL),
+        typer.Option(
+            help="mini (bundled), a Hugging Face folder, a hub id, or a torchaudio pipeline. [mini]",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="armhubert, armhubert-s, armwavlm-s, maskhubert, mini. [mini for the bundled teacher, else armhubert]", rich_help_panel=MODEL),
+        typer.Option(
+            help="armhubert, armhubert-s, armwavlm-s, maskhubert, mini. [mini for the bundled teacher, else armhubert]",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Student width instead of the preset's.", rich_help_panel=MODEL)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Student width instead of the preset's.", rich_help_panel=MODEL)
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Depth instead of the preset's.", rich_help_panel=MODEL)] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads instead of the preset's.", rich_help_panel=MODEL)] = None,
-    ffn: Annotated[int | None, typer.Option(help="Feed-forward width instead of the preset's.", rich_help_panel=MODEL)] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads instead of the preset's.", rich_help_panel=MODEL)
+    ] = None,
+    ffn: Annotated[
+        int | None, typer.Option(help="Feed-forward width instead of the preset's.", rich_help_panel=MODEL)
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(help="C computes a map, R reuses it: CRCR..., 2by6, or C for no reuse.", rich_help_panel=MODEL),
     ] = None,
-    conv_layers: Annotated[str | None, typer.Option(help="Conv stack: '[(128, 10, 5)] + [(256, 3, 2)] * 4'.", rich_help_panel=MODEL)] = None,
-    attention_mode: Annotated[str | None, typer.Option(help="exact or resoftmax. [exact]", rich_help_panel=MODEL)] = None,
+    conv_layers: Annotated[
+        str | None, typer.Option(help="Conv stack: '[(128, 10, 5)] + [(256, 3, 2)] * 4'.", rich_help_panel=MODEL)
+    ] = None,
+    attention_mode: Annotated[
+        str | None, typer.Option(help="exact or resoftmax. [exact]", rich_help_panel=MODEL)
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="Instead of the preset's.", rich_help_panel=MODEL)] = None,
-    init: Annotated[str | None, typer.Option(help="random, or teacher where shapes allow. [random]", rich_help_panel=MODEL)] = None,
-    loss: Annotated[str | None, typer.Option(help="masking, plain, star, or weighted: masking=1,star=0.5. [masking]", rich_help_panel=LOSS)] = None,
+    init: Annotated[
+        str | None, typer.Option(help="random, or teacher where shapes allow. [random]", rich_help_panel=MODEL)
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="masking, plain, star, or weighted: masking=1,star=0.5. [masking]", rich_help_panel=LOSS),
+    ] = None,
     distance: Annotated[str | None, typer.Option(help="mse or l1. [mse]", rich_help_panel=LOSS)] = None,
-    layer_weight: Annotated[float | None, typer.Option(help="Weight of every layer but the last. [0.1]", rich_help_panel=LOSS)] = None,
+    layer_weight: Annotated[
+        float | None, typer.Option(help="Weight of every layer but the last. [0.1]", rich_help_panel=LOSS)
+    ] = None,
     mask_prob: Annotated[float | None, typer.Option(help="p of the span mask. [0.8]", rich_help_panel=LOSS)] = None,
-    mask_prob_end: Annotated[float | None, typer.Option(help="Change p linearly to this over the run.", rich_help_panel=LOSS)] = None,
-    mask_length: Annotated[int | None, typer.Option(help="Mean span length in frames. [10]", rich_help_panel=LOSS)] = None,
+    mask_prob_end: Annotated[
+        float | None, typer.Option(help="Change p linearly to this over the run.", rich_help_panel=LOSS)
+    ] = None,
+    mask_length: Annotated[
+        int | None, typer.Option(help="Mean span length in frames. [10]", rich_help_panel=LOSS)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data, without --steps. [200]", rich_help_panel=TRAINING)] = None,
-    batch_seconds: Annotated[float | None, typer.Option(help="Padded audio of a batch of one process. [96]", rich_help_panel=TRAINING)] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches in a step of one process. [1]", rich_help_panel=TRAINING)] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Crop longer utterances at random. [20]", rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak rate. [5e-3]", rich_help_panel=TRAINING)] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps with rising rate. [0.05]", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data, without --steps. [200]", rich_help_panel=TRAINING)
+    ] = None,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="Padded audio of a batch of one process. [96]", rich_help_panel=TRAINING)
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches in a step of one process. [1]", rich_help_panel=TRAINING)
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Crop longer utterances at random. [20]", rich_help_panel=TRAINING)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak rate. [5e-3]", rich_help_panel=TRAINING)
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps with rising rate. [0.05]", rich_help_panel=TRAINING)
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's. [0.01]", rich_help_panel=TRAINING)] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm. [none]", rich_help_panel=TRAINING)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [fp32]", rich_help_panel=TRAINING)] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [no]", rich_help_panel=TRAINING)] = None,
-    impl: Annotated[str | None, typer.Option(help="Kernels: auto, triton or torch. [auto]", rich_help_panel=TRAINING)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]", rich_help_panel=TRAINING)] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read audio. [2]", rich_help_panel=TRAINING)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Less memory, more time. [no]",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    impl: Annotated[
+        str | None, typer.Option(help="Kernels: auto, triton or torch. [auto]", rich_help_panel=TRAINING)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]", rich_help_panel=TRAINING)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read audio. [2]", rich_help_panel=TRAINING)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. [0]", rich_help_panel=TRAINING)] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between reports. [10]", rich_help_panel=RUN)] = None,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations. [steps / 20]", rich_help_panel=RUN)] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [at validations]", rich_help_panel=RUN)] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many validations without gain. [never]", rich_help_panel=RUN)] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations. [steps / 20]", rich_help_panel=RUN)
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. [at validations]", rich_help_panel=RUN)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many validations without gain. [never]", rich_help_panel=RUN)
+    ] = None,
 ) -> None:
     """Distil a teacher into an ARMHuBERT student.
 
@@ -104,7 +175,9 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
         if force:
             raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
         if "out" in settings:
-            raise ArmhubertError(f"--resume names the run's folder itself, got --out {settings['out']!r} too: leave it out")
+            raise ArmhubertError(
+                f"--resume names the run's folder itself, got --out {settings['out']!r} too: leave it out"
+            )
         parsed = build(DistillConfig, settings, source)
         config = load_run_config(resume, {name: getattr(parsed, name) for name in settings})
     else:
@@ -120,7 +193,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
         ui.note("Stopping after this step, with a checkpoint; once more to end at once.")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

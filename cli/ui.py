@@ -114,9 +114,13 @@ def _show_live(reports: "Iterator[Report]") -> None:
             elif isinstance(report, distill.Validated):
                 mark = " [green]best[/green]" if report.best else ""
                 layers = " ".join(f"{x:.3f}" for x in report.layers)
-                bar.console.print(f"step {report.step}: held-out loss {report.loss:.4f}{mark} [dim]by layer {layers}[/dim]")
+                bar.console.print(
+                    f"step {report.step}: held-out loss {report.loss:.4f}{mark} [dim]by layer {layers}[/dim]"
+                )
             elif isinstance(report, distill.StepSkipped):
-                bar.console.print(f"[yellow]step {report.step} skipped: not finite ({report.in_a_row} in a row)[/yellow]")
+                bar.console.print(
+                    f"[yellow]step {report.step} skipped: not finite ({report.in_a_row} in a row)[/yellow]"
+                )
             elif isinstance(report, distill.Finished):
                 bar.stop()
                 _show_end(report)
@@ -131,9 +135,12 @@ def _start_table(report: "Started") -> Table:
     table.add_row(
         "student",
         f"{report.student_parameters_without_heads:,} parameters ({share:.0%} of the teacher), pattern "
-        f"{report.student.pattern}" + (f", {report.copied_from_teacher} tensors from the teacher" if report.copied_from_teacher else ""),
+        f"{report.student.pattern}"
+        + (f", {report.copied_from_teacher} tensors from the teacher" if report.copied_from_teacher else ""),
     )
-    table.add_row("speech", f"{report.utterances} utterances, {_duration(report.seconds)}; padding {report.padding_waste:.1%}")
+    table.add_row(
+        "speech", f"{report.utterances} utterances, {_duration(report.seconds)}; padding {report.padding_waste:.1%}"
+    )
     if report.valid_utterances:
         table.add_row("held out", f"{report.valid_utterances} utterances, {_duration(report.valid_seconds)}")
     if report.skipped:

@@ -148,5 +148,7 @@ def rename(encoder: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
                 state[name] = tensor  # refused by name when the model is built
     for layer in range(config.layers):
         for kind in ("weight", "bias"):
-            state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(encoder, f"encoder.layers.{layer}.attention.", kind)
+            state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(
+                encoder, f"encoder.layers.{layer}.attention.", kind
+            )
     return state

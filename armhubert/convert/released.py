@@ -51,8 +51,13 @@ def load(path: Path) -> Weights:
 
 def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """EncoderConfig's fields from the `distiller` section."""
-    for key, needed in (("layer_type", "transformer"), ("pos_conv_depth", 1), ("activation_fn", "gelu"),
-                        ("enable_tr_layer", False), ("pred_head_inter_dim", 0)):
+    for key, needed in (
+        ("layer_type", "transformer"),
+        ("pos_conv_depth", 1),
+        ("activation_fn", "gelu"),
+        ("enable_tr_layer", False),
+        ("pred_head_inter_dim", 0),
+    ):
         if section.get(key, needed) != needed:
             raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r}")
     heads = [name for name in student if re.fullmatch(r"proj_head\.\d+\.lin_proj\.weight", name)]

@@ -51,14 +51,20 @@ def read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArmhubertError(f"{path} holds more than tensors and plain containers, so it is not read: {reason}") from None
+        raise ArmhubertError(
+            f"{path} holds more than tensors and plain containers, so it is not read: {reason}"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ArmhubertError(f"{path} is damaged or no torch checkpoint: {' '.join(str(error).split())[:200]}") from None
+        raise ArmhubertError(
+            f"{path} is damaged or no torch checkpoint: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
     """`state` as a mapping from names to tensors, or an ArmhubertError."""
-    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise ArmhubertError(f"{path} must hold a mapping from names to tensors")
     return dict(state)
 
@@ -70,7 +76,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in sorted({str(shard) for shard in shards.values()}):
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
-            raise ArmhubertError(f"{index} names {name!r}: shards must be .safetensors or .bin files in the same folder")
+            raise ArmhubertError(
+                f"{index} names {name!r}: shards must be .safetensors or .bin files in the same folder"
+            )
         if not (folder / name).is_file():
             raise ArmhubertError(f"{folder} lacks {name}, which its index names")
         state.update(read_file(folder / name))

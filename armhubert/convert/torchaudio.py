@@ -44,7 +44,8 @@ def load(name: str) -> Weights:
 
 def from_model(model: torch.nn.Module, source: str, *, normalize: bool) -> Weights:
     """Weights of a torchaudio Wav2Vec2Model (HuBERT, wav2vec 2.0 or WavLM)."""
-    names, ignored = {}, []
+    names: dict[str, Tensor] = {}
+    ignored = []
     for name, tensor in model.state_dict().items():
         if name.startswith("aux."):
             ignored.append(name)
@@ -56,7 +57,9 @@ def from_model(model: torch.nn.Module, source: str, *, normalize: bool) -> Weigh
 
 def _transformers_names(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
     """torchaudio's names are transformers' but for two prefixes and WavLM's fused projections."""
-    name = name.replace("encoder.feature_projection.", "feature_projection.").replace("encoder.transformer.", "encoder.")
+    name = name.replace("encoder.feature_projection.", "feature_projection.").replace(
+        "encoder.transformer.", "encoder."
+    )
     name = name.replace(".attention.attention.", ".attention.")
     if match := re.fullmatch(r"(.*\.attention\.)in_proj_(weight|bias)", name):
         return {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", tensor.chunk(3), strict=True)}
@@ -72,8 +75,14 @@ def _settings(model: Any, normalize: bool) -> dict[str, Any]:
     has_bias = hasattr(attention, "gru_rel_pos_linear")
     embedding = getattr(attention, "rel_attn_embed", None)
     return {
-        "conv_layers": [(c.out_channels, c.kernel_size[0] if isinstance(c.kernel_size, tuple) else c.kernel_size,
-                         c.stride[0] if isinstance(c.stride, tuple) else c.stride) for c in convs],
+        "conv_layers": [
+            (
+                c.out_channels,
+                c.kernel_size[0] if isinstance(c.kernel_size, tuple) else c.kernel_size,
+                c.stride[0] if isinstance(c.stride, tuple) else c.stride,
+            )
+            for c in convs
+        ],
         "width": position.out_channels,
         "layers": len(transformer.layers),
         "heads": attention.num_heads,
