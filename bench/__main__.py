@@ -1,11 +1,11 @@
-"""`python -m armhubert.bench <name>`: run one benchmark or report."""
+"""`python -m armhubert.bench NAME [OPTIONS]`: run one benchmark or report."""
 
 import importlib
 import sys
 
-NAMES = ("lowering",)
+NAMES = ("lowering", "teacher_views")
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in NAMES:
-        sys.exit(f"usage: python -m armhubert.bench {{{','.join(NAMES)}}}")
-    importlib.import_module(f"armhubert.bench.{sys.argv[1]}").main()
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: python -m armhubert.bench {{{','.join(NAMES)}}} [OPTIONS]")
+    importlib.import_module(f"armhubert.bench.{sys.argv.pop(1)}").main()

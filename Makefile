@@ -1,0 +1,50 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.10 to 3.13, make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: demo test test-plain test-interpret check bench wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/armhubert distill --out $(RUN) --force --steps 150 --batch-seconds 48 --learning-rate 2e-3 --validate-every 25
+	$(BIN)/armhubert info $(RUN) --audio armhubert/assets/speech/1867/154075/1867-154075-0010.opus
+	@echo "Pictures: $(RUN)/loss.png and $(RUN)/layers.png"
+
+test: test-plain test-interpret
+
+test-plain: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+# Triton picks interpreter or compiler when its kernels are defined, so the interpreted tests are a process of their own.
+test-interpret: $(VENV)/.installed-dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+# mypy cannot follow the package mapping of an editable install, so it reads an installed copy.
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && $(BIN)/pip install -q --no-deps --target build/typed . && rm -rf build/lib build/bdist*
+	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p armhubert
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m armhubert.bench teacher_views
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,70 @@
+"""Timing: interleaved runs, medians, and what they were measured on."""
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from armhubert import __version__
+from armhubert.distill import device_name
+from armhubert.files import write_atomic
+
+
+class Timing(NamedTuple):
+    """Seconds of one candidate over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1, device: torch.device | None = None
+) -> dict[str, Timing]:
+    """Time each candidate in turn, A B A B ..., so that a drifting machine is unfair to none.
+
+    Only figures of one call may be compared with each other.
+    """
+
+    def timed(run: Callable[[], Any]) -> float:
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            seconds[name].append(timed(run))
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """What a figure depends on besides the code: device, versions, day."""
+    return {
+        "device": device_name(device),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "armhubert": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_results(name: str, rows: list[dict[str, Any]], device: torch.device, folder: Path) -> Path:
+    """`folder`/`name`.json with the rows and their conditions."""
+    path = folder / f"{name}.json"
+    write_atomic(path, json.dumps({"conditions": conditions(device), "rows": rows}, indent=1) + "\n")
+    return path
