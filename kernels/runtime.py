@@ -1,5 +1,6 @@
 """What every kernel module needs to know about the machine, in one place. Importing it does not import Triton."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -13,7 +14,10 @@ Impl = Literal["auto", "triton", "torch"]
 
 # triton.jit picks interpreter or compiler when the decorator runs, so this is read once, like Triton itself does.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except (ImportError, ValueError):  # an import hook, or a None in sys.modules, forbids it
+    HAS_TRITON = False
 
 NAMESPACE = "armhubert"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,7 +35,11 @@ def register(
     module, function = triton_fn.split(":")
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"armhubert.kernels.{module}"), function)(*args)
+        run = getattr(importlib.import_module(f"armhubert.kernels.{module}"), function)
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        # Triton launches on the current device, whatever the tensors' own
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return run(*args)
 
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema)

@@ -1,0 +1,54 @@
+import subprocess
+import sys
+import textwrap
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_but_the_triton_implementations_works_where_triton_is_missing():
+    run(
+        """
+        import sys
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Block())
+        import torch
+        from armhubert import ARMHuBERT, ArmhubertError
+        from armhubert.config import preset
+        import armhubert.cli, armhubert.distill
+        model = ARMHuBERT(preset("mini"))
+        output = model(torch.randn(1, 4000))
+        output.last_hidden_state.sum().backward()
+        assert "triton" not in sys.modules
+        try:
+            ARMHuBERT(preset("mini"), impl="triton")(torch.randn(1, 4000))
+        except ValueError as error:
+            assert "triton" in str(error)
+        else:
+            raise AssertionError("impl='triton' fell back silently")
+        """
+    )
+
+
+def test_importing_the_package_stays_light():
+    out = run(
+        """
+        import sys, armhubert
+        heavy = ["triton", "torchaudio", "transformers", "matplotlib", "tensorboard", "rich", "typer", "soundfile"]
+        print([name for name in heavy if name in sys.modules])
+        """
+    )
+    assert out.strip() == "[]"
+
+
+def test_the_command_line_is_reachable_as_a_module_and_prints_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "armhubert.cli", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.split()[0]) == (0, "armhubert")
