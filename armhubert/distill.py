@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -743,9 +742,13 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(processes: World) -> int:
-    """Bytes: the GPU's high-water mark where one is used, else the process's."""
+    """Bytes: the GPU's high-water mark where one is used, else the process's; 0 where the system does not tell."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
