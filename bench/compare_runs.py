@@ -1,0 +1,92 @@
+"""Runs of `armhubert distill` side by side: held-out error over the steps and by layer, as JSON and PNG.
+
+python -m armhubert.bench compare_runs --name distill-mini reuse=runs/reuse "no reuse=runs/noreuse"
+"""
+
+import argparse
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from armhubert.bench.clock import write_results
+from armhubert.config import read_mapping
+from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
+from armhubert.runlog import METRICS, read_metrics
+from armhubert.student import ARMHuBERT, count_parameters
+
+
+def summarize(name: str, folder: Path) -> dict[str, Any]:
+    """One row: what the run was, and its held-out error at every validation."""
+    settings = read_mapping(folder / "distill.json")
+    rows = read_metrics(folder / METRICS)
+    valid = [row for row in rows if row["kind"] == "valid"]
+    if not valid:
+        raise ArmhubertError(f"{folder} has no validation in its {METRICS}: nothing to compare")
+    student = ARMHuBERT.from_pretrained(folder)
+    count = count_parameters(student)
+    return {
+        "name": name,
+        "settings": {key: value for key, value in settings.items() if key not in ("out", "data", "valid")},
+        "pattern": student.config.pattern,
+        "parameters": count.total,
+        "parameters_without_heads": count.without_heads,
+        "validations": [{key: row[key] for key in ("step", "loss", "layers")} for row in valid],
+        "train": [{key: row[key] for key in ("step", "loss")} for row in rows if row["kind"] == "train"],
+    }
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: held-out loss over the steps; right: error of each layer at the last validation that all runs have."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    over_steps, by_layer = figure.subplots(1, 2)
+    step = last_common_step(rows)
+    for row in rows:
+        points = [(v["step"], v["loss"]) for v in row["validations"]]
+        over_steps.plot(*zip(*points, strict=True), marker="o", markersize=3, label=row["name"])
+        layers = next(v["layers"] for v in row["validations"] if v["step"] == step)
+        by_layer.plot(range(1, len(layers) + 1), layers, marker="o", markersize=4, label=row["name"])
+    over_steps.set(xlabel="step", ylabel="held-out loss (unmasked, weighted sum)", yscale="log")
+    by_layer.set(xlabel="layer", ylabel=f"held-out error at step {step}", ylim=(0, None))
+    for axes in (over_steps, by_layer):
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(path, buffer.getvalue())
+
+
+def last_common_step(rows: list[dict[str, Any]]) -> int:
+    """The last step at which every run was validated."""
+    return max(set.intersection(*({v["step"] for v in row["validations"]} for row in rows)))
+
+
+def main() -> None:
+    """Compare, print, and write NAME.json and NAME.png."""
+    parser = argparse.ArgumentParser(prog="python -m armhubert.bench compare_runs", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER")
+    parser.add_argument("--name", default="distill")
+    options = parser.parse_args()
+    pairs = [run.partition("=")[::2] for run in options.runs]
+    rows = [summarize(label, Path(folder)) for label, folder in pairs]
+    step = last_common_step(rows)
+    table = Table("run", "parameters", "loss", "error by layer", title=f"held out, step {step}")
+    for row in rows:
+        at = next(v for v in row["validations"] if v["step"] == step)
+        layers = " ".join(f"{x:.3f}" for x in at["layers"])
+        table.add_row(row["name"], f"{row['parameters_without_heads']:,}", f"{at['loss']:.4f}", layers)
+    Console().print(table)
+    out = Path(os.environ.get("OUT", "bench/results"))
+    draw(rows, out / f"{options.name}.png")
+    print(write_results(options.name, rows, torch.device("cpu"), out))
