@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import triton
-from armhubert.kernels import triton_masked_distillation as distillation
-from armhubert.kernels import triton_reuse_attention as attention
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from armhubert.kernels import triton_masked_distillation as distillation
+from armhubert.kernels import triton_reuse_attention as attention
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 from torch import Tensor
+
+from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 
 Distance = Literal["mse", "l1"]
 Layers = Tensor | Sequence[Tensor]

@@ -26,8 +26,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 from torch import Tensor
+
+from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 
 Setting = Literal["exact", "resoftmax"]
 MAX_HEAD_WIDTH = 128

@@ -1,4 +1,5 @@
 import pytest
+
 from armhubert.kernels import costs
 
 

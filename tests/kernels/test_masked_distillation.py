@@ -1,10 +1,11 @@
 import pytest
 import torch
-from armhubert.kernels import distillation_loss
-from armhubert.kernels import masked_distillation as module
 from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from armhubert.kernels import distillation_loss
+from armhubert.kernels import masked_distillation as module
 
 DISTANCES = ["mse", "l1"]
 

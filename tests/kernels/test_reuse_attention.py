@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from armhubert.kernels import AttentionMap, attend, reattend
-from armhubert.kernels import reuse_attention as module
 from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from armhubert.kernels import AttentionMap, attend, reattend
+from armhubert.kernels import reuse_attention as module
 
 SETTINGS = ["exact", "resoftmax"]
 
