@@ -38,6 +38,8 @@ class TrainingState:
     validations_without_gain: int = 0
     train_seconds: float = 0.0
     """Wall time spent in training so far."""
+    window: list[tuple[float, list[float], float, float, float]] = dataclasses.field(default_factory=list)
+    """Of each step since the last report: loss, layers, gradient norm, masked share, audio seconds."""
 
 
 class Checkpoint(NamedTuple):

@@ -181,6 +181,11 @@ def distill(
                 "use --loss plain or star, or the same weights from the hub"
             )
         student = _new_student(config, teacher).to(processes.device)
+        if config.max_seconds * SAMPLE_RATE < student.config.receptive_field:
+            raise ArmhubertError(
+                f"max_seconds must be at least {student.config.receptive_field / SAMPLE_RATE}, one frame, "
+                f"got {config.max_seconds}"
+            )
         copied = copy_matching(student, teacher) if config.init == "teacher" else 0
         data = yield from _prepare_data(config, out, student.config.receptive_field, processes)
         identity = _identity(config, teacher, student, data, processes)
@@ -188,12 +193,14 @@ def distill(
         if saved is not None:
             _check_identity(saved.identity, identity, out)
             run.restore(saved)
+        started = _started(run, copied, out)
         if processes.leads:
-            out.mkdir(parents=True, exist_ok=True)
+            if saved is None:  # with `force`, the old run's state must not be taken for this one's
+                (out / CHECKPOINT_FILE).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             write_skipped(data.scan, out / SKIPPED_FILE)
         log = runlog.RunLog(out, run.state.step) if processes.leads else None
-        yield _started(run, copied, out)
+        yield started
 
         try:
             yield from _train(run, log, identity, should_stop)
@@ -241,6 +248,7 @@ def _train(
                 reason, stop = "early stop", True
         if last or stop or state.step % save_every == 0:
             if run.world.leads:
+                window.keep()
                 checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
                 if not run.data.valid:
                     run.export(out)
@@ -530,10 +538,23 @@ class _Window:
     def __init__(self, run: _Run) -> None:
         self.run = run
         self._clear()
+        device = run.world.device
+        for loss, layers, norm, masked, seconds in run.state.window:  # from before the interruption
+            values = (torch.tensor(value, device=device) for value in (loss, layers, norm))
+            self.outcomes.append(_Outcome(*values, masked, seconds))
+        self.resumed = len(self.outcomes)
 
     def _clear(self) -> None:
         self.outcomes: list[_Outcome] = []
-        self.since, self.trained = time.perf_counter(), self.run.state.train_seconds
+        self.resumed = 0
+        self.since = time.perf_counter()
+
+    def keep(self) -> None:
+        """Note the outcomes in the training state, for a checkpoint."""
+        self.run.state.window = [
+            (float(o.loss), o.layers.tolist(), float(o.gradient_norm), o.masked_share, o.audio_seconds)
+            for o in self.outcomes
+        ]
 
     @property
     def count(self) -> int:
@@ -554,8 +575,8 @@ class _Window:
             learning_rate=learning_rate(state.step - 1, run.steps, run.config.warmup, run.config.learning_rate),
             gradient_norm=float(torch.stack([o.gradient_norm for o in outcomes]).mean()),
             masked_share=sum(o.masked_share for o in outcomes) / len(outcomes),
-            audio_rate=sum(o.audio_seconds for o in outcomes) / elapsed,
-            eta=elapsed / len(outcomes) * (run.steps - state.step),
+            audio_rate=sum(o.audio_seconds for o in outcomes[self.resumed :]) / elapsed,
+            eta=elapsed / max(1, len(outcomes) - self.resumed) * (run.steps - state.step),
             skipped_steps=state.skipped_steps,
         )
         self._clear()
@@ -564,10 +585,10 @@ class _Window:
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Rate of step 0..steps-1: linear rise over the first `warmup` share, then linear fall to 0."""
-    rising = warmup * steps
+    rising = max(1.0, warmup * steps)
     if step + 1 < rising:
         return peak * (step + 1) / rising
-    return peak * (steps - step) / max(1.0, steps - rising + 1) if step + 1 > rising + 1 else peak
+    return peak * (steps - step) / (steps - rising + 1)
 
 
 # ---- preparation -----------------------------------------------------------

@@ -1,9 +1,11 @@
 """What a distillation run is told: one flat, frozen set of settings, from the command line or a file."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from armhubert.audio import SAMPLE_RATE
 from armhubert.config import AttentionMode, EncoderConfig, parse_conv_layers, preset
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
@@ -113,7 +115,11 @@ class DistillConfig:
         parse_loss(self.loss)
         if self.steps is not None and self.epochs is not None:
             raise ArmhubertError(f"give steps or epochs, not both, got {self.steps} and {self.epochs}")
-        for name in ("steps", "epochs", "accumulate", "batch_seconds", "max_seconds", "mask_length", "log_every",
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ArmhubertError(f"{name} must be a finite number, got {value}")
+        for name in ("width", "layers", "heads", "ffn", "steps", "epochs", "accumulate", "batch_seconds", "max_seconds",
+                     "mask_length", "log_every",
                      "validate_every", "save_every", "patience", "learning_rate", "epsilon", "clip"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -129,6 +135,13 @@ class DistillConfig:
         for name in ("layer_weight", "weight_decay", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise ArmhubertError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ArmhubertError(f"seed must be below 2**63, got {self.seed}")
+        for name in ("batch_seconds", "max_seconds"):
+            if getattr(self, name) < 1 / SAMPLE_RATE:
+                raise ArmhubertError(
+                    f"{name} must be at least one sample, {1 / SAMPLE_RATE}, got {getattr(self, name)}"
+                )
 
     @property
     def terms(self) -> dict[str, float]:
@@ -153,6 +166,8 @@ def student_config(config: DistillConfig, teacher: EncoderConfig) -> EncoderConf
     layers = config.layers or base.layers
     if config.conv_layers is not None:
         stack = parse_conv_layers(config.conv_layers)
+        if not stack:
+            raise ArmhubertError(f"conv_layers must hold at least one layer, got {config.conv_layers!r}")
     else:  # the presets' last convolutions are as wide as the model
         stack = tuple((width if c == base.width else c, kernel, stride) for c, kernel, stride in base.conv_layers)
     pattern = config.pattern

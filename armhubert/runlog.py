@@ -1,10 +1,14 @@
 """What a run leaves to read and to look at: metrics.jsonl, TensorBoard, loss.png, layers.png."""
 
+import contextlib
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 
 METRICS = "metrics.jsonl"
@@ -19,26 +23,28 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
-
         self.folder = folder
         self.rows = [row for row in read_metrics(folder / METRICS) if row["step"] <= step] if step else []
         write_atomic(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
         if not step:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
-        self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        with _disk_errors(folder):
+            self._board = _Board(folder / "tensorboard", step)
+            self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def add(self, kind: str, step: int, scalars: dict[str, float], layers: tuple[float, ...]) -> None:
-        """One measurement: `kind` is train or valid; `layers` the unweighted error of each layer."""
+        """One measurement: `kind` is train or valid; `layers` the unweighted error of each layer.
+
+        Raises:
+            ArmhubertError: the disk is full.
+        """
         row: dict[str, Any] = {"kind": kind, "step": step, **scalars, "layers": [round(x, 6) for x in layers]}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        for number, value in enumerate(layers, start=1):
-            self._board.add_scalar(f"{kind}/layer_{number:02d}", value, step)
+        with _disk_errors(self.folder):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            by_layer = {f"layer_{number:02d}": value for number, value in enumerate(layers, start=1)}
+            self._board.add({f"{kind}/{name}": value for name, value in (scalars | by_layer).items()}, step)
 
     def draw(self) -> None:
         """Rewrite the pictures from everything measured so far."""
@@ -46,9 +52,46 @@ class RunLog:
         draw_layers(self.rows, self.folder / "layers.png")
 
     def close(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files; a full disk has been told by `add`, and must not hide another error here."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class _Board:
+    """TensorBoard's event file. Its own writer uses a thread, whose traceback on a full disk nobody can catch."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import, and only runs need it
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}", "wb")  # noqa: SIM115 - closed by close()
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:  # what an earlier part of the run wrote after this step is forgotten
+            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        self._write(step=step, summary={"value": [{"tag": tag, "simple_value": v} for tag, v in values.items()]})
+
+    def close(self) -> None:
         self._file.close()
-        self._board.close()
+
+    def _write(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArmhubertError(
+            f"cannot write in {folder}: {error.strerror}; free space or choose another folder"
+        ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -1,5 +1,6 @@
 """How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from armhubert.distill import Finished, Report, Started
     from armhubert.student import ParameterCount
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, emoji=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def error(message: str) -> None:
@@ -50,7 +51,8 @@ def show(reports: "Iterator[Report]") -> None:
 
 
 def format_line(report: "Report") -> str:
-    """One line of `kind key=value ...` for logs and scripts; empty for reports that a log does not need."""
+    """One line of `kind key=value ...` for logs and scripts, to be split as a shell does; empty for reports that a log
+    does not need."""
     from armhubert import distill
 
     if isinstance(report, distill.Scanning):
@@ -58,12 +60,13 @@ def format_line(report: "Report") -> str:
     if isinstance(report, distill.Started):
         skipped = sum(report.skipped.values())
         return (
-            f"start teacher={Path(report.config.teacher).name} teacher_parameters={report.teacher_parameters} "
-            f"student_parameters={report.student_parameters} without_heads={report.student_parameters_without_heads} "
+            f"start teacher={shlex.quote(Path(report.config.teacher).name)} "
+            f"teacher_parameters={report.teacher_parameters} student_parameters={report.student_parameters} "
+            f"without_heads={report.student_parameters_without_heads} "
             f"pattern={report.student.pattern} utterances={report.utterances} seconds={report.seconds:.1f} "
             f"valid_utterances={report.valid_utterances} valid_seconds={report.valid_seconds:.1f} skipped={skipped} "
             f"padding={report.padding_waste:.3f} steps={report.steps} first_step={report.first_step} "
-            f"processes={report.processes} out={report.config.out}"
+            f"processes={report.processes} out={shlex.quote(report.config.out)}"
         )
     if isinstance(report, distill.Progress):
         return (
@@ -75,14 +78,15 @@ def format_line(report: "Report") -> str:
         layers = ",".join(f"{x:.4f}" for x in report.layers)
         return f"valid step={report.step} loss={report.loss:.5f} layers={layers} best={str(report.best).lower()}"
     if isinstance(report, distill.Saved):
-        return f"saved step={report.step} path={report.path}"
+        return f"saved step={report.step} path={shlex.quote(str(report.path))}"
     if isinstance(report, distill.StepSkipped):
         return f"skipped step={report.step} in_a_row={report.in_a_row}"
-    resume = f" resume='armhubert distill --resume {report.out}'" if report.reason == "stopped" else ""
+    out = shlex.quote(str(report.out))
+    resume = f" resume={shlex.quote(f'armhubert distill --resume {out}')}" if report.reason == "stopped" else ""
     return (
         f"finished reason={report.reason.replace(' ', '-')} step={report.step} best_loss={report.best_loss:.5f} "
         f"train_seconds={report.seconds:.1f} audio_seconds={report.audio_seconds:.1f} "
-        f"peak_memory_mib={report.peak_memory / 2**20:.0f} out={report.out}{resume}"
+        f"peak_memory_mib={report.peak_memory / 2**20:.0f} out={out}{resume}"
     )
 
 
@@ -160,9 +164,10 @@ def _show_end(report: "Finished") -> None:
         f"{_duration(report.audio_seconds)} of audio, peak memory {report.peak_memory / 2**30:.2f} GiB."
     )
     if report.reason == "stopped":
-        _out.print(f"Go on with:  armhubert distill --resume {report.out}")
+        _out.print(f"Go on with:  armhubert distill --resume {shlex.quote(str(report.out))}", markup=False)
     else:
-        _out.print(f"Student, curves and card are in {report.out}:  ARMHuBERT.from_pretrained({str(report.out)!r})")
+        name = str(report.out)
+        _out.print(f"Student, curves and card are in {name}:  ARMHuBERT.from_pretrained({name!r})", markup=False)
 
 
 def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -> None:

@@ -1,0 +1,667 @@
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+from test_distill import SHAPE, digests, write_speech, write_teacher
+
+from armhubert import cli, distill
+from armhubert.distill_config import DistillConfig
+
+STUDENT = [
+    "--width", "32", "--layers", "2", "--heads", "2", "--ffn", "32", "--conv-layers", SHAPE["conv_layers"],
+    "--batch-seconds", "4", "--steps", "4", "--workers", "0", "--device", "cpu", "--hold-out", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("data") / "speech", (0.8, 0.6, 0.7))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run `armhubert ...` in this process: exit code, standard output, standard error."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """Run and expect bad input: exit code 2, one line that says why, nothing printed as if it had worked."""
+
+    def run(*argv: object, says: str) -> str:
+        code, out, err = call(*argv)
+        assert code == 2, (out, err)
+        assert err.endswith("\n")
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("error: "), err
+        assert re.search(says, err), err
+        assert "finished" not in out
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, speech, teacher):
+    """A run of four steps, to be copied."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    config = DistillConfig(
+        out=str(folder), data=(str(speech),), teacher=str(teacher), **SHAPE, batch_seconds=4.0, steps=4, workers=0,
+        device="cpu", hold_out=0.0, log_every=1, save_every=100,
+    )  # fmt: skip
+    list(distill.distill(config))
+    return folder
+
+
+@pytest.fixture
+def old_run(finished_run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(finished_run, folder)
+    return folder
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """The configuration that the command line hands to the library, in place of a run."""
+    seen = []
+
+    def fake(config, **how):
+        seen.append((config, how))
+        return iter(())
+
+    monkeypatch.setattr(distill, "distill", fake)
+    return seen
+
+
+# what is understood
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["distill", "--help"], ["info", "--help"]])
+def test_help(call, asked):
+    code, out, err = call(*asked)
+    assert (code, err) == (0, "")
+    assert "Usage" in out
+    if asked[0] == "distill":
+        for field in DistillConfig.__dataclass_fields__:
+            if field not in ("data", "beta1", "beta2", "epsilon"):
+                assert f"--{field.replace('_', '-')}" in re.sub(r"[│\s]+", " ", out), field
+
+
+def test_version(call):
+    from armhubert import __version__
+
+    assert call("--version") == (0, f"armhubert {__version__}\n", "")
+
+
+def test_without_a_command_the_help_is_shown(call):
+    code, out, err = call()
+    assert code in (0, 2)
+    assert "distill" in out + err
+
+
+def test_no_options_are_the_published_defaults(call, handed_over):
+    assert call("distill")[0] == 0
+    ((config, how),) = handed_over
+    assert config == DistillConfig()
+    assert (how["resume"], how["force"], how["should_stop"]()) == (False, False, False)
+
+
+def test_every_option_reaches_the_configuration(call, handed_over):
+    code, _, err = call(
+        "distill", "a", "b", "-o", "run", "--force", "--valid", "v1", "--valid", "v2", "--teacher", "HUBERT_BASE",
+        "--preset", "maskhubert", "--width", 96, "--layers", 4, "--heads", 3, "--ffn", 64, "--pattern", "CRRC",
+        "--conv-layers", "[(96, 10, 5)]", "--attention-mode", "resoftmax", "--dropout", 0.3, "--init", "teacher",
+        "--loss", "star=2", "--distance", "l1", "--layer-weight", 0.5, "--mask-prob", 0.4, "--mask-prob-end", 0.9,
+        "--mask-length", 7, "--epochs", 1.5, "--batch-seconds", 12, "--accumulate", 3, "--max-seconds", 8,
+        "--lr", "1e-4", "--warmup", 0.2, "--weight-decay", 0, "--clip", 2, "--precision", "bf16",
+        "--gradient-checkpointing", "--impl", "torch", "--device", "cpu", "--workers", 0, "--seed", 9,
+        "--log-every", 2, "--validate-every", 3, "--save-every", 4, "--patience", 5, "--hold-out", 0.25,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    ((config, how),) = handed_over
+    assert config == DistillConfig(
+        out="run", data=("a", "b"), valid=("v1", "v2"), hold_out=0.25, teacher="HUBERT_BASE", preset="maskhubert",
+        width=96, layers=4, heads=3, ffn=64, pattern="CRRC", conv_layers="[(96, 10, 5)]", attention_mode="resoftmax",
+        dropout=0.3, init="teacher", loss="star=2", distance="l1", layer_weight=0.5, mask_prob=0.4, mask_prob_end=0.9,
+        mask_length=7, epochs=1.5, batch_seconds=12.0, accumulate=3, max_seconds=8.0, learning_rate=1e-4, warmup=0.2,
+        weight_decay=0.0, clip=2.0, precision="bf16", gradient_checkpointing=True, impl="torch", device="cpu",
+        workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
+    )  # fmt: skip
+    assert how["force"] is True
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_options_given_win_over_the_file_and_the_file_over_the_defaults(call, handed_over, tmp_path, suffix):
+    file = tmp_path / f"settings.{suffix}"
+    text = {
+        "yaml": "data: [speech]\nepochs: 3\nlearning_rate: 1e-4\nseed: 5\ngradient_checkpointing: true\nclip: null\n",
+        "json": '{"data": ["speech"], "epochs": 3, "learning_rate": 1e-4, "seed": 5, "gradient_checkpointing": true}',
+    }[suffix]
+    file.write_text(text)
+    assert call("distill", "--config", file, "--seed", 6, "--steps", 7, "--no-gradient-checkpointing")[0] == 0
+    assert call("distill", "--config", file)[0] == 0
+    assert [config for config, _ in handed_over] == [
+        DistillConfig(data=("speech",), steps=7, learning_rate=1e-4, seed=6),
+        DistillConfig(data=("speech",), epochs=3.0, learning_rate=1e-4, seed=5, gradient_checkpointing=True),
+    ]
+
+
+def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run, tmp_path):
+    code, _, err = call("distill", "--resume", old_run, "--steps", 9, "--log-every", 3, "--seed", 0)
+    assert (code, err) == (0, "")
+    ((config, how),) = handed_over
+    assert how["resume"] is True
+    assert (config.out, config.steps, config.log_every, config.width) == (str(old_run), 9, 3, 32)
+
+
+# what is printed
+
+
+def test_output_without_a_terminal_is_one_parseable_line_a_report(call, speech, teacher, tmp_path):
+    out = tmp_path / "with space"
+    code, text, err = call(
+        "distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--hold-out", 0.3, "--log-every", 2,
+        "--validate-every", 4,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    kinds = []
+    for line in text.splitlines():
+        kind, *pairs = shlex.split(line)
+        values = dict(pair.split("=", 1) for pair in pairs)
+        kinds.append(kind)
+        if kind == "train":
+            assert float(values["loss"]) > 0
+            assert values["of"] == "4"
+        elif kind in ("start", "finished"):
+            assert values["out"] == str(out)
+        elif kind == "saved":
+            assert Path(values["path"]).is_file()
+        elif kind == "valid":
+            assert len(values["layers"].split(",")) == 2
+    assert kinds == ["scan", "start", "train", "train", "valid", "saved", "finished"]
+    assert "\x1b" not in text
+
+
+def test_output_on_a_terminal_shows_the_run_and_where_the_student_is(call, speech, teacher, tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=200, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(cli.ui, "_out", terminal)
+    out = tmp_path / "run [1]"
+    code, _, err = call("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--steps", 2, "--hold-out", 0.3)
+    assert (code, err) == (0, "")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "Done at step 2" in text
+    assert "held-out loss" in text
+    assert f"ARMHuBERT.from_pretrained({str(out)!r})" in text
+
+
+def test_info_tells_what_a_run_made_and_runs_it(call, old_run, speech):
+    code, out, err = call("info", old_run, "--audio", speech / "0.wav")
+    assert (code, err) == (0, "")
+    assert "2 of width 32, 2 heads, FFN 32" in out
+    assert "CR" in out
+    assert "features [1, 39, 32]" in out
+
+
+def test_info_on_what_is_no_model(refused, tmp_path):
+    refused("info", tmp_path, says="no config.json")
+    refused("info", tmp_path / "absent", says="no model at")
+
+
+def test_an_interrupt_before_training_exits_with_130(call, monkeypatch):
+    def interrupted(config, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "distill", interrupted)
+    assert call("distill")[0] == 130
+
+
+def test_a_defect_of_ours_keeps_its_traceback(call, monkeypatch):
+    def defect(config, **how):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(distill, "distill", defect)
+    with pytest.raises(ZeroDivisionError):
+        call("distill")
+
+
+# bad input: data
+
+
+@pytest.fixture
+def rejected(refused, speech, teacher, tmp_path):
+    """Run with a fault: refused, no OUT folder, and the data and the teacher as they were."""
+
+    def run(*argv: object, says: str, data: object = speech, teacher: object = teacher) -> str:
+        out = tmp_path / "run"
+        before = digests(speech), os.listdir(tmp_path)
+        err = refused("distill", data, "-o", out, "--teacher", teacher, *STUDENT, *argv, says=says)
+        assert not out.exists()
+        assert digests(speech) == before[0]
+        assert set(os.listdir(tmp_path)) - set(before[1]) <= {".armhubert-scan.json"}
+        return err
+
+    return run
+
+
+def test_a_missing_data_folder(rejected, tmp_path):
+    rejected(data=tmp_path / "absent", says="absent' does not exist")
+
+
+def test_an_empty_data_folder(rejected, tmp_path):
+    (tmp_path / "empty").mkdir()
+    rejected(data=tmp_path / "empty", says="holds no audio")
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_data_in_which_nothing_is_usable(rejected, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "broken.wav").write_bytes(b"RIFF nothing")
+    (folder / "empty.flac").touch()
+    soundfile.write(folder / "silent.wav", torch.zeros(16_000).numpy(), 16_000)
+    soundfile.write(folder / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
+    before = digests(folder)
+    rejected(data=folder, says="no usable audio is left of 4 files")
+    assert digests(folder) == before
+
+
+def test_missing_validation_speech(rejected, tmp_path):
+    rejected("--valid", tmp_path / "absent", says="does not exist")
+
+
+# bad input: teachers
+
+
+def test_a_teacher_folder_without_configuration(rejected, tmp_path):
+    (tmp_path / "none").mkdir()
+    rejected(teacher=tmp_path / "none", says=r"no config\.json")
+
+
+def test_a_teacher_folder_without_weights(rejected, tmp_path, teacher):
+    (tmp_path / "none").mkdir()
+    shutil.copy(teacher / "config.json", tmp_path / "none")
+    rejected(teacher=tmp_path / "none", says="has no weights")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 500, -100])
+def test_a_teacher_with_truncated_weights(rejected, tmp_path, teacher, keep):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    (broken / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:keep])
+    rejected(teacher=broken, says=r"model\.safetensors is damaged")
+
+
+def test_a_teacher_with_weights_of_the_wrong_shape_or_number(rejected, tmp_path, teacher):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    good = safetensors.torch.load_file(teacher / "model.safetensors")
+    name = "encoder.layers.1.feed_forward.output_dense.weight"
+    for state, says in (
+        ({**good, name: torch.zeros(32, 47)}, r"shape \[32, 48\] by its configuration, got \[32, 47\]"),
+        ({k: v for k, v in good.items() if k != name}, "lacks"),
+        ({k: v for k, v in good.items() if "k_proj" not in k}, "lacks"),
+        ({**good, "encoder.layers.2.final_layer_norm.bias": torch.zeros(32)}, "too many"),
+    ):
+        safetensors.torch.save_file(state, broken / "model.safetensors")
+        rejected(teacher=broken, says=says)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "bert"}, "'bert' model; supported: hubert"),
+        ({"model_type": None}, "supported: hubert"),
+        ({"hidden_act": "relu"}, "only 'gelu'"),
+        ({"hidden_size": "wide"}, "whole number"),
+        ({"num_attention_heads": 5}, "divisible by heads"),
+    ],
+)
+def test_a_teacher_of_an_unsupported_kind(rejected, tmp_path, teacher, change, says):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    config = {**json.loads((teacher / "config.json").read_text()), **change}
+    (broken / "config.json").write_text(json.dumps(config))
+    rejected(teacher=broken, says=says)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", '{"model_type": "hubert"'])
+def test_a_teacher_with_a_damaged_configuration(rejected, tmp_path, teacher, text):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    (broken / "config.json").write_text(text)
+    rejected(teacher=broken, says=r"config\.json (is not valid JSON|must hold a mapping)")
+
+
+def test_a_teacher_that_is_nowhere(rejected):
+    rejected(teacher="HUBBERT_BASE", says="no model at 'HUBBERT_BASE'")
+
+
+# bad input: settings
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--pattern", "RC"], "first layer must compute"),
+        (["--pattern", "CRC"], "2 layers, got 3"),
+        (["--pattern", "2by6"], "2 layers, got 12"),
+        (["--pattern", "CX"], "made of C"),
+        (["--pattern", "0by2"], "N of at least 1"),
+        (["--heads", "5"], "width must be divisible by heads, got width 32 and heads 5"),
+        (["--width", "24"], "divisible by position_groups"),
+        (["--width", "0"], "width must be above 0"),
+        (["--preset", "armhubrt"], "unknown preset 'armhubrt'; did you mean 'armhubert'"),
+        (["--conv-layers", "__import__('os')"], "must read like"),
+        (["--conv-layers", "[(8, 10, 5)] * 0"], "at least one"),
+        (["--conv-layers", "[(32, 10, 5)]"], "same frames"),
+        (["--loss", "maskin"], "unknown loss term 'maskin'.*did you mean 'masking'"),
+        (["--loss", "masking=-1"], "positive weights"),
+        (["--attention-mode", "fast"], "'exact' or 'resoftmax', got 'fast'"),
+        (["--precision", "fp8"], "got 'fp8'"),
+        (["--impl", "cuda"], "got 'cuda'"),
+        (["--init", "zero"], "got 'zero'"),
+        (["--epochs", "2"], "steps or epochs, not both"),
+        (["--lr", "nan"], "learning_rate in the options must be a number"),
+        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--seed", "9223372036854775808"], "seed must be below"),
+        (["--max-seconds", "0.01"], "max_seconds must be at least"),
+        (["--batch-seconds", "1e-9"], "batch_seconds must be at least"),
+        (["--hold-out", "1"], "hold_out must be"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda"),
+        (["--device", "cuda:x"], "device must be auto, cpu, cuda"),
+    ],
+)  # fmt: skip
+def test_settings_that_break_a_rule(rejected, argv, says):
+    rejected(*argv, says=says)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_asked_for_and_absent(rejected, device):
+    rejected("--device", device, says="sees no GPU here")
+
+
+def test_a_gpu_asked_for_beyond_those_there_are(rejected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    rejected("--device", "cuda:3", says="'cuda:3' was asked for and there are 1 GPUs")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--stepz", "3"], ["--steps", "abc"], ["--steps"], ["--lr", "fast"]]
+)  # fmt: skip
+def test_options_that_the_parser_does_not_know_or_cannot_read(call, tmp_path, argv):
+    code, _, err = call("distill", "-o", tmp_path / "run", *argv)
+    assert code == 2
+    assert "Traceback" not in err
+    assert argv[0] in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_command(call):
+    code, _, err = call("destill")
+    assert code == 2
+    assert "destill" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'.*did you mean 'learning_rate'"),
+        ("qqq: 1", "unknown key 'qqq'.*known:"),
+        ("1: 2", "unknown key 1"),
+        ("out: !!python/object/apply:os.system ['touch PWNED']", "not valid YAML"),
+        ("!!python/object/new:os.system ['touch PWNED']", "not valid YAML"),
+        ("- a\n- b", "must hold a mapping of settings, got list"),
+        ("just text", "must hold a mapping of settings, got str"),
+        ("", "must hold a mapping of settings, got NoneType"),
+        ("a: [1", "not valid YAML"),
+        ("seed: &a [*a]", "seed in .* must be a whole number"),
+        ("? [a, b]\n: 1", "not valid YAML|unknown key"),
+        ("? {a: b}\n: 1", "not valid YAML"),
+        ("steps: 1.5", "steps in .* must be a whole number, got 1.5"),
+        ("steps: true", "must be a whole number"),
+        ("data: speech", "must be a list"),
+        ("learning_rate: .inf", "must be a number"),
+        ("out: 3", "must be text"),
+        ("gradient_checkpointing: 1", "must be true or false"),
+        ("[" * 3000, "not valid YAML"),
+        ("\x07", "not valid YAML"),
+    ],
+)
+def test_a_configuration_file_that_is_wrong_or_hostile(refused, tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(text)
+    refused("distill", "--config", "bad.yaml", says=says)
+    assert os.listdir(tmp_path) == ["bad.yaml"]
+
+
+def test_a_configuration_file_that_cannot_be_read(refused, tmp_path):
+    refused("distill", "--config", tmp_path / "absent.yaml", says="cannot read .*absent.yaml")
+    refused("distill", "--config", tmp_path, says="cannot read")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(128, 256)))
+    refused("distill", "--config", tmp_path / "binary.yaml", says="not valid YAML")
+
+
+# bad input: OUT
+
+
+def test_out_that_exists_and_is_no_run_is_kept_without_force(call, refused, speech, teacher, tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("years of work")
+    refused("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, says="not empty and is no run")
+    assert os.listdir(out) == ["chapter.txt"]
+    code, _, err = call("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--steps", 1, "--force")
+    assert (code, err) == (0, "")
+    assert (out / "chapter.txt").read_text() == "years of work"
+    assert (out / "checkpoint.pt").is_file()
+
+
+def test_out_that_is_an_empty_folder_is_used(call, speech, teacher, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert call("distill", speech, "-o", tmp_path / "run", "--teacher", teacher, *STUDENT, "--steps", 1)[0] == 0
+
+
+def test_out_that_is_a_run_is_kept_without_force_or_resume(refused, speech, teacher, old_run):
+    before = digests(old_run)
+    refused("distill", speech, "-o", old_run, "--teacher", teacher, *STUDENT, says="holds a run: .*--resume.*--force")
+    assert digests(old_run) == before
+
+
+def test_out_that_is_a_file_or_below_one(refused, speech, teacher, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out, says in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "run", "cannot write")):
+        refused("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, says=says)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", [".", "run", "deep/run"])
+def test_out_inside_the_data_is_refused_even_by_force(refused, teacher, tmp_path, inside):
+    data = write_speech(tmp_path / "speech", (0.5, 0.5))
+    (tmp_path / "link").symlink_to(data)
+    before = digests(data)
+    for out in (data / inside, tmp_path / "link" / inside):
+        refused("distill", data, "-o", out, "--teacher", teacher, *STUDENT, "--force", says="lies inside the data")
+    assert digests(data) == before
+    assert not (data / "run").exists()
+
+
+# bad input: resume
+
+
+def test_resume_of_what_is_no_run(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("distill", "--resume", tmp_path / "empty", says=r"is no run: it has no distill\.json")
+    refused("distill", "--resume", tmp_path / "absent", says="is no run")
+    assert not any((tmp_path / "empty").iterdir())
+    assert not (tmp_path / "absent").exists()
+
+
+def test_resume_without_a_checkpoint(refused, old_run):
+    (old_run / "checkpoint.pt").unlink()
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, says=r"no checkpoint\.pt: nothing to resume")
+    assert digests(old_run) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--teacher", "HUBERT_BASE"], "keeps its teacher .*got 'HUBERT_BASE'"),
+        (["--width", "64"], "keeps its width 32, got 64"),
+        (["--pattern", "CC"], "keeps its pattern"),
+        (["--loss", "plain"], "keeps its loss"),
+        (["--seed", "3"], "keeps its seed"),
+        (["--force"], "give one of them"),
+        (["-o", "elsewhere"], "leave it out"),
+        (["--steps", "5", "--epochs", "2"], "not both"),
+    ],
+)
+def test_resume_with_changes_to_what_the_run_computes(refused, old_run, argv, says):
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, *argv, says=says)
+    assert digests(old_run) == before
+
+
+def edit(folder: Path, **changes) -> None:
+    settings = json.loads((folder / "distill.json").read_text())
+    (folder / "distill.json").write_text(json.dumps({**settings, **changes}))
+
+
+def test_resume_notices_another_teacher_under_the_same_name(refused, old_run, tmp_path, teacher):
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    write_teacher(other, seed=1)
+    edit(old_run, teacher=str(other))
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, says="made with another teacher")
+    assert digests(old_run) == before
+
+
+def test_resume_notices_another_student_shape(refused, old_run):
+    edit(old_run, ffn=48)
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, says=r"made with another student \(ffn\)")
+    assert digests(old_run) == before
+
+
+def test_resume_notices_another_batch_in_a_step(refused, old_run):
+    edit(old_run, accumulate=2)
+    refused("distill", "--resume", old_run, says="batches in a step: 1 then, 2 now")
+
+
+def test_resume_notices_changed_data(refused, old_run, tmp_path, speech):
+    data = tmp_path / "speech"
+    shutil.copytree(speech, data)
+    soundfile.write(data / "more.wav", 0.1 * torch.randn(9000).numpy(), 16_000)
+    edit(old_run, data=[str(data)])
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, says="made with another data")
+    assert digests(old_run) == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "head", "half", "other"])
+def test_resume_from_a_damaged_checkpoint(refused, old_run, damage):
+    path = old_run / "checkpoint.pt"
+    good = path.read_bytes()
+    if damage == "other":
+        torch.save({"model": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(
+            {"empty": b"", "text": b"hello " * 99, "head": good[:100], "half": good[: len(good) // 2]}[damage]
+        )
+    before = digests(old_run)
+    refused("distill", "--resume", old_run, says=r"checkpoint\.pt (is damaged|is no|holds more)")
+    assert digests(old_run) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sed": 1}'])
+def test_resume_of_a_run_whose_settings_are_damaged(refused, old_run, text):
+    (old_run / "distill.json").write_text(text)
+    refused("distill", "--resume", old_run, says=r"distill\.json")
+
+
+# a full disk
+
+
+class file_size_limit:
+    """Writing beyond `size` bytes into one file fails, as on a full disk."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *args: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("size", [400, 1000, 1500, 20_000, 200_000])
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(refused, speech, teacher, tmp_path, size):
+    out = tmp_path / "run"
+    before = digests(speech)
+    with file_size_limit(size):
+        refused(
+            "distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--log-every", 1, "--hold-out", 0.3,
+            "--steps", 30, "--save-every", 30, "--validate-every", 30,
+            says="cannot write .*(File too large|No space)",
+        )  # fmt: skip
+    assert digests(speech) == before
+    for folder in (tmp_path, out):
+        left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        assert left <= {
+            ".armhubert-scan.json",
+            "run",
+            "distill.json",
+            "skipped.tsv",
+            "metrics.jsonl",
+            "tensorboard",
+        } | {name for name in ("model.safetensors", "config.json", "README.md") if size >= 200_000}
+    for name in ("distill.json", "config.json"):
+        if (out / name).is_file():
+            json.loads((out / name).read_text())
+
+
+def test_a_disk_that_fills_up_during_a_resumed_run_keeps_the_last_checkpoint(call, refused, old_run):
+    good = (old_run / "checkpoint.pt").read_bytes()
+    with file_size_limit(len(good) // 2):
+        refused("distill", "--resume", old_run, "--steps", 5, says="cannot write .*(File too large|No space)")
+    assert (old_run / "checkpoint.pt").read_bytes() == good
+    assert not [path.name for path in old_run.iterdir() if path.name.startswith(".")]
+    assert call("distill", "--resume", old_run, "--steps", 5)[0] == 0

@@ -1,0 +1,665 @@
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+
+from armhubert import ARMHuBERT, ArmhubertError, checkpoint, distill, load_teacher
+from armhubert.distill_config import DistillConfig
+from armhubert.runlog import read_metrics
+
+STACK = [(8, 10, 5)] + [(8, 3, 2)] * 4 + [(32, 2, 2)] * 2
+SECONDS = (1.3, 0.6, 1.1, 0.9, 0.75, 1.0)
+SHAPE = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "ffn": 32,
+    "conv_layers": "[(8, 10, 5)] + [(8, 3, 2)] * 4 + [(32, 2, 2)] * 2",
+}
+
+
+def write_speech(folder: Path, seconds: tuple[float, ...] = SECONDS) -> Path:
+    """Modulated noise, one file a length."""
+    folder.mkdir(parents=True)
+    for number, length in enumerate(seconds):
+        rng = np.random.default_rng(number)
+        time = np.arange(round(length * 16_000)) / 16_000
+        wave = 0.1 * rng.standard_normal(len(time)) * (1 + np.sin(2 * np.pi * (3 + number) * time))
+        soundfile.write(folder / f"{number}.wav", wave, 16_000)
+    return folder
+
+
+def write_teacher(folder: Path, layers: int = 2, seed: int = 0, width: int = 32) -> Path:
+    """A random HuBERT in Hugging Face's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+
+    def weight(name: str, *shape: int) -> None:
+        fan = max(1, int(np.prod(shape[1:])))
+        state[name] = torch.randn(*shape, generator=generator) * fan**-0.5
+
+    def norm(name: str, size: int) -> None:
+        state[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
+        state[f"{name}.bias"] = 0.1 * torch.randn(size, generator=generator)
+
+    def linear(name: str, out: int, into: int) -> None:
+        weight(f"{name}.weight", out, into)
+        state[f"{name}.bias"] = 0.1 * torch.randn(out, generator=generator)
+
+    before = 1
+    for number, (channels, kernel, _) in enumerate(STACK):
+        weight(f"feature_extractor.conv_layers.{number}.conv.weight", channels, before, kernel)
+        before = channels
+    norm("feature_extractor.conv_layers.0.layer_norm", STACK[0][0])
+    norm("feature_projection.layer_norm", before)
+    linear("feature_projection.projection", width, before)
+    state["masked_spec_embed"] = torch.rand(width, generator=generator)
+    weight("encoder.pos_conv_embed.conv.parametrizations.weight.original1", width, width // 4, 16)
+    state["encoder.pos_conv_embed.conv.parametrizations.weight.original0"] = torch.ones(1, 1, 16)
+    state["encoder.pos_conv_embed.conv.bias"] = torch.zeros(width)
+    norm("encoder.layer_norm", width)
+    for layer in range(layers):
+        prefix = f"encoder.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{prefix}attention.{name}", width, width)
+        linear(f"{prefix}feed_forward.intermediate_dense", 48, width)
+        linear(f"{prefix}feed_forward.output_dense", width, 48)
+        norm(f"{prefix}layer_norm", width)
+        norm(f"{prefix}final_layer_norm", width)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "hubert",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "conv_dim": [c for c, _, _ in STACK],
+        "conv_kernel": [k for _, k, _ in STACK],
+        "conv_stride": [s for _, _, s in STACK],
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What is in a folder, byte for byte."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("data") / "speech")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture
+def settings(tmp_path, speech, teacher):
+    """A tiny run's configuration; keywords change it."""
+
+    def make(**changes) -> DistillConfig:
+        values = {
+            "out": str(tmp_path / "run"),
+            "data": (str(speech),),
+            "teacher": str(teacher),
+            **SHAPE,
+            "batch_seconds": 2.0,
+            "steps": 2,
+            "learning_rate": 1e-3,
+            "hold_out": 0.0,
+            "workers": 0,
+            "log_every": 1,
+            "save_every": 1000,
+            "device": "cpu",
+        }
+        return DistillConfig(**{**values, **changes})
+
+    return make
+
+
+def run(config: DistillConfig, **how) -> list[distill.Report]:
+    return list(distill.distill(config, **how))
+
+
+def of(reports, kind):
+    return [report for report in reports if isinstance(report, kind)]
+
+
+def stop_after(steps: int):
+    """`should_stop` that says yes after so many steps."""
+    asked = iter(range(steps - 1))
+    return lambda: next(asked, None) is None
+
+
+def rows(out: str) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "audio_rate"} for row in read_metrics(Path(out) / "metrics.jsonl")]
+
+
+def losses(reports) -> list[float]:
+    return [report.loss for report in of(reports, distill.Progress)]
+
+
+def same_state(a: Path, b: Path) -> None:
+    """Two checkpoints hold bitwise the same student and optimizer."""
+    first, second = checkpoint.load(a / "checkpoint.pt"), checkpoint.load(b / "checkpoint.pt")
+    assert first.student.keys() == second.student.keys()
+    for name, value in first.student.items():
+        assert torch.equal(value, second.student[name]), name
+    for number, moments in first.optimizer["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, second.optimizer["state"][number][name]), (number, name)
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(settings, tmp_path, speech, teacher):
+    before = digests(speech), digests(teacher)
+    # sources: speech, and a file that is too short
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    soundfile.write(extra / "short.wav", np.ones(100) * 0.1, 16_000)
+    config = settings(data=(str(speech), str(extra)), hold_out=0.2, steps=4, validate_every=2)
+    reports = run(config)
+    out = Path(config.out)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png",
+        "distill.json", "skipped.tsv", "tensorboard",
+    }  # fmt: skip
+    assert any((out / "tensorboard").iterdir())
+    for picture in ("loss.png", "layers.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    student = ARMHuBERT.from_pretrained(out)
+    assert student.config.pattern == "CR"
+    assert student(torch.randn(1, 4000)).projections[-1].shape == (1, 12, 32)
+    assert json.loads((out / "distill.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert (out / "skipped.tsv").read_text().splitlines() == [
+        "path\treason",
+        f"{extra / 'short.wav'}\ttoo short: 100 samples, at least 400",
+    ]
+    card = (out / "README.md").read_text()
+    assert "4 steps of 4" in card or "2 steps of 4" in card  # of the best validation
+    written = read_metrics(out / "metrics.jsonl")
+    assert [(row["kind"], row["step"]) for row in written] == [
+        ("train", 1), ("train", 2), ("valid", 2), ("train", 3), ("train", 4), ("valid", 4),
+    ]  # fmt: skip
+    assert [row["loss"] for row in written if row["kind"] == "train"] == losses(reports)
+    assert all(len(row["layers"]) == 2 for row in written)
+    started = of(reports, distill.Started)[0]
+    assert (started.utterances + started.valid_utterances, started.steps) == (len(SECONDS), 4)
+    assert started.valid_utterances >= 1
+    assert started.skipped == {"too short": 1}
+    end = reports[-1]
+    assert isinstance(end, distill.Finished)
+    assert (end.reason, end.step) == ("done", 4)
+    assert end.best_loss == min(row["loss"] for row in written if row["kind"] == "valid")
+    assert end.peak_memory > 2**20
+    assert end.audio_seconds == checkpoint.load(out / "checkpoint.pt").state.audio_seconds > 0
+    assert (digests(speech), digests(teacher)) == before
+
+
+def test_the_exported_student_is_the_best_validated_one_and_the_checkpoint_the_last(settings):
+    # A rate of nothing for the first validation, then ruin: the first stays the best.
+    config = settings(hold_out=0.3, steps=4, validate_every=1, learning_rate=2.0, warmup=1.0)
+    validated = of(run(config), distill.Validated)
+    assert [v.best for v in validated].count(True) < len(validated)
+    last_best = max(v.step for v in validated if v.best)
+    exported = ARMHuBERT.from_pretrained(config.out).state_dict()
+    last = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert last.state.step == 4
+    assert last.state.best_loss == min(v.loss for v in validated)
+    same = all(torch.equal(exported[name], value) for name, value in last.student.items())
+    assert same == (last_best == 4)
+
+
+def test_without_holding_out_the_last_student_is_exported_and_nothing_validated(settings):
+    config = settings()
+    reports = run(config)
+    assert not of(reports, distill.Validated)
+    assert of(reports, distill.Started)[0].valid_utterances == 0
+    assert reports[-1].best_loss == float("inf")
+    exported = ARMHuBERT.from_pretrained(config.out).state_dict()
+    last = checkpoint.load(Path(config.out) / "checkpoint.pt").student
+    assert all(torch.equal(exported[name], value) for name, value in last.items())
+
+
+def test_given_validation_speech_is_used_whole_and_no_training_speech_is_held_out(settings, tmp_path):
+    held = write_speech(tmp_path / "held", (0.5, 0.8))
+    reports = run(settings(valid=(str(held),), hold_out=0.5))
+    started = of(reports, distill.Started)[0]
+    assert (started.utterances, started.valid_utterances) == (len(SECONDS), 2)
+    assert started.valid_seconds == pytest.approx(1.3)
+    assert of(reports, distill.Validated)
+
+
+def test_training_lowers_the_loss(settings):
+    reports = run(settings(steps=30, learning_rate=5e-3, hold_out=0.2, validate_every=30, log_every=10, dropout=0.0))
+    assert losses(reports)[-1] < 0.8 * losses(reports)[0]
+
+
+def test_epochs_count_passes_over_the_data(settings):
+    reports = run(settings(steps=None, epochs=2.0, batch_seconds=0.1))  # a batch an utterance
+    assert of(reports, distill.Started)[0].steps == 2 * len(SECONDS)
+    assert reports[-1].audio_seconds == pytest.approx(2 * sum(SECONDS), abs=1e-3)
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_just_after_the_last_step():
+    rates = [distill.learning_rate(step, 20, 0.25, 1.0) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert np.diff(rates[4:20]) == pytest.approx(np.full(15, -1 / 16))
+    assert rates[20] == 0.0
+    assert [distill.learning_rate(step, 1, 0.05, 3.0) for step in range(1)] == [3.0]
+
+
+def test_the_callers_generators_threads_and_dtype_stay_untouched(settings):
+    def state():
+        return (
+            torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(),  # noqa: NPY002
+            torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(), os.getcwd(), dict(os.environ),
+            signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT),
+        )  # fmt: skip
+
+    before = state()
+    run(settings(hold_out=0.2, dropout=0.1))
+    assert state() == before
+
+
+def test_an_iterator_that_is_dropped_early_closes_its_files(settings):
+    config = settings(steps=50)
+    reports = distill.distill(config)
+    while not isinstance(next(reports), distill.Progress):
+        pass
+    reports.close()
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    reports = distill.distill(config, force=True)
+    while not isinstance(next(reports), distill.Progress):
+        pass
+    reports.close()
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert after <= before
+
+
+# the same run, computed in other ways
+
+
+def test_the_same_seed_gives_bitwise_the_same_run_and_another_seed_another(settings, tmp_path):
+    torch.manual_seed(1)
+    first = losses(run(settings(out=str(tmp_path / "a"))))
+    torch.manual_seed(2)
+    assert losses(run(settings(out=str(tmp_path / "b")))) == first
+    assert losses(run(settings(out=str(tmp_path / "c"), seed=1))) != first
+
+
+def test_a_steps_loss_does_not_depend_on_how_its_utterances_are_cut_into_batches(settings, tmp_path):
+    # One step over the whole epoch, as one batch or as one batch an utterance: the valid frames are the same.
+    whole = run(settings(out=str(tmp_path / "a"), batch_seconds=100.0, accumulate=1, steps=1, preset="mini", dropout=0))
+    each = run(
+        settings(out=str(tmp_path / "b"), batch_seconds=0.1, accumulate=len(SECONDS), steps=1, preset="mini", dropout=0)
+    )
+    a, b = of(whole, distill.Progress)[0], of(each, distill.Progress)[0]
+    assert a.loss == pytest.approx(b.loss, rel=1e-5)
+    assert a.layers == pytest.approx(b.layers, rel=1e-5)
+    assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+    assert a.masked_share == pytest.approx(b.masked_share)
+
+
+def test_gradient_checkpointing_changes_no_loss(settings, tmp_path):
+    plain = run(settings(out=str(tmp_path / "a"), steps=3, dropout=0.1))
+    saving = run(settings(out=str(tmp_path / "b"), steps=3, dropout=0.1, gradient_checkpointing=True))
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
+    assert [r.gradient_norm for r in of(saving, distill.Progress)] == pytest.approx(
+        [r.gradient_norm for r in of(plain, distill.Progress)], rel=1e-5
+    )
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(settings, tmp_path):
+    config = settings(out=str(tmp_path / "one"), accumulate=2, steps=3, batch_seconds=1.5, hold_out=0.3, dropout=0.1)
+    run(config)
+    file = tmp_path / "two.json"
+    two = {**dataclasses.asdict(config), "out": str(tmp_path / "two"), "accumulate": 1}
+    file.write_text(json.dumps(two))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "armhubert.cli", "distill", "--config", str(file)],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes=2" in done.stdout
+    assert done.stdout.count("finished ") == 1  # the lead alone reports
+    one, other = rows(config.out), rows(two["out"])
+    assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in other]
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["layers"] == pytest.approx(b["layers"], rel=1e-4, abs=2e-6)
+    ARMHuBERT.from_pretrained(two["out"])
+    # The one process takes the two's run over: the global batch is the same.
+    end = run(dataclasses.replace(config, out=two["out"], steps=4), resume=True)[-1]
+    assert (end.reason, end.step) == ("done", 4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bit_precision_runs_on_the_cpu_near_the_full_precision_losses(settings, tmp_path, precision):
+    full = losses(run(settings(out=str(tmp_path / "a"), steps=3)))
+    config = settings(out=str(tmp_path / "b"), steps=3, precision=precision, hold_out=0.0)
+    assert losses(run(config)) == pytest.approx(full, rel=0.03)
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert all(value.dtype == torch.float32 for value in saved.student.values())
+    assert bool(saved.scaler) == (precision == "fp16")
+    assert run(dataclasses.replace(config, steps=4), resume=True)[-1].step == 4
+
+
+def test_clipping_reports_the_norm_before_and_changes_the_steps_after(settings, tmp_path):
+    free = of(run(settings(out=str(tmp_path / "a"), steps=3)), distill.Progress)
+    clipped = of(run(settings(out=str(tmp_path / "b"), steps=3, clip=1e-6)), distill.Progress)
+    assert clipped[0].gradient_norm == free[0].gradient_norm > 1e-6
+    assert clipped[2].loss != free[2].loss
+
+
+# losses and students
+
+
+@pytest.mark.parametrize(
+    ("loss", "heads"), [("masking", True), ("plain", True), ("star", False), ("masking=1,star=0.5", True)]
+)
+def test_every_loss_trains_and_validates(settings, loss, heads):
+    config = settings(loss=loss, hold_out=0.2)
+    reports = run(config)
+    assert all(np.isfinite(losses(reports)))
+    assert all(np.isfinite(v.loss) for v in of(reports, distill.Validated))
+    assert (ARMHuBERT.from_pretrained(config.out).heads is not None) == heads
+    assert (of(reports, distill.Progress)[0].masked_share > 0) == ("masking" in loss)
+
+
+def test_a_combined_loss_is_the_weighted_sum_of_its_terms(settings, tmp_path):
+    def first(name, **changes):
+        shared = {"out": str(tmp_path / name), "steps": 1, "preset": "mini", "dropout": 0.0, **changes}
+        return of(run(settings(**shared)), distill.Progress)[0]
+
+    plain, star = first("plain", loss="plain"), first("star", loss="star")
+    both = first("both", loss="plain=2,star=0.25")
+    assert both.loss == pytest.approx(2 * plain.loss + 0.25 * star.loss, rel=1e-5)
+    assert both.layers == pytest.approx([2 * p + 0.25 * s for p, s in zip(plain.layers, star.layers, strict=True)])
+    assert plain.loss == pytest.approx(0.1 * plain.layers[0] + plain.layers[1])
+
+
+def test_the_validation_loss_is_the_clean_one_whatever_is_trained(settings, tmp_path):
+    masking = of(run(settings(out=str(tmp_path / "a"), steps=1, learning_rate=1e-12, hold_out=0.3)), distill.Validated)
+    plain = of(
+        run(settings(out=str(tmp_path / "b"), steps=1, learning_rate=1e-12, hold_out=0.3, loss="plain")),
+        distill.Validated,
+    )
+    assert masking[-1].loss == pytest.approx(plain[-1].loss, rel=1e-5)
+
+
+def test_the_mask_schedule_ends_at_its_second_value(settings, tmp_path):
+    falling = of(run(settings(steps=6, mask_prob=1.0, mask_prob_end=0.0, mask_length=3)), distill.Progress)
+    constant = of(run(settings(out=str(tmp_path / "b"), steps=6, mask_prob=1.0, mask_length=3)), distill.Progress)
+    assert falling[0].masked_share == constant[0].masked_share
+    assert falling[-1].masked_share < 0.5 * constant[-1].masked_share
+
+
+def test_a_deeper_teacher_is_mapped_to_the_student_last_to_last(settings, tmp_path):
+    deep = write_teacher(tmp_path / "deep", layers=5)
+    reports = run(settings(teacher=str(deep), hold_out=0.2))
+    assert of(reports, distill.Started)[0].student.layers == 2
+    assert len(of(reports, distill.Progress)[0].layers) == 2
+
+
+def test_a_student_started_from_its_teacher_has_its_tensors_where_shapes_allow(settings, teacher):
+    reports = run(settings(init="teacher", learning_rate=1e-30, pattern="CC", ffn=48, steps=1, weight_decay=0.0))
+    started = of(reports, distill.Started)[0]
+    theirs = load_teacher(teacher).state_dict()
+    ours = ARMHuBERT.from_pretrained(started.config.out).state_dict()
+    shared = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
+    assert started.copied_from_teacher == len(shared) > 20
+    for name in shared:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-25), name
+
+
+def test_a_reusing_layer_starts_from_the_values_of_its_teacher_layer(settings, teacher):
+    run(config := settings(init="teacher", learning_rate=1e-30, steps=1, weight_decay=0.0))
+    theirs = load_teacher(teacher).state_dict()
+    ours = ARMHuBERT.from_pretrained(config.out).state_dict()
+    assert torch.equal(ours["layers.1.attention.value.weight"], theirs["layers.1.attention.qkv.weight"][64:])
+    assert torch.equal(ours["layers.1.attention.value.bias"], theirs["layers.1.attention.qkv.bias"][64:])
+
+
+def test_a_random_student_copies_nothing(settings, teacher):
+    reports = run(settings(steps=1))
+    assert of(reports, distill.Started)[0].copied_from_teacher == 0
+
+
+# stopping and going on
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, log_every):
+    # Dropout, random crops, masks, several epochs, several batches a step, validation: all chance there is.
+    shared = {
+        "steps": 8, "dropout": 0.1, "max_seconds": 0.7, "batch_seconds": 1.5, "accumulate": 2, "hold_out": 0.3,
+        "validate_every": 2, "log_every": log_every,
+    }  # fmt: skip
+    whole = settings(out=str(tmp_path / "whole"), **shared)
+    run(whole)
+    parts = settings(out=str(tmp_path / "parts"), **shared)
+    first = run(parts, should_stop=stop_after(3))
+    assert (first[-1].reason, first[-1].step) == ("stopped", 3)
+    torch.randn(7)  # nothing is drawn from the caller's generator
+    second = run(parts, resume=True, should_stop=stop_after(3))
+    assert (of(second, distill.Started)[0].first_step, second[-1].step) == (3, 6)
+    third = run(parts, resume=True)
+    assert (third[-1].reason, third[-1].step) == ("done", 8)
+    assert rows(whole.out) == rows(parts.out)
+    same_state(Path(whole.out), Path(parts.out))
+    best = safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors")
+    again = safetensors.torch.load_file(tmp_path / "parts" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in best.items())
+
+
+def test_rows_written_after_the_last_checkpoint_are_forgotten_on_resume(settings, tmp_path):
+    config = settings(steps=6, save_every=2)
+    reports = distill.distill(config)
+    for report in reports:  # killed without a word after step 3
+        if isinstance(report, distill.Progress) and report.step == 3:
+            break
+    del reports
+    assert [row["step"] for row in rows(config.out)] == [1, 2, 3]
+    with open(Path(config.out) / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    run(config, resume=True)
+    whole = settings(out=str(tmp_path / "whole"), steps=6, save_every=2)
+    run(whole)
+    assert rows(config.out) == rows(whole.out)
+    same_state(Path(config.out), Path(whole.out))
+
+
+def test_a_finished_run_goes_on_with_more_steps(settings):
+    config = settings(steps=2)
+    run(config)
+    reports = run(dataclasses.replace(config, steps=5), resume=True)
+    assert [r.step for r in of(reports, distill.Progress)] == [3, 4, 5]
+    assert [row["step"] for row in rows(config.out)] == [1, 2, 3, 4, 5]
+    assert json.loads((Path(config.out) / "distill.json").read_text())["steps"] == 5
+
+
+def test_resuming_a_finished_run_trains_nothing_and_says_done(settings):
+    config = settings()
+    run(config)
+    before = digests(Path(config.out))
+    end = run(config, resume=True)[-1]
+    assert (end.reason, end.step) == ("done", 2)
+    after = digests(Path(config.out))
+    for name in ("checkpoint.pt", "model.safetensors", "metrics.jsonl"):
+        assert after[name] == before[name]
+
+
+def test_early_stop_after_validations_without_gain(settings):
+    # Frozen by a rate of nothing, the second and third validation gain nothing.
+    reports = run(settings(steps=20, learning_rate=1e-30, hold_out=0.3, validate_every=2, patience=2, weight_decay=0.0))
+    assert (reports[-1].reason, reports[-1].step) == ("early stop", 6)
+    assert [v.best for v in of(reports, distill.Validated)] == [True, False, False]
+    assert of(reports, distill.Saved)[-1].step == 6
+
+
+def test_starting_anew_with_force_leaves_nothing_of_the_old_run_to_resume(settings):
+    config = settings(steps=3)
+    run(config)
+    reports = distill.distill(config, force=True)
+    for report in reports:
+        if isinstance(report, distill.Progress):
+            break
+    reports.close()  # killed before its first checkpoint
+    with pytest.raises(ArmhubertError, match=r"no checkpoint\.pt"):
+        run(config, resume=True)
+
+
+def test_sigterm_writes_a_checkpoint_exits_with_0_and_says_how_to_go_on(settings, tmp_path):
+    config = settings(out=str(tmp_path / "with space"), steps=100_000, log_every=1)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "armhubert.cli", "distill", "--config", str(file)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("train "):
+                break
+        child.send_signal(signal.SIGTERM)
+        rest, complaints = child.communicate(timeout=120)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 0, complaints
+    assert "Stopping after this step" in complaints
+    last = rest.splitlines()[-1]
+    assert last.startswith("finished reason=stopped ")
+    assert f"--resume '{config.out}'" in last.replace("'\"'\"'", "'")
+    step = checkpoint.load(Path(config.out) / "checkpoint.pt").state.step
+    assert f" step={step} " in last
+    end = run(dataclasses.replace(config, steps=step + 2), resume=True)[-1]
+    assert (end.reason, end.step) == ("done", step + 2)
+
+
+# losses that are not finite
+
+
+def test_a_step_that_is_not_finite_is_left_out_counted_and_reported(settings, monkeypatch):
+    real, calls = distill.teacher_targets, []
+
+    def sometimes(*args, **options):
+        calls.append(0)
+        targets = real(*args, **options)
+        if len(calls) == 2:
+            targets = targets._replace(masking=tuple(t * float("nan") for t in targets.masking))
+        return targets
+
+    monkeypatch.setattr(distill, "teacher_targets", sometimes)
+    reports = run(config := settings(steps=4))
+    assert of(reports, distill.StepSkipped) == [distill.StepSkipped(2, 1)]
+    assert [r.step for r in of(reports, distill.Progress)] == [1, 3, 4]
+    assert all(np.isfinite(losses(reports)))
+    assert of(reports, distill.Progress)[-1].skipped_steps == 1
+    assert reports[-1].reason == "done"
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert saved.state.skipped_steps == 1
+    assert all(bool(torch.isfinite(value).all()) for value in saved.student.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact(settings, monkeypatch, precision):
+    config = settings(steps=100, save_every=4, precision=precision)
+    real, calls = distill.teacher_targets, []
+
+    def broken(*args, **options):
+        calls.append(0)
+        targets = real(*args, **options)
+        return targets if len(calls) <= 4 else targets._replace(masking=tuple(t / 0 for t in targets.masking))
+
+    monkeypatch.setattr(distill, "teacher_targets", broken)
+    reports = []
+    with pytest.raises(ArmhubertError, match=r"in a row .* not finite.* lower the learning rate") as caught:
+        reports.extend(distill.distill(config))
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert all(bool(torch.isfinite(value).all()) for value in saved.student.values())
+    monkeypatch.setattr(distill, "teacher_targets", real)
+    end = run(dataclasses.replace(config, steps=saved.state.step + 2), resume=True)[-1]
+    assert end.reason == "done"
+
+
+def test_a_ruinous_learning_rate_ends_in_one_clear_error(settings):
+    with pytest.raises(ArmhubertError, match="lower the learning rate"):
+        run(settings(steps=100, learning_rate=1e30, warmup=0.0))
+
+
+# bad input, and what it leaves
+
+
+def test_settings_out_of_range_name_themselves(settings):
+    for change in (
+        {"steps": 0}, {"steps": None, "epochs": 0.0}, {"batch_seconds": 0.0}, {"mask_prob": 1.5}, {"mask_prob_end": -1},
+        {"hold_out": 1.0}, {"dropout": 1.0}, {"learning_rate": -1.0}, {"seed": -1}, {"workers": -1}, {"clip": 0.0},
+        {"accumulate": 0}, {"patience": 0}, {"width": 0}, {"layers": 0}, {"heads": 0}, {"ffn": 0},
+        {"seed": 2**64}, {"batch_seconds": 1e-6}, {"max_seconds": 1e-6},
+        {"learning_rate": float("nan")}, {"layer_weight": float("nan")}, {"warmup": float("nan")},
+    ):  # fmt: skip
+        with pytest.raises(ArmhubertError, match=rf"^{list(change)[-1]} must be"):
+            settings(**change)
+    with pytest.raises(ArmhubertError, match="steps or epochs, not both"):
+        settings(steps=1, epochs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_seconds": 0.02}, "max_seconds must be at least 0.025"),
+        ({"conv_layers": "[(8, 10, 5)] * 0"}, "conv_layers must hold"),
+        ({"conv_layers": "[(8, 10, 5)] + [(32, 2, 2)]"}, "same frames"),
+        ({"hold_out": 0.5, "data": "one file"}, "at least 2"),
+        ({"device": "tpu"}, "device must be"),
+    ],
+)
+def test_input_that_only_shows_its_fault_late_still_leaves_no_folder(settings, speech, change, message):
+    if "data" in change:
+        change = {**change, "data": (str(speech / "0.wav"),)}
+    config = settings(**change)
+    with pytest.raises(ArmhubertError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_a_teacher_without_mask_embedding_is_refused_for_masking_and_taken_for_plain(settings, tmp_path, teacher):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((teacher / "config.json").read_bytes())
+    state = safetensors.torch.load_file(teacher / "model.safetensors")
+    del state["masked_spec_embed"]
+    safetensors.torch.save_file(state, bare / "model.safetensors")
+    with pytest.raises(ArmhubertError, match="no mask embedding"):
+        run(settings(teacher=str(bare)))
+    assert run(settings(teacher=str(bare), loss="plain"))[-1].reason == "done"
