@@ -540,8 +540,8 @@ class _Window:
         self._clear()
         device = run.world.device
         for loss, layers, norm, masked, seconds in run.state.window:  # from before the interruption
-            values = (torch.tensor(value, device=device) for value in (loss, layers, norm))
-            self.outcomes.append(_Outcome(*values, masked, seconds))
+            total, by_layer = torch.tensor(loss, device=device), torch.tensor(layers, device=device)
+            self.outcomes.append(_Outcome(total, by_layer, torch.tensor(norm, device=device), masked, seconds))
         self.resumed = len(self.outcomes)
 
     def _clear(self) -> None:
