@@ -1,0 +1,186 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder
+from armhubert.config import EncoderConfig
+from armhubert.encoder import scale_gradient
+from armhubert.frontend import ChannelNormConv
+
+BASE = EncoderConfig(
+    conv_layers=((16, 10, 5), (16, 3, 2), (24, 2, 2)),
+    width=24,
+    layers=4,
+    heads=2,
+    ffn=32,
+    position_kernel=16,
+    position_groups=4,
+)
+ARCHITECTURES = {
+    "post-norm": {},
+    "normalised input": {"normalize_input": True},
+    "pre-norm, layer norm": {"norm_first": True, "conv_norm": "layer", "conv_bias": True, "feature_projection": True},
+    "wavlm": {"position_buckets": 16, "position_max_distance": 40},
+    "wavlm pre-norm": {"position_buckets": 16, "position_max_distance": 40, "norm_first": True, "conv_norm": "layer"},
+    "reuse": {"pattern": "CRRC", "scale_layer_gradients": True},
+    "resoftmax": {"pattern": "CRCR", "attention_mode": "resoftmax"},
+    "odd kernel": {"position_kernel": 15, "conv_bias": True},
+}
+
+
+def model(name: str = "post-norm", cls: type[SpeechEncoder] = SpeechEncoder, **changes) -> SpeechEncoder:
+    torch.manual_seed(0)
+    built = cls(dataclasses.replace(BASE, **{**ARCHITECTURES[name], **changes})).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():  # away from the symmetric start, and peaky maps
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("padding", [0.0, 1e3])
+def test_features_do_not_depend_on_the_batch(name, padding):
+    encoder = model(name)
+    lengths = [3000, 1500, 40, 2111]
+    waves = [torch.randn(n) for n in lengths]
+    batch = torch.full((4, 3000), padding)
+    for row, wave in zip(batch, waves, strict=True):
+        row[: len(wave)] = wave
+    with torch.no_grad():
+        together = encoder(batch, torch.tensor(lengths))
+        for i, wave in enumerate(waves):
+            alone = encoder(wave[None])
+            assert together.lengths[i] == alone.lengths[0]
+            n = int(alone.lengths[0])
+            for a, b in zip(
+                (*alone.hidden_states, alone.last_hidden_state),
+                (*together.hidden_states, together.last_hidden_state),
+                strict=True,
+            ):
+                torch.testing.assert_close(b[i, :n], a[0], atol=1e-4, rtol=0)
+
+
+def test_padding_as_trained_lets_padding_into_the_group_norm_as_the_peers_do():
+    encoder = model(padding="as_trained")
+    x = F.pad(torch.randn(1, 1000), (0, 2000))
+    first = encoder.front_end.first
+    with torch.no_grad():
+        want = F.group_norm(F.conv1d(x[:, None], first.conv.weight, stride=5), 16, first.norm.weight, first.norm.bias)
+        torch.testing.assert_close(first(x, None), want, atol=1e-5, rtol=1e-5)
+        padded = encoder(x, torch.tensor([1000])).last_hidden_state[:, :48]
+        alone = encoder(x[:, :1000]).last_hidden_state[:, :48]
+    assert (padded - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("amplitude", "offset", "samples"), [(1, 0, 900), (1e-4, 0, 900), (0.1, 0.5, 900), (1, 0, 10)])
+def test_group_norm_in_closed_form_equals_the_norm_of_the_convolution(amplitude, offset, samples):
+    torch.manual_seed(1)
+    layer = ChannelNormConv(8, 10, 5, bias=False, eps=1e-5)
+    torch.nn.init.normal_(layer.norm.weight)
+    torch.nn.init.normal_(layer.norm.bias)
+    x = amplitude * torch.randn(2, samples) + offset
+    double = ChannelNormConv(8, 10, 5, bias=False, eps=1e-5).double()
+    double.load_state_dict(layer.state_dict())
+    got = layer(x, None)
+    want = double.norm(double.conv(x[:, None].double()))
+    assert (got - want).abs().max() < 1e-5
+    weight = torch.randn(want.shape, dtype=torch.float64)
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    for ours, theirs in zip(layer.parameters(), double.parameters(), strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max() + 1)
+        )
+
+
+def test_gradients_of_the_closed_form_agree_with_finite_differences():
+    layer = ChannelNormConv(3, 4, 2, bias=False, eps=1e-5).double()
+    x = torch.randn(2, 30, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda wave: layer(wave, torch.tensor([14, 9]))[1, :, :9], x)
+
+
+def test_scaled_gradients():
+    x = torch.randn(3, requires_grad=True)
+    scale_gradient(x, 0.25).sum().backward()
+    assert x.grad.tolist() == [0.25] * 3
+
+
+def test_reusing_layers_send_gradients_into_the_map_they_reuse():
+    encoder = model("reuse")
+    x = encoder.layer_inputs(*encoder.embed(torch.randn(1, 1000), None), None)
+    outputs = list(encoder.layer_outputs(x, None))
+    qkv = encoder.layers[0].attention.qkv.weight
+    through_first = torch.autograd.grad(outputs[0].square().sum(), qkv, retain_graph=True)[0]
+    through_third = torch.autograd.grad(outputs[2].square().sum(), qkv)[0]
+    assert through_third[: 2 * 24].abs().max() > 0
+    assert not torch.allclose(through_first, through_third)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_gradients():
+    encoder, x = model("reuse", dropout=0.1, attention_dropout=0.1).train(), torch.randn(2, 900)
+    gradients = []
+    for keep_nothing in (False, True):
+        encoder.gradient_checkpointing = keep_nothing
+        encoder.zero_grad()
+        torch.manual_seed(5)
+        encoder(x).last_hidden_state.square().sum().backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_masked_frames_carry_the_mask_embedding_and_nothing_of_their_sound():
+    encoder = model()
+    mask = torch.zeros(1, encoder.config.frames(1000), dtype=torch.bool)
+    mask[:, 5:9] = True
+    x, _ = encoder.embed(torch.randn(1, 1000), None)
+    changed = torch.where(mask[..., None], torch.randn_like(x), x)
+    torch.testing.assert_close(encoder.layer_inputs(x, None, mask), encoder.layer_inputs(changed, None, mask))
+    assert not torch.allclose(encoder.layer_inputs(x, None, mask), encoder.layer_inputs(x, None, None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ((torch.zeros(3000),), "waveforms must be floating point"),
+        ((torch.zeros(1, 3000, dtype=torch.int16),), "waveforms must be floating point"),
+        ((torch.zeros(1, 20),), "at least 30 samples"),
+        ((torch.zeros(2, 300), torch.tensor([300])), r"lengths must be integers \[2\]"),
+        ((torch.zeros(2, 300), torch.tensor([300.0, 200.0])), "lengths must be integers"),
+        ((torch.zeros(2, 300), torch.tensor([300, 400])), r"lengths must lie in 30\.\.300"),
+        ((torch.zeros(2, 300), torch.tensor([300, 3])), r"lengths must lie in 30\.\.300"),
+        ((torch.zeros(1, 300), None, torch.zeros(1, 3, dtype=torch.bool)), r"mask must be bool \[1, 14\]"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(arguments, rule):
+    with pytest.raises(ArmhubertError, match=rule):
+        model()(*arguments)
+
+
+def test_half_precision_runs():
+    encoder = model("reuse").bfloat16()
+    out = encoder(torch.randn(2, 900).bfloat16(), torch.tensor([900, 500])).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reuse", "resoftmax"])
+def test_compiles_whole(name):
+    torch._dynamo.reset()
+    encoder = model(name, ARMHuBERT, head_width=8)
+    compiled = torch.compile(lambda *a: encoder(*a)[:3], fullgraph=True, backend="aot_eager")
+    for samples in (900, 1300):
+        x, lengths = torch.randn(2, samples), torch.tensor([samples, 500])
+        want = encoder(x, lengths)
+        torch.testing.assert_close(compiled(x, lengths)[0], want.last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_pass_leaves_the_process_as_it_was():
+    encoder = model("reuse")
+    before = (torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype())
+    encoder(torch.randn(1, 900, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (torch.get_num_threads(), torch.get_default_dtype())
