@@ -62,8 +62,9 @@ class _Board:
     """TensorBoard's event file. Its own writer uses a thread, whose traceback on a full disk nobody can catch."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import, and only runs need it
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        # Here, since slow to import, and only runs need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
