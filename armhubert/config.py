@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -319,7 +320,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {value!r}")
+        raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {reprlib.repr(value)}")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             if len(args) == 2 and args[1] is Ellipsis:
@@ -327,7 +328,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             if len(value) == len(args):
                 return tuple(_coerce(item, arg, name) for item, arg in zip(value, args, strict=True))
         raise ArmhubertError(
-            f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {value!r}"
+            f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {reprlib.repr(value)}"
         )
     if hint is bool or hint is str:
         if isinstance(value, hint):
@@ -335,9 +336,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = hint(value)
+            if (hint is not int or number == float(value)) and abs(number) < float("inf"):
+                return number
         except (ValueError, OverflowError):
-            number = None
-        if number is not None and (hint is not int or number == float(value)) and abs(number) < float("inf"):
-            return number
+            pass  # no number, or none that fits
     kind = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[hint]
-    raise ArmhubertError(f"{name} must be {kind}, got {value!r}")
+    raise ArmhubertError(f"{name} must be {kind}, got {reprlib.repr(value)}")

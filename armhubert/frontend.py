@@ -38,7 +38,7 @@ class ChannelNormConv(nn.Module):
     over the valid frames follow in closed form from the windows' mean m [K] and covariance R [K, K]:
 
         mean_c = w_c . m,   var_c = w_c R w_c,   s_c = g_c / sqrt(var_c + eps)
-        norm(conv(x))_c = (s_c w_c) * x - s_c w_c . m + b_c
+        norm(conv(x))_c = (s_c w_c) * (x - m) + b_c
 
     Exact, differentiable, and without a pass over the widest activation of the model ([B, C, T], T = 3,200 a second).
     A bias of the convolution would cancel, so it takes no part.
@@ -68,8 +68,9 @@ class ChannelNormConv(nn.Module):
         variance = ((weight @ covariance) * weight).sum(-1)  # [B, C]
         scale = self.norm.weight.double() * (variance + self.norm.eps).rsqrt()
         folded = scale[..., None] * weight  # [B, C, K]
-        shift = self.norm.bias.double()[:, None] - folded @ mean  # [B, C, 1]
-        return torch.baddbmm(shift.to(windows.dtype), folded.to(windows.dtype), windows)
+        # centred windows: a mean that is large beside the deviation would cost the product its last digits
+        bias = self.norm.bias[:, None].to(windows.dtype).expand(len(waveforms), -1, 1)
+        return torch.baddbmm(bias, folded.to(windows.dtype), centred.to(windows.dtype))
 
 
 class ConvLayer(nn.Module):

@@ -114,6 +114,7 @@ def test_a_configuration_survives_json():
         ({"width": "wide"}, "width in file must be a whole number, got 'wide'"),
         ({"width": 1.5}, "whole number"),
         ({"width": True}, "whole number"),
+        ({"width": 10**400}, "whole number"),
         ({"dropout": "nan"}, "must be a number"),
         ({"dropout": float("inf")}, "must be a number"),
         ({"conv_norm": "batch"}, "'group' or 'layer'"),

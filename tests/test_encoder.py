@@ -175,7 +175,9 @@ def test_compiles_whole(name):
     for samples in (900, 1300):
         x, lengths = torch.randn(2, samples), torch.tensor([samples, 500])
         want = encoder(x, lengths)
-        torch.testing.assert_close(compiled(x, lengths)[0], want.last_hidden_state, atol=1e-4, rtol=1e-4)
+        got = compiled(x, lengths)[0]
+        for i, frames in enumerate(want.lengths.tolist()):  # padded frames are unspecified
+            torch.testing.assert_close(got[i, :frames], want.last_hidden_state[i, :frames], atol=1e-4, rtol=1e-4)
 
 
 def test_a_forward_pass_leaves_the_process_as_it_was():

@@ -1,0 +1,311 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchaudio
+from safetensors.torch import load_file
+
+from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
+from armhubert.convert import load_weights, released
+from armhubert.convert import torchaudio as from_torchaudio
+
+GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden outputs are not beside this checkout")
+
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": (16, 16, 24),
+    "conv_kernel": (10, 3, 2),
+    "conv_stride": (5, 2, 2),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
+
+
+def transformers_model(kind: str, **settings) -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def hubert(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hubert")
+    transformers_model("Hubert").save_pretrained(folder)
+    return folder
+
+
+def copy(folder: Path, to: Path, **changes) -> Path:
+    to.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    (to / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return to
+
+
+def one_line(caught: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Hugging Face
+
+
+@pytest.mark.parametrize("settings", [{}, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
+    theirs = transformers_model(kind, **settings)
+    theirs.save_pretrained(tmp_path)
+    ours = SpeechEncoder.from_weights(load_weights(tmp_path).with_config(normalize_input=False))
+    x = torch.randn(2, 4000)
+    mask = torch.zeros(2, ours.config.frames(4000), dtype=torch.bool)
+    mask[0, 10:40] = True
+    with torch.no_grad():
+        for frames in (None, mask):
+            want = theirs(x, mask_time_indices=frames, output_hidden_states=True)
+            got = ours(x, mask=frames)
+            assert len(want.hidden_states) == len(got.hidden_states) == 4
+            for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+            torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-4, rtol=0)
+
+
+def test_a_model_with_a_ctc_head_and_old_weight_norm_names_and_a_pickle(hubert, tmp_path):
+    state = load_file(hubert / "model.safetensors")
+    position = "encoder.pos_conv_embed.conv."
+    old = {
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): value
+        for name, value in state.items()
+    }
+    assert position + "weight_g" in old
+    old = {f"hubert.{name}": value for name, value in old.items()} | {"lm_head.weight": torch.zeros(2, 2)}
+    (tmp_path / "config.json").write_text((hubert / "config.json").read_text())
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    weights, plain = load_weights(tmp_path), load_weights(hubert)
+    assert weights.ignored == ("lm_head.weight",)
+    assert weights.state.keys() == plain.state.keys()
+    assert all(torch.equal(weights.state[name], plain.state[name]) for name in plain.state)
+
+
+def test_shards_are_put_together(hubert, tmp_path):
+    state = load_file(hubert / "model.safetensors")
+    names = sorted(state)
+    parts = {"model-1.safetensors": names[:20], "model-2.safetensors": names[20:]}
+    for file, part in parts.items():
+        safetensors.torch.save_file({name: state[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text((hubert / "config.json").read_text())
+    assert load_weights(tmp_path).state.keys() == load_weights(hubert).state.keys()
+    index["weight_map"][names[0]] = "../model-1.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArmhubertError, match="in the same folder") as caught:
+        load_weights(tmp_path)
+    one_line(caught)
+
+
+def test_input_normalisation_follows_the_preprocessor_and_else_the_kind_of_norm(hubert, tmp_path):
+    assert not load_weights(hubert).config.normalize_input
+    folder = copy(hubert, tmp_path / "a")
+    (folder / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    assert load_weights(folder).config.normalize_input
+    large = tmp_path / "large"
+    transformers_model("Hubert", **LARGE).save_pretrained(large)
+    assert load_weights(large).config.normalize_input
+
+
+@pytest.mark.parametrize("kind", ["data2vec-audio", "wav2vec2-conformer", "bert", None])
+def test_other_architectures_are_refused_by_name(hubert, tmp_path, kind):
+    with pytest.raises(ArmhubertError, match="supported: hubert, wav2vec2, wavlm") as caught:
+        load_teacher(copy(hubert, tmp_path / "x", model_type=kind))
+    assert repr(kind) in one_line(caught)
+
+
+def test_damaged_folders_are_one_line_each(hubert, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ArmhubertError, match=r"has no config\.json"):
+        load_teacher(empty)
+    (empty / "config.json").write_text((hubert / "config.json").read_text())
+    with pytest.raises(ArmhubertError, match="has no weights"):
+        load_teacher(empty)
+    torn = copy(hubert, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((hubert / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ArmhubertError, match="damaged") as caught:
+        load_teacher(torn)
+    one_line(caught)
+    with pytest.raises(ArmhubertError, match="must have shape") as caught:
+        load_teacher(copy(hubert, tmp_path / "shape", intermediate_size=72))
+    one_line(caught)
+    with pytest.raises(ArmhubertError, match=r"lacks encoder\.layers\.3"):
+        load_teacher(copy(hubert, tmp_path / "deep", num_hidden_layers=5))
+    with pytest.raises(ArmhubertError, match="too many"):
+        load_teacher(copy(hubert, tmp_path / "flat", num_hidden_layers=2))
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(hubert, tmp_path):
+    (tmp_path / "config.json").write_text((hubert / "config.json").read_text())
+    torch.save({"a": Hostile(tmp_path / "executed")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ArmhubertError, match="more than tensors and plain containers") as caught:
+        load_teacher(tmp_path)
+    one_line(caught)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("source", ["nothing-here", "org/not-cached-anywhere", "HUBERT_NONE"])
+def test_what_is_not_there_is_one_line(source):
+    with pytest.raises(ArmhubertError) as caught:
+        load_teacher(source)
+    assert source in one_line(caught)
+
+
+# torchaudio
+
+
+def torchaudio_model(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    stack = [(16, 10, 5), (16, 3, 2), (24, 2, 2)]
+    rest = {
+        "encoder_projection_dropout": 0.0,
+        "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "encoder_layer_drop": 0.0,
+    }
+    shape = {
+        "extractor_conv_layer_config": stack,
+        "encoder_embed_dim": 48,
+        "encoder_pos_conv_kernel": 16,
+        "encoder_pos_conv_groups": 4,
+        "encoder_num_layers": 3,
+        "encoder_num_heads": 4,
+    }
+    if kind == "wavlm":
+        model = torchaudio.models.wavlm_model(
+            extractor_mode="group_norm", extractor_conv_bias=False, encoder_ff_interm_features=64,
+            encoder_layer_norm_first=False, encoder_num_buckets=16, encoder_max_distance=40, aux_num_out=None,
+            **shape, **rest,
+        )  # fmt: skip
+    else:
+        model = torchaudio.models.wav2vec2_model(
+            extractor_mode="layer_norm" if kind == "large" else "group_norm", extractor_conv_bias=kind == "large",
+            encoder_ff_interm_features=64, encoder_layer_norm_first=kind == "large", aux_num_out=5, **shape, **rest,
+        )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["base", "large", "wavlm"])
+def test_every_layer_is_that_of_torchaudio(kind):
+    theirs = torchaudio_model(kind)
+    ours = SpeechEncoder.from_weights(from_torchaudio.from_model(theirs, "x", normalize=False))
+    x = torch.randn(2, 4000)
+    with torch.no_grad():
+        want, _ = theirs.extract_features(x)
+        got = ours(x).hidden_states[1:]
+    assert len(want) == len(got) == 3
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_a_pipeline_is_loaded_by_its_name(monkeypatch):
+    class Bundle:
+        _normalize_waveform = True
+
+        def get_model(self):
+            return torchaudio_model("base")
+
+    monkeypatch.setattr(torchaudio.pipelines, "HUBERT_BASE", Bundle())
+    teacher = load_teacher("HUBERT_BASE")
+    assert teacher.config.normalize_input
+    assert teacher.mask_embedding is None
+
+
+# released students
+
+
+@needs_golden
+@pytest.mark.parametrize("folder", ["no-reuse", "reuse-2by2", "reuse-3by2-headdim36"])
+def test_released_students_give_their_outputs_hidden_states_and_gradients(folder):
+    model = ARMHuBERT.from_pretrained(GOLDEN / folder / "student.ckpt")
+    expected = load_file(GOLDEN / folder / "expected.safetensors")
+    layers = range(model.config.layers)
+    assert model.config.attention_mode == ("exact" if folder == "no-reuse" else "resoftmax")
+
+    def close(got: torch.Tensor, name: str) -> None:
+        torch.testing.assert_close(got, expected[name], atol=1e-4, rtol=0)
+
+    for i in range(3):
+        output = model(expected[f"wave_{i}"])
+        for layer in layers:
+            close(output.hidden_states[layer + 1], f"hidden_{i}_{layer}")
+            close(output.projections[layer], f"projection_{i}_{layer}")
+    masked = model(expected["wave_2"], mask=expected["mask"].bool()).projections
+    for layer in layers:
+        close(masked[layer], f"masked_projection_{layer}")
+
+    heads = model(expected["wave_1"]).projections
+    loss = sum((1.0 if layer == layers[-1] else 0.1) * heads[layer].square().mean() for layer in layers)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["grad_loss"])
+    gradients = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    for name, want in released.rename(gradients, model.config).items():
+        scale = float(want.abs().max())
+        torch.testing.assert_close(ours[name], want, atol=1e-4 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_golden
+def test_a_released_student_pads_as_it_was_trained_when_asked():
+    weights = load_weights(GOLDEN / "no-reuse" / "student.ckpt").with_config(padding="as_trained")
+    model = ARMHuBERT.from_weights(weights)
+    expected = load_file(GOLDEN / "no-reuse" / "expected.safetensors")
+    lengths = (expected["padded_mask"] == 0).sum(1)  # fairseq marks padding
+    if int(lengths[0]) == 0:
+        lengths = expected["padded_mask"].sum(1)
+    output = model(expected["padded_wave"], lengths)
+    for layer in range(model.config.layers):
+        torch.testing.assert_close(
+            output.projections[layer][0], expected[f"padded_projection_{layer}"][0], atol=1e-4, rtol=0
+        )
+
+
+@needs_golden
+def test_released_students_need_their_settings_and_nothing_in_them_is_executed(tmp_path):
+    (tmp_path / "s.ckpt").write_bytes((GOLDEN / "reuse-2by2/student.ckpt").read_bytes())
+    with pytest.raises(ArmhubertError, match=r"needs its run configuration s\.yaml"):
+        ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
+    settings = (GOLDEN / "reuse-2by2/student.yaml").read_text()
+    good = "'[True, False, True, False]'"
+    assert good in settings
+    evil = settings.replace(good, '\'__import__("os").mkdir("x")\'')
+    (tmp_path / "s.yaml").write_text(evil)
+    with pytest.raises(ArmhubertError, match="reuse_pattern must read like"):
+        ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
+    (tmp_path / "s.yaml").write_text(settings.replace(good, "'[True, False] * 2'"))
+    assert ARMHuBERT.from_pretrained(tmp_path / "s.ckpt").config.pattern == "CRCR"
