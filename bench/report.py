@@ -37,9 +37,9 @@ def _distillation(content: dict[str, Any]) -> list[str]:
     settings = rows[0]["settings"]
     return [
         f"Teacher mini (5.6 M parameters) distilled for {step} steps of {settings['batch_seconds']:g} s of "
-        f"LibriSpeech train-clean-5 ({_conditions(content)}). The error is that of clean input against the clean teacher on held-out "
-        "utterances, which is what `plain` trains for; `masking` also has to learn the masked frames and, at this "
-        "length of training, is far behind on it. Whose features are better is for SUPERB's tasks to say.",
+        f"LibriSpeech train-clean-5 ({_conditions(content)}). The error is that of clean input against the clean "
+        "teacher on held-out utterances, which is what `plain` trains for; `masking` also has to learn the masked "
+        "frames and, after so few steps, is far behind on it. Whose features are better is for SUPERB's tasks to say.",
         "\n".join(lines),
         "![held-out error](bench/results/distill-mini.png)",
     ]
