@@ -21,6 +21,10 @@ AttentionMode = Literal["exact", "resoftmax"]
 
 _T = TypeVar("_T")
 
+MAX_LAYERS = 1000
+MAX_SIZE = 2**20
+"""Far above any encoder; beyond them a configuration is damaged, and its shapes would overflow."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -85,10 +89,11 @@ class EncoderConfig:
     norm, as in fairseq, transformers and torchaudio, for heads that were trained on such features."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.layers))
         for name in ("width", "layers", "heads", "ffn", "position_kernel", "position_groups"):
-            if getattr(self, name) < 1:
-                raise ArmhubertError(f"{name} must be at least 1, got {getattr(self, name)}")
+            most = MAX_LAYERS if name == "layers" else MAX_SIZE
+            if not 1 <= getattr(self, name) <= most:
+                raise ArmhubertError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.layers))
         if self.width % self.heads:
             raise ArmhubertError(f"width must be divisible by heads, got width {self.width} and heads {self.heads}")
         if self.width % self.position_groups:
@@ -99,18 +104,31 @@ class EncoderConfig:
             raise ArmhubertError("conv_layers must hold at least one (channels, kernel, stride), got none")
         if any(len(layer) != 3 or min(layer) < 1 for layer in self.conv_layers):
             raise ArmhubertError(f"conv_layers must be (channels, kernel, stride) of 1 or more, got {self.conv_layers}")
+        if max(map(max, self.conv_layers)) > MAX_SIZE:
+            raise ArmhubertError(f"conv_layers must hold numbers of at most {MAX_SIZE}, got {self.conv_layers}")
         if not self.feature_projection and self.conv_layers[-1][0] != self.width:
             raise ArmhubertError(
                 f"the last convolution has {self.conv_layers[-1][0]} channels and width is {self.width}: "
                 "make them equal or set feature_projection"
             )
+        if self.position_buckets and not 4 <= self.position_buckets <= MAX_SIZE:
+            raise ArmhubertError(
+                f"position_buckets must be 0 or at least 4 and at most {MAX_SIZE}, got {self.position_buckets}"
+            )
+        if self.position_buckets and self.position_max_distance <= self.position_buckets // 4:
+            raise ArmhubertError(
+                f"position_max_distance must be above a quarter of position_buckets, got {self.position_max_distance} "
+                f"and {self.position_buckets}"
+            )
+        if not 0 < self.norm_eps < 1:
+            raise ArmhubertError(f"norm_eps must be above 0 and below 1, got {self.norm_eps}")
         if self.position_buckets and "R" in self.pattern:
             raise ArmhubertError("reusing layers have no relative position bias: set position_buckets to 0")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ArmhubertError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.head_width is not None and self.head_width < 1:
-            raise ArmhubertError(f"head_width must be at least 1 or null, got {self.head_width}")
+        if self.head_width is not None and not 1 <= self.head_width <= MAX_SIZE:
+            raise ArmhubertError(f"head_width must be at least 1 and at most {MAX_SIZE} or null, got {self.head_width}")
 
     @property
     def receptive_field(self) -> int:
@@ -147,22 +165,27 @@ def parse_pattern(pattern: str, layers: int) -> str:
     text = pattern.strip()
     if text == "":
         return "C" * layers
-    if match := re.fullmatch(r"(\d+)by(\d+)", text):
+    if match := re.fullmatch(r"(\d{1,9})by(\d{1,9})", text):
         span, count = map(int, match.groups())
         if span < 1:
             raise ArmhubertError(f"pattern 'NbyM' needs N of at least 1, got {pattern!r}")
+        if span * count != layers:  # before any text of that length is made
+            raise ArmhubertError(
+                f"pattern must have one letter a layer: {layers} layers, got {span * count} in {pattern!r}"
+            )
         letters = ("C" + "R" * (span - 1)) * count
     else:
         letters = text.replace("compute", "C").replace("reuse", "R").replace(",", "").replace(" ", "").upper()
         if set(letters) - {"C", "R"}:
             raise ArmhubertError(
-                f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, got {pattern!r}"
+                f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, "
+                f"got {reprlib.repr(pattern)}"
             )
     if len(letters) != layers:
         raise ArmhubertError(
             f"pattern must have one letter a layer: {layers} layers, got {len(letters)} in {pattern!r}"
         )
-    if letters[0] == "R":
+    if letters.startswith("R"):
         raise ArmhubertError(f"the first layer must compute its attention map, got pattern {pattern!r}: begin with C")
     return letters
 

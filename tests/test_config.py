@@ -60,6 +60,9 @@ def test_patterns_may_reuse_one_map_many_times_and_default_to_computing_all():
         ("CXCX", "made of C"),
         ("0by4", "at least 1"),
         ("2by9", "4 layers"),
+        ("2by99999999", "4 layers"),  # refused before it is written out
+        ("2by" + "9" * 5000, "made of C"),
+        (",", "one letter a layer"),
     ],
 )
 def test_a_bad_pattern_is_refused_with_its_rule(text, rule):
@@ -94,6 +97,19 @@ def test_anything_else_in_a_conv_stack_is_refused(text):
         ({"position_buckets": 320}, "no relative position bias"),
         ({"dropout": 1.0}, "below 1"),
         ({"head_width": 0}, "head_width"),
+        ({"head_width": 2**21}, "head_width"),
+        ({"layers": 0}, "layers must be at least 1"),
+        ({"layers": 10**18}, "at most 1000"),
+        ({"width": 10**18}, "at most 1048576"),
+        ({"conv_layers": ((8, 10**12, 1),)}, "at most 1048576"),
+        ({"conv_layers": ((8, 10),)}, "1 or more"),
+        ({"pattern": "RCRCRC"}, "must compute"),
+        ({"pattern": "", "position_buckets": -1}, "position_buckets must be 0 or at least 4"),
+        ({"pattern": "", "position_buckets": 2}, "position_buckets must be 0 or at least 4"),
+        ({"pattern": "", "position_buckets": 320, "position_max_distance": 80}, "above a quarter"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0"),
+        ({"norm_eps": float("nan")}, "norm_eps must be above 0"),
+        ({"attention_dropout": float("nan")}, "below 1"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(changes, rule):

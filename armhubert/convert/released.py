@@ -70,7 +70,7 @@ def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source:
         "ffn": section.get("encoder_ffn_embed_dim"),
         "pattern": pattern,
         "attention_mode": "resoftmax" if "R" in pattern else "exact",
-        "head_width": student[heads[0]].shape[0] if heads else None,
+        "head_width": len(student[heads[0]]) if heads and student[heads[0]].ndim else None,
         "scale_layer_gradients": section.get("layer_grad_scale", False),
         "conv_norm": "layer" if section.get("extractor_mode") == "layer_norm" else "group",
         "conv_bias": section.get("conv_bias", False),
@@ -141,5 +141,7 @@ def rename(student: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
     if config.head_width is not None:
         for kind in ("weight", "bias"):
             heads = [student[f"proj_head.{layer}.lin_proj.{kind}"] for layer in range(config.layers)]
+            if len({head.shape for head in heads}) > 1:
+                raise ArmhubertError(f"proj_head.*.lin_proj.{kind} must have one shape in all layers")
             state[f"heads.{kind}"] = torch.stack(heads)
     return state

@@ -36,7 +36,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ArmhubertError(f"{path} is damaged or no safetensors file: {error}") from None
+            raise ArmhubertError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from None
     state = read_pickle(path)
     return tensors_of(state, path)
 
@@ -87,4 +87,8 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 def fused_qkv(state: Mapping[str, Tensor], prefix: str, kind: str) -> Tensor:
     """Query, key and value projections of one layer as one [3D, D] weight or [3D] bias."""
-    return torch.cat([state[f"{prefix}{letter}_proj.{kind}"] for letter in "qkv"])
+    parts = [state[f"{prefix}{letter}_proj.{kind}"] for letter in "qkv"]
+    if len({part.shape for part in parts}) > 1 or parts[0].ndim != (2 if kind == "weight" else 1):
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise ArmhubertError(f"{prefix}[qkv]_proj.{kind} must be three matrices or vectors of one shape, got {shapes}")
+    return torch.cat(parts)

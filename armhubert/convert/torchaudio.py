@@ -37,7 +37,8 @@ def load(name: str) -> Weights:
     try:
         model = bundle.get_model()
     except (OSError, RuntimeError) as error:
-        raise ArmhubertError(f"cannot fetch {name} through torch.hub: {error}; check the network") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ArmhubertError(f"cannot fetch {name} through torch.hub: {reason}; check the network") from None
     model = getattr(model, "model", model)  # torchaudio wraps models that normalise their input
     return from_model(model, name, normalize=bool(bundle._normalize_waveform))
 
