@@ -111,11 +111,77 @@ def test_shards_are_put_together(hubert, tmp_path):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text((hubert / "config.json").read_text())
-    assert load_weights(tmp_path).state.keys() == load_weights(hubert).state.keys()
+    got, want = load_weights(tmp_path).state, load_weights(hubert).state
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
     index["weight_map"][names[0]] = "../model-1.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArmhubertError, match="in the same folder") as caught:
         load_weights(tmp_path)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("HubertForCTC", {"lm_head"}), ("Wav2Vec2ForPreTraining", {"quantizer", "project_q"})]
+)
+def test_the_encoder_is_found_inside_a_larger_model_in_shards(kind, extra, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    whole = getattr(transformers, kind)(getattr(transformers, f"{kind.split('For')[0]}Config")(**SMALL)).eval()
+    whole.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    weights = load_weights(tmp_path)
+    assert extra <= {name.split(".")[0] for name in weights.ignored}
+    ours, x = SpeechEncoder.from_weights(weights), torch.randn(1, 2000)
+    inner = getattr(whole, whole.base_model_prefix)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).last_hidden_state, inner(x).last_hidden_state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (48, 2), (0,), (1, 2, 3, 4)])
+def test_a_tensor_of_any_wrong_shape_is_one_line(hubert, tmp_path, shape):
+    folder = copy(hubert, tmp_path / "x")
+    state = load_file(folder / "model.safetensors")
+    for name in [n for n in state if "layers.1." in n or not n.startswith("encoder.layers.")]:
+        safetensors.torch.save_file({**state, name: torch.zeros(shape)}, folder / "model.safetensors")
+        with pytest.raises(ArmhubertError) as caught:
+            load_teacher(folder)
+        one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_weights_cut_short_anywhere_are_one_line(hubert, tmp_path, name, kept):
+    folder = copy(hubert, tmp_path / "x")
+    if name == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(ArmhubertError, match=name) as caught:
+        load_teacher(folder)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**18},
+        {"num_hidden_layers": 10**18},
+        {"conv_dim": [10**12] * 3},
+        {"conv_dim": 5},
+        {"conv_kernel": [1]},
+        {"num_attention_heads": 0},
+        {"layer_norm_eps": -1},
+        {"hidden_act": "relu"},
+        {"conv_pos_batch_norm": True},
+        {"feat_extract_norm": "batch"},
+    ],
+)
+def test_impossible_settings_of_a_model_are_one_line(hubert, tmp_path, changes):
+    with pytest.raises(ArmhubertError) as caught:
+        load_teacher(copy(hubert, tmp_path / "x", **changes))
     one_line(caught)
 
 
@@ -246,6 +312,20 @@ def test_a_pipeline_is_loaded_by_its_name(monkeypatch):
     assert teacher.mask_embedding is None
 
 
+@pytest.mark.parametrize("error", [OSError("no\nroute"), RuntimeError("hash\nmismatch")])
+def test_a_pipeline_that_cannot_be_fetched_is_one_line(monkeypatch, error):
+    class Bundle:
+        _normalize_waveform = False
+
+        def get_model(self):
+            raise error
+
+    monkeypatch.setattr(torchaudio.pipelines, "WAVLM_BASE", Bundle())
+    with pytest.raises(ArmhubertError, match="cannot fetch WAVLM_BASE") as caught:
+        load_teacher("WAVLM_BASE")
+    one_line(caught)
+
+
 # released students
 
 
@@ -286,13 +366,16 @@ def test_a_released_student_pads_as_it_was_trained_when_asked():
     model = ARMHuBERT.from_weights(weights)
     expected = load_file(GOLDEN / "no-reuse" / "expected.safetensors")
     lengths = (expected["padded_mask"] == 0).sum(1)  # fairseq marks padding
-    if int(lengths[0]) == 0:
-        lengths = expected["padded_mask"].sum(1)
+    assert lengths.tolist() == [12000, 9000]
     output = model(expected["padded_wave"], lengths)
-    for layer in range(model.config.layers):
-        torch.testing.assert_close(
-            output.projections[layer][0], expected[f"padded_projection_{layer}"][0], atol=1e-4, rtol=0
-        )
+    assert output.lengths.tolist() == [37, 27]
+    last = model.config.layers - 1
+    for layer in range(last + 1):  # all frames of both, padded ones included
+        torch.testing.assert_close(output.projections[layer], expected[f"padded_projection_{layer}"], atol=1e-4, rtol=0)
+    independent = ARMHuBERT.from_weights(weights.with_config(padding="independent"))
+    other = independent(expected["padded_wave"], lengths).projections[last]
+    torch.testing.assert_close(other[0], output.projections[last][0], atol=1e-4, rtol=0)
+    assert (other[1, :27] - output.projections[last][1, :27]).abs().max() > 1e-2
 
 
 @needs_golden
@@ -309,3 +392,28 @@ def test_released_students_need_their_settings_and_nothing_in_them_is_executed(t
         ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
     (tmp_path / "s.yaml").write_text(settings.replace(good, "'[True, False] * 2'"))
     assert ARMHuBERT.from_pretrained(tmp_path / "s.ckpt").config.pattern == "CRCR"
+
+
+@needs_golden
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_a_released_tensor_of_any_wrong_shape_is_one_line(tmp_path, shape):
+    content = torch.load(GOLDEN / "reuse-2by2/student.ckpt", weights_only=True)
+    (tmp_path / "s.yaml").write_text((GOLDEN / "reuse-2by2/student.yaml").read_text())
+    for part in ("layers.0.self_attn.k_proj.weight", "proj_head.0.lin_proj.weight", "proj_head.1.lin_proj.bias"):
+        (name,) = [n for n in content["state_dict"] if n.startswith("student_model.") and n.endswith(part)]
+        torch.save({"state_dict": content["state_dict"] | {name: torch.zeros(shape)}}, tmp_path / "s.ckpt")
+        with pytest.raises(ArmhubertError) as caught:
+            ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
+        one_line(caught)
+
+
+def test_a_checkpoint_that_wants_to_run_code_or_is_no_student_is_refused(tmp_path):
+    torch.save({"state_dict": {"student_model.x": Hostile(tmp_path / "executed")}}, tmp_path / "s.ckpt")
+    with pytest.raises(ArmhubertError, match="more than tensors") as caught:
+        ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
+    one_line(caught)
+    assert not (tmp_path / "executed").exists()
+    for content, rule in (({"model": {}}, "no state_dict"), ({"state_dict": {"x": torch.ones(1)}}, "no tensor is")):
+        torch.save(content, tmp_path / "s.ckpt")
+        with pytest.raises(ArmhubertError, match=rule):
+            ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")

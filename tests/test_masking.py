@@ -6,7 +6,7 @@ from armhubert.masking import batch_mask, scheduled_probability, span_mask
 
 
 @pytest.mark.parametrize(
-    ("p", "frames", "share"), [(0.8, 100, 0.70), (0.8, 300, 0.76), (0.8, 600, 0.79), (0.4, 300, 0.40)]
+    ("p", "frames", "share"), [(0.8, 100, 0.70), (0.8, 300, 0.76), (0.8, 600, 0.79), (0.4, 100, 0.40), (0.4, 300, 0.40)]
 )
 def test_the_masked_share_is_that_of_the_released_settings(p, frames, share):
     drawn = [span_mask(frames, p, np.random.default_rng([7, i])).float().mean() for i in range(300)]
@@ -44,3 +44,39 @@ def test_padding_is_never_masked():
 def test_the_probability_changes_linearly_over_the_run():
     assert scheduled_probability(0.8, None, 0.5) == 0.8
     assert scheduled_probability(0.8, 0.4, 0.5) == pytest.approx(0.6)
+
+
+class Recorder:
+    """A generator that keeps the span lengths it drew and counts the spans that found a place."""
+
+    def __init__(self, seed: list[int]) -> None:
+        self.rng, self.lengths, self.placed = np.random.default_rng(seed), [], 0
+
+    def integers(self, *args, size=None):
+        drawn = self.rng.integers(*args, size=size)
+        if size is not None:
+            self.lengths = sorted(drawn.tolist(), reverse=True)
+        return drawn
+
+    def choice(self, *args, **kwargs):
+        self.placed += 1
+        return self.rng.choice(*args, **kwargs)
+
+    def random(self) -> float:
+        return self.rng.random()
+
+
+@pytest.mark.parametrize(("p", "frames"), [(0.8, 400), (0.4, 150), (1.0, 60)])
+def test_every_placed_span_is_a_run_of_its_own_so_none_overlap_or_touch(p, frames):
+    for i in range(60):
+        rng = Recorder([4, i])
+        mask = span_mask(frames, p, rng)
+        runs = [len(run) for run in "".join("x" if m else " " for m in mask.tolist()).split()]
+        assert sorted(runs, reverse=True) == [n for n in rng.lengths[: rng.placed] if n]
+
+
+@pytest.mark.parametrize("frames", [1, 40])
+def test_certainty_masks_something_but_never_everything(frames):
+    drawn = [span_mask(frames, 1.0, np.random.default_rng([5, i])) for i in range(50)]
+    assert not any(mask.all() for mask in drawn)
+    assert frames == 1 or all(mask.any() for mask in drawn)

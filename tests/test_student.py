@@ -9,6 +9,7 @@ import torch
 from armhubert import ARMHuBERT, ArmhubertError
 from armhubert.config import preset
 from armhubert.files import write_atomic
+from armhubert.student import count_parameters
 
 
 @pytest.fixture
@@ -29,8 +30,11 @@ def test_a_saved_student_comes_back_bit_for_bit(student, tmp_path):
 def test_loading_draws_nothing_from_the_global_generator(student, tmp_path):
     student.save_pretrained(tmp_path)
     before = torch.get_rng_state()
-    ARMHuBERT.from_pretrained(tmp_path)
+    process = torch.get_num_threads(), torch.get_default_dtype()
+    again = ARMHuBERT.from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.norm.weight.dtype == torch.float64
     assert torch.equal(before, torch.get_rng_state())
+    assert process == (torch.get_num_threads(), torch.get_default_dtype())
 
 
 def test_heads_may_be_left_on_disk(student, tmp_path):
@@ -38,6 +42,8 @@ def test_heads_may_be_left_on_disk(student, tmp_path):
     small = ARMHuBERT.from_pretrained(tmp_path, heads=False)
     x = torch.randn(1, 3000)
     assert small.heads is None
+    assert count_parameters(small) == (count_parameters(student).without_heads,) * 2
+    assert count_parameters(small).total < count_parameters(student).total
     assert small(x).projections is None
     assert torch.equal(small(x).last_hidden_state, student(x).last_hidden_state)
     assert student(x, projections=False).projections is None
@@ -86,3 +92,20 @@ except ArmhubertError as error:
     assert done.stdout.startswith("cannot write")
     assert (tmp_path / "a.bin").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_layer_gradient_scaling_is_the_published_product(student):
+    """(1 - m_i) at head i, then m_i ... m_0 down the stream, with m_i = (L - i) / (L - i + 1).
+
+    Without reuse: a shared map is a second way down, past the stream's factors.
+    """
+    student = ARMHuBERT(dataclasses.replace(student.config, pattern="CC")).eval()
+    plain = ARMHuBERT(dataclasses.replace(student.config, scale_layer_gradients=False)).eval()
+    plain.load_state_dict(student.state_dict())
+    x, norms = torch.randn(1, 2000), (student.norm.weight, plain.norm.weight)
+    for head, share in ((0, 1 / 3 * 2 / 3), (1, 1 / 2 * 1 / 2 * 2 / 3)):
+        scaled, unscaled = (
+            torch.autograd.grad(m(x).projections[head].square().sum(), norm)[0]
+            for m, norm in zip((student, plain), norms, strict=True)
+        )
+        torch.testing.assert_close(scaled, share * unscaled, rtol=1e-4, atol=1e-6 * float(unscaled.abs().max()))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -25,8 +27,18 @@ def test_layers_are_mapped_evenly_last_to_last(student, teacher_layers, mapping)
     assert layer_mapping(student, teacher_layers) == mapping
 
 
+KINDS = {
+    "base": {},
+    "large": {"norm_first": True, "conv_norm": "layer", "conv_bias": True, "feature_projection": True},
+    "wavlm": {"position_buckets": 16, "position_max_distance": 40, "normalize_input": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_targets_are_the_clean_view_where_masked_and_the_masked_view_elsewhere(teacher, ragged):
+def test_targets_are_the_clean_view_where_masked_and_the_masked_view_elsewhere(kind, ragged):
+    torch.manual_seed(0)
+    teacher = SpeechEncoder(dataclasses.replace(CONFIG, **KINDS[kind])).eval().requires_grad_(False)
     x = torch.randn(3, 1000)
     lengths = torch.tensor([1000, 700, 333]) if ragged else None
     mask = torch.rand(3, CONFIG.frames(1000), generator=torch.Generator().manual_seed(1)) < 0.5
@@ -69,9 +81,26 @@ def test_a_fingerprint_tells_teachers_apart(teacher):
 
 
 def test_a_model_without_mask_embedding_says_so():
-    import dataclasses
-
-    encoder = SpeechEncoder(dataclasses.replace(CONFIG, mask_embedding=False))
-    mask = torch.ones(1, CONFIG.frames(500), dtype=torch.bool)
+    encoder = SpeechEncoder(dataclasses.replace(CONFIG, mask_embedding=False)).eval()
+    x, mask = torch.randn(1, 500), torch.ones(1, CONFIG.frames(500), dtype=torch.bool)
     with pytest.raises(ArmhubertError, match="no mask embedding"):
-        encoder(torch.randn(1, 500), mask=mask)
+        encoder(x, mask=mask)
+    with pytest.raises(ArmhubertError, match="no mask embedding"):
+        teacher_targets(encoder, x, None, mask, (1,))
+    targets = teacher_targets(encoder, x, None, None, (4,), masking=False, clean=True)  # the plain loss needs no mask
+    torch.testing.assert_close(targets.clean[0], encoder(x).hidden_states[4])
+
+
+def test_views_that_are_not_asked_for_are_not_computed(teacher):
+    batches = []
+    teacher.layers[0].register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    mask = torch.zeros(2, CONFIG.frames(500), dtype=torch.bool)
+    x = torch.randn(2, 500)
+    plain = teacher_targets(teacher, x, None, mask, (1, 3), masking=False, inputs=True)
+    assert plain.masking is None
+    assert plain.clean is None
+    hidden = teacher(x).hidden_states
+    for got, number in zip(plain.clean_inputs, (0, 2), strict=True):
+        torch.testing.assert_close(got, hidden[number])
+    teacher_targets(teacher, x, None, mask, (1,))
+    assert batches == [2, 2, 4]  # one view, the comparison above, both views

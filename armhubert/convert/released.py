@@ -61,6 +61,8 @@ def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source:
         if section.get(key, needed) != needed:
             raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r}")
     heads = [name for name in student if re.fullmatch(r"proj_head\.\d+\.lin_proj\.weight", name)]
+    if heads and student[heads[0]].ndim != 2:
+        raise ArmhubertError(f"{heads[0]} must be a matrix, got shape {list(student[heads[0]].shape)}")
     pattern = _read_pattern(str(section.get("reuse_pattern", "[]")), source)
     return {
         "conv_layers": parse_conv_layers(str(section.get("conv_feature_layers"))),
@@ -70,7 +72,7 @@ def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source:
         "ffn": section.get("encoder_ffn_embed_dim"),
         "pattern": pattern,
         "attention_mode": "resoftmax" if "R" in pattern else "exact",
-        "head_width": len(student[heads[0]]) if heads and student[heads[0]].ndim else None,
+        "head_width": student[heads[0]].shape[0] if heads else None,
         "scale_layer_gradients": section.get("layer_grad_scale", False),
         "conv_norm": "layer" if section.get("extractor_mode") == "layer_norm" else "group",
         "conv_bias": section.get("conv_bias", False),

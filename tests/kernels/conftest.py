@@ -33,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_compiler: compiles a kernel for a named GPU")
 
 
+# torch.device as a context remembers torch.empty and its like at first use: let it meet them before they are poisoned.
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write shows up as NaN."""
