@@ -250,7 +250,7 @@ def _train(
             if run.world.leads:
                 window.keep()
                 checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
-                if not run.data.valid:
+                if state.best_loss == float("inf"):  # no validation yet, or none at all: the latest is what there is
                     run.export(out)
             if log is not None:
                 log.draw()
