@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, read_mapping
-from armhubert.convert.tensors import fused_qkv, read_folder
+from armhubert.convert.tensors import fused_qkv, read_folder, renamed
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -111,7 +111,8 @@ def _encoder_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
 
 _NAMES = (
     (r"masked_spec_embed", "mask_embedding"),
-    (r"feature_extractor\.conv_layers\.0\.(conv|layer_norm)\.(\w+)", r"front_end.first.\1.\2"),
+    (r"feature_extractor\.conv_layers\.0\.conv\.(\w+)", r"front_end.first.conv.\1"),
+    (r"feature_extractor\.conv_layers\.0\.layer_norm\.(\w+)", r"front_end.first.norm.\1"),
     (r"feature_projection\.layer_norm\.(\w+)", r"feature_norm.\1"),
     (r"feature_projection\.projection\.(\w+)", r"feature_projection.\1"),
     (r"encoder\.pos_conv_embed\.conv\.(bias|parametrizations\.weight\.original[01])", r"position.conv.\1"),
@@ -140,12 +141,7 @@ def rename(encoder: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
             part = "norm" if match[2] == "layer_norm" else "conv"
             state[f"front_end.rest.{int(match[1]) - 1}.{part}.{match[3]}"] = tensor
         else:
-            for pattern, ours in _NAMES:
-                if re.fullmatch(pattern, name):
-                    state[re.sub(pattern, ours, name).replace("first.layer_norm", "first.norm")] = tensor
-                    break
-            else:
-                state[name] = tensor  # refused by name when the model is built
+            state[renamed(name, _NAMES)] = tensor
     for layer in range(config.layers):
         for kind in ("weight", "bias"):
             state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(

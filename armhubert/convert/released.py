@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, parse_conv_layers, read_mapping
-from armhubert.convert.tensors import fused_qkv, read_pickle, tensors_of
+from armhubert.convert.tensors import fused_qkv, read_pickle, renamed, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -127,12 +127,7 @@ def rename(student: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
         if match := re.fullmatch(r"feature_extractor\.conv_layers\.([1-9]\d*)\.0\.(weight|bias)", name):
             state[f"front_end.rest.{int(match[1]) - 1}.conv.{match[2]}"] = tensor
             continue
-        for pattern, ours in _NAMES:
-            if re.fullmatch(pattern, name):
-                state[re.sub(pattern, ours, name)] = tensor
-                break
-        else:
-            state[name] = tensor  # refused by name when the model is built
+        state[renamed(name, _NAMES)] = tensor
     for layer, letter in enumerate(config.pattern):
         prefix = f"encoder.layers.{layer}.self_attn."
         for kind in ("weight", "bias"):

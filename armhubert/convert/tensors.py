@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
             raise ArmhubertError(f"{folder} lacks {name}, which its index names")
         state.update(read_file(folder / name))
     return state
+
+
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """`name` by the first (pattern, replacement) that matches it whole; itself, to be refused by the model, if none."""
+    for pattern, ours in table:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, ours, name)
+    return name
 
 
 def fused_qkv(state: Mapping[str, Tensor], prefix: str, kind: str) -> Tensor:
