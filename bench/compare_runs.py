@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from armhubert.bench.clock import write_results
+from armhubert.clock import write_results
 from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic

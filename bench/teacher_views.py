@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from armhubert.bench.clock import conditions, interleave, write_results
+from armhubert.clock import conditions, interleave, write_results
 from armhubert.config import EncoderConfig
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder

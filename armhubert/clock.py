@@ -1,4 +1,4 @@
-"""Timing: interleaved runs, medians, and what they were measured on."""
+"""Timing: interleaved runs, medians, and what they were measured on; for `profile` and the benchmarks."""
 
 import datetime
 import json
