@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from armhubert.bench import report
-from armhubert.bench.clock import interleave, write_results
+from armhubert.clock import interleave, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
