@@ -413,7 +413,7 @@ def test_a_checkpoint_that_wants_to_run_code_or_is_no_student_is_refused(tmp_pat
         ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
     one_line(caught)
     assert not (tmp_path / "executed").exists()
-    for content, rule in (({"model": {}}, "no state_dict"), ({"state_dict": {"x": torch.ones(1)}}, "no tensor is")):
+    for content in ({"model": {}}, {"state_dict": {"x": torch.ones(1)}}, [], torch.ones(1)):
         torch.save(content, tmp_path / "s.ckpt")
-        with pytest.raises(ArmhubertError, match=rule):
+        with pytest.raises(ArmhubertError, match="no model that is known"):
             ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")

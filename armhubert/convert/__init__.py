@@ -1,17 +1,34 @@
 """Other people's weights -> ours. One module a format; each returns `Weights`, none builds a model."""
 
 import re
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from armhubert.config import read_mapping
 from armhubert.convert import huggingface, native, released, torchaudio
+from armhubert.convert.tensors import read_pickle
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
 __all__ = ["load_weights"]
 
 BUNDLED = "mini"
+
+
+class FileFormat(NamedTuple):
+    """One kind of checkpoint file, told from the others by what it holds."""
+
+    name: str
+    recognise: Callable[[Mapping[str, Any]], bool]
+    """Whether the file's top-level mapping is of this kind; looks, converts nothing, raises nothing."""
+    load: Callable[[Mapping[str, Any], Path], Weights]
+    """The mapping and where it was read -> weights."""
+
+
+# The first that recognises a file reads it: the telling ones first, bare state dicts last.
+FILE_FORMATS: tuple[FileFormat, ...] = (FileFormat("released student", released.recognise, released.load),)
 
 
 def load_weights(source: str | Path) -> Weights:
@@ -31,7 +48,7 @@ def load_weights(source: str | Path) -> Weights:
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
-        return released.load(path)
+        return _from_file(path)
     if torchaudio.is_pipeline(name):
         return torchaudio.load(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
@@ -50,3 +67,14 @@ def _from_folder(folder: Path) -> Weights:
     if kind == "armhubert":
         return native.load(folder, config)
     return huggingface.load(folder, config)
+
+
+def _from_file(path: Path) -> Weights:
+    content = read_pickle(path)
+    if isinstance(content, Mapping):
+        for kind in FILE_FORMATS:
+            if kind.recognise(content):
+                return kind.load(content, path)
+    raise ArmhubertError(
+        f"{path} holds no model that is known here: it must be a {', '.join(kind.name for kind in FILE_FORMATS)}"
+    )

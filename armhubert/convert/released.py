@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, parse_conv_layers, read_mapping
-from armhubert.convert.tensors import fused_qkv, read_pickle, renamed, tensors_of
+from armhubert.convert.tensors import fused_qkv, renamed, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
 _PREFIX = "student_model."
 
 
-def load(path: Path) -> Weights:
+def recognise(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's `state_dict` has tensors called student_model.*."""
+    state = content.get("state_dict")
+    return isinstance(state, Mapping) and any(isinstance(k, str) and k.startswith(_PREFIX) for k in state)
+
+
+def load(content: Mapping[str, Any], path: Path) -> Weights:
     """A released checkpoint.
 
     Raises:
-        ArmhubertError: no `.yaml` beside it, not a released student, or settings that no released student has.
+        ArmhubertError: no `.yaml` beside it, or settings that no released student has.
     """
-    content = read_pickle(path)
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise ArmhubertError(f"{path} is no released student: it has no state_dict")
     tensors = tensors_of(content["state_dict"], path)
     student = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-    if not student:
-        raise ArmhubertError(f"{path} is no released student: no tensor is called {_PREFIX}*")
     settings = path.with_suffix(".yaml")
     if not settings.is_file():
         found = sorted(path.parent.glob("*.yaml"))
