@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from armhubert import figures
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 
@@ -112,59 +113,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over the steps."""
-    figure, axes = _figure("step", "loss (weighted sum over layers)")
+    figure, (axes,) = figures.panels()
+    axes.set(xlabel="step", ylabel="loss (weighted sum over layers)")
     for kind, style in (("train", {"alpha": 0.75, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 3.5})):
         points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
         if points:
             label = {"train": "training, masked", "valid": "held out, unmasked"}[kind]
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_yscale("log")
-    _save(figure, axes, path)
+    figures.save(figure, path)
 
 
 def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
     """Error of every layer over the steps: of the validation where there is one, else of the training batches."""
     kind = "valid" if any(row["kind"] == "valid" for row in rows) else "train"
     chosen = [row for row in rows if row["kind"] == kind]
-    figure, axes = _figure("step", f"error of each layer ({'held out' if kind == 'valid' else 'training'})")
+    figure, (axes,) = figures.panels()
+    axes.set(xlabel="step", ylabel=f"error of each layer ({'held out' if kind == 'valid' else 'training'})")
     count = len(chosen[0]["layers"]) if chosen else 0
-    colors = _colors(count)
+    colors = figures.shades(count)
     for layer in range(count):
         points = [(row["step"], row["layers"][layer]) for row in chosen]
         axes.plot(
             *zip(*points, strict=True), color=colors[layer], label=f"layer {layer + 1}", marker="o", markersize=2.5
         )
     axes.set_yscale("log")
-    _save(figure, axes, path)
-
-
-def _figure(x: str, y: str) -> tuple[Any, Any]:
-    # Figures without pyplot: no global state, no display, no backend chosen behind the caller's back.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.25, which="both")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _colors(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.05 + 0.85 * i / max(1, count - 1)) for i in range(count)]
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    import io
-
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, ncols=2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomic(path, buffer.getvalue())
+    figures.save(figure, path)

@@ -4,7 +4,6 @@ python -m armhubert.bench compare_runs --name distill-mini reuse=runs/reuse "no 
 """
 
 import argparse
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from armhubert import figures
 from armhubert.clock import write_results
 from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
 from armhubert.runlog import METRICS, read_metrics
 from armhubert.student import ARMHuBERT, count_parameters
 
@@ -43,12 +42,7 @@ def summarize(name: str, folder: Path) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Left: held-out loss over the steps; right: error of each layer at the last validation that all runs have."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    over_steps, by_layer = figure.subplots(1, 2)
+    figure, (over_steps, by_layer) = figures.panels(2, width=11, height=4.2)
     step = last_common_step(rows)
     for row in rows:
         points = [(v["step"], v["loss"]) for v in row["validations"]]
@@ -57,14 +51,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         by_layer.plot(range(1, len(layers) + 1), layers, marker="o", markersize=4, label=row["name"])
     over_steps.set(xlabel="step", ylabel="held-out loss (unmasked, weighted sum)", yscale="log")
     by_layer.set(xlabel="layer", ylabel=f"held-out error at step {step}", ylim=(0, None))
-    for axes in (over_steps, by_layer):
-        axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomic(path, buffer.getvalue())
+    figures.save(figure, path)
 
 
 def last_common_step(rows: list[dict[str, Any]]) -> int:
