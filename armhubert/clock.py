@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from armhubert import __version__
-from armhubert.distill import device_name
+from armhubert.distributed import device_name
 from armhubert.files import write_atomic
 
 

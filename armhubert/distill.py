@@ -40,7 +40,7 @@ from armhubert.data import (
     write_skipped,
 )
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
-from armhubert.distributed import World, pick_device, world
+from armhubert.distributed import World, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
@@ -753,13 +753,6 @@ def _started(run: _Run, copied: int, out: Path) -> Started:
         processes=run.world.size,
         device=device_name(run.world.device),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Readable name of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def peak_memory(processes: World) -> int:

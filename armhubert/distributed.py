@@ -64,6 +64,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def device_name(device: torch.device) -> str:
+    """Readable name of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """Join the other processes that torchrun started (gloo on CPUs, NCCL on GPUs); alone where it started none."""
