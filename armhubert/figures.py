@@ -1,4 +1,4 @@
-"""The look of every picture: figures without pyplot, so no display, no global state, no backend chosen for the caller."""
+"""The look of every picture. No pyplot: no display, no global state, no backend chosen behind the caller's back."""
 
 import io
 from pathlib import Path
