@@ -1,0 +1,1 @@
+"""SUPERB, natively: frozen upstreams, SUPERB's heads, metrics and settings. `evaluate` in `runner` is the way in."""

@@ -1,0 +1,376 @@
+"""The metrics of SUPERB (Yang et al., arXiv 2105.01051), each as its scoring tool defines it.
+
+Rates are fractions, not percent; times are seconds. Edit distances are RapidFuzz's, the best speaker mapping is SciPy's
+assignment; the rest is a few lines of NumPy.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from armhubert.errors import ArmhubertError
+
+# ------------------------------------------------------------------------------------------------- classes and labels
+
+
+def accuracy(references: Sequence[Hashable], predictions: Sequence[Hashable]) -> float:
+    """Share of predictions that equal their reference; of tuples (one value a slot) only where every slot is right.
+
+    Raises:
+        ArmhubertError: there is nothing to compare.
+    """
+    _require_pairs("accuracy", references, predictions)
+    right = sum(a == b for a, b in zip(references, predictions, strict=True))
+    return right / len(references)
+
+
+# ---------------------------------------------------------------------------------------------------- edit distances
+
+
+class Edits(NamedTuple):
+    """Edit operations that turn references into hypotheses."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    tokens: int
+    """In the references."""
+
+    @property
+    def rate(self) -> float:
+        """Errors a reference token: may exceed 1; 0 where references and hypotheses are both empty."""
+        errors = self.substitutions + self.deletions + self.insertions
+        if not self.tokens and errors:
+            raise ArmhubertError(
+                f"an error rate needs at least one reference token, got {errors} insertions against empty references: "
+                "remove utterances without transcript, or check the transcripts"
+            )
+        return errors / max(1, self.tokens)
+
+
+def count_edits(references: Iterable[Sequence[Hashable]], hypotheses: Iterable[Sequence[Hashable]]) -> Edits:
+    """Edits of all utterances together: PER of phones, WER of words, CER of characters.
+
+    An empty reference adds its insertions and no token, so that it counts in the whole and divides by zero nowhere.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    counts = {"replace": 0, "delete": 0, "insert": 0}
+    tokens = 0
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        tokens += len(reference)
+        for operation in Levenshtein.editops(reference, hypothesis):
+            counts[operation.tag] += 1
+    return Edits(counts["replace"], counts["delete"], counts["insert"], tokens)
+
+
+def error_rate(references: Iterable[Sequence[Hashable]], hypotheses: Iterable[Sequence[Hashable]]) -> float:
+    """`count_edits(...).rate`: PER, WER or CER by what a token is (a text is a sequence of characters)."""
+    return count_edits(references, hypotheses).rate
+
+
+class TokenErrors(NamedTuple):
+    """What became of one reference token over a test set."""
+
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    """Times it stands in the references."""
+    errors: int
+    """Times it was deleted or replaced."""
+
+
+def errors_by_token(references: Iterable[Sequence[str]], hypotheses: Iterable[Sequence[str]]) -> dict[str, TokenErrors]:
+    """Deletions and substitutions of each reference token, the most frequent token first; insertions have no token."""
+    from rapidfuzz.distance import Levenshtein
+
+    counts: dict[str, int] = {}
+    errors: dict[str, int] = {}
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        for token in reference:
+            counts[token] = counts.get(token, 0) + 1
+        for operation in Levenshtein.editops(reference, hypothesis):
+            if operation.tag != "insert":
+                token = reference[operation.src_pos]
+                errors[token] = errors.get(token, 0) + 1
+    order = sorted(counts, key=lambda token: (-counts[token], token))
+    return {token: TokenErrors(counts[token], errors.get(token, 0)) for token in order}
+
+
+# ------------------------------------------------------------------------------------------------------ slot filling
+
+Slots = Mapping[str, Sequence[str]]
+"""Values of each slot type in one utterance, in the order spoken."""
+
+
+def slot_type_f1(references: Sequence[Slots], predictions: Sequence[Slots]) -> float:
+    """F1 of the set of slot types in each utterance, averaged over utterances; 1 where both are empty.
+
+    SUPERB's slot F1 as s3prl computes it (`s3prl/metric/slot_filling.py`, `slot_type_f1`); values do not enter.
+
+    Raises:
+        ArmhubertError: there is nothing to compare.
+    """
+    _require_pairs("slot F1", references, predictions)
+    total = 0.0
+    for reference, prediction in zip(references, predictions, strict=True):
+        if not reference and not prediction:
+            total += 1
+            continue
+        # Harmonic mean of precision and recall: 2 |A n B| / (|A| + |B|).
+        total += 2 * len(reference.keys() & prediction.keys()) / (len(reference) + len(prediction))
+    return total / len(references)
+
+
+def slot_value_cer(references: Sequence[Slots], predictions: Sequence[Slots]) -> float:
+    """CER of slot values over all reference values together; a slot that was not predicted counts as deleted.
+
+    Of several predicted values of a type, the one nearest to the reference value counts; predicted types that the
+    reference lacks cost nothing. As s3prl's `slot_value_cer`.
+
+    Raises:
+        ArmhubertError: no reference has a slot.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    errors = characters = 0
+    for reference, prediction in zip(references, predictions, strict=True):
+        for slot, values in reference.items():
+            predicted = prediction.get(slot) or ("",)
+            for value in values:
+                characters += len(value)
+                errors += min(Levenshtein.distance(value, other) for other in predicted)
+    if not characters:
+        raise ArmhubertError("slot CER needs at least one slot value in the test data, got none: check the labels")
+    return errors / characters
+
+
+# ------------------------------------------------------------------------------------------------- verification trials
+
+
+class DetectionCurve(NamedTuple):
+    """Error rates of a detector at every threshold, from accepting nothing to accepting everything."""
+
+    false_alarms: NDArray[np.float64]
+    """[K], ascending from 0 to 1: accepted share of the other trials."""
+    misses: NDArray[np.float64]
+    """[K], descending from 1 to 0: rejected share of the target trials."""
+    thresholds: NDArray[np.float64]
+    """[K], descending from infinity: scores at or above are accepted."""
+
+
+def detection_curve(targets: ArrayLike, scores: ArrayLike) -> DetectionCurve:
+    """The curve of trials: whether each is a target [N], and its score [N]. Equal scores share a point.
+
+    Raises:
+        ArmhubertError: target or non-target trials are missing, or a score is not finite.
+    """
+    is_target = np.asarray(targets, dtype=bool).ravel()
+    score = np.asarray(scores, dtype=np.float64).ravel()
+    assert len(is_target) == len(score), (len(is_target), len(score))
+    number = int(is_target.sum())
+    if not 0 < number < len(is_target):
+        raise ArmhubertError(
+            "an equal error rate needs trials of both kinds, same and different speaker, got "
+            f"{number} and {len(is_target) - number}: complete the trial list"
+        )
+    if not np.isfinite(score).all():
+        raise ArmhubertError(
+            f"scores must be finite, got {int((~np.isfinite(score)).sum())} of {len(score)} that are not: "
+            "lower the learning rate"
+        )
+    order = np.argsort(-score, kind="stable")
+    score, is_target = score[order], is_target[order]
+    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # the last trial of each score
+    accepted = np.cumsum(is_target)[last]
+    others = last + 1 - accepted
+    return DetectionCurve(
+        np.concatenate([[0.0], others / (len(score) - number)]),
+        np.concatenate([[1.0], 1 - accepted / number]),
+        np.concatenate([[np.inf], score[last]]),
+    )
+
+
+def equal_error_rate(curve: DetectionCurve) -> float:
+    """Where misses equal false alarms, the curve joined by straight lines; as s3prl's `compute_eer`."""
+    after = int(np.argmax(curve.misses <= curve.false_alarms))  # never 0, where misses are 1 and false alarms 0
+    false_alarm, miss = curve.false_alarms[after - 1], curve.misses[after - 1]
+    rise, fall = curve.false_alarms[after] - false_alarm, miss - curve.misses[after]
+    return float(false_alarm + rise * (miss - false_alarm) / (rise + fall))
+
+
+def min_dcf(
+    curve: DetectionCurve, *, target_prior: float = 0.01, miss_cost: float = 1.0, false_alarm_cost: float = 1.0
+) -> float:
+    """Least detection cost over all thresholds, over that of the better trivial system.
+
+    NIST SRE 2016 evaluation plan, section 3, equations 2 and 3. The prior 0.01 is what s3prl's SUPERB ASV prints
+    (`compute_minDCF(..., p_target=0.01)`); the VoxCeleb challenges take 0.05.
+    """
+    assert 0 < target_prior < 1, target_prior
+    miss, alarm = miss_cost * target_prior, false_alarm_cost * (1 - target_prior)
+    return float((miss * curve.misses + alarm * curve.false_alarms).min() / min(miss, alarm))
+
+
+# --------------------------------------------------------------------------------------------------------- diarization
+
+
+class Turn(NamedTuple):
+    """Somebody speaks."""
+
+    start: float
+    """Seconds."""
+    end: float
+    speaker: str
+
+
+class DiarizationErrors(NamedTuple):
+    """Speaker time of one recording or, added up, of many, in seconds."""
+
+    missed: float
+    false_alarm: float
+    confused: float
+    scored: float
+    """Reference speaker time; two who speak at once count twice."""
+
+    @property
+    def rate(self) -> float:
+        """DER: may exceed 1."""
+        if not self.scored:
+            raise ArmhubertError("a diarization error rate needs reference speech, got none: check the references")
+        return (self.missed + self.false_alarm + self.confused) / self.scored
+
+
+def add_errors(parts: Iterable[DiarizationErrors]) -> DiarizationErrors:
+    """The errors of several recordings together: their times add up, rates do not."""
+    return DiarizationErrors(*map(sum, zip(*parts, strict=True)))
+
+
+def diarization_errors(
+    reference: Sequence[Turn], hypothesis: Sequence[Turn], *, collar: float = 0.0
+) -> DiarizationErrors:
+    """Diarization error of one recording as NIST's md-eval defines it (RT-09 evaluation plan, section 6.1).
+
+    Overlapping speech is scored. The mapping from hypothesis to reference speakers is one to one and has the most time
+    in common. `collar` seconds on either side of every reference boundary are not scored: SUPERB has none, for s3prl
+    calls dscore, whose default is 0; 0.25 is common elsewhere. Turns of one speaker that overlap are merged.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    speakers = sorted({turn.speaker for turn in reference})
+    guesses = sorted({turn.speaker for turn in hypothesis})
+    boundaries = [time for turn in reference for time in (turn.start, turn.end)]
+    edges = np.unique(
+        [
+            *boundaries,
+            *(time for turn in hypothesis for time in (turn.start, turn.end)),
+            *((time + side for time in boundaries for side in (-collar, collar)) if collar else ()),
+        ]
+    )
+    if len(edges) < 2:
+        return DiarizationErrors(0.0, 0.0, 0.0, 0.0)
+    middles, lengths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    if collar:
+        near = np.abs(middles[:, None] - np.asarray(boundaries)).min(1) < collar if boundaries else False
+        lengths = np.where(near, 0.0, lengths)
+    actual, guessed = _activity(reference, speakers, middles), _activity(hypothesis, guesses, middles)
+    common = actual.T.astype(np.float64) @ (guessed * lengths[:, None])  # [speakers, guesses], seconds
+    rows, columns = linear_sum_assignment(common, maximize=True)
+    correct = float(common[rows, columns].sum())
+    said, heard = actual.sum(1), guessed.sum(1)
+    return DiarizationErrors(
+        float((np.maximum(said - heard, 0) * lengths).sum()),
+        float((np.maximum(heard - said, 0) * lengths).sum()),
+        max(0.0, float((np.minimum(said, heard) * lengths).sum()) - correct),
+        float((said * lengths).sum()),
+    )
+
+
+def _activity(turns: Sequence[Turn], speakers: Sequence[str], times: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[len(times), len(speakers)]: who speaks when."""
+    active = np.zeros((len(times), len(speakers)), dtype=bool)
+    column = {speaker: index for index, speaker in enumerate(speakers)}
+    for turn in turns:
+        first, last = np.searchsorted(times, (turn.start, turn.end))
+        active[first:last, column[turn.speaker]] = True
+    return active
+
+
+def median_filter(active: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    """[T, S] -> [T, S]: each speaker's activity by the majority of `width` (odd) frames, silence beyond the ends."""
+    assert width % 2 == 1, width
+    half = width // 2
+    counts = np.cumsum(np.pad(active.astype(np.int64), ((half + 1, half), (0, 0))), axis=0)
+    majority: NDArray[np.bool_] = counts[width:] - counts[:-width] > half
+    return majority
+
+
+def turns_of_frames(active: NDArray[np.bool_], frame_seconds: float) -> list[Turn]:
+    """[T, S] -> turns of speakers "0" to "S - 1"; frame t lasts from t to t + 1 times `frame_seconds`."""
+    turns = []
+    for speaker, column in enumerate(active.T):
+        changes = np.flatnonzero(np.diff(np.concatenate([[False], column, [False]]).astype(np.int8)))
+        turns += [
+            Turn(start * frame_seconds, end * frame_seconds, str(speaker))
+            for start, end in changes.reshape(-1, 2).tolist()
+        ]
+    return turns
+
+
+# ------------------------------------------------------------------------------------------------- spoken term detection
+
+TWV_BETA = (1 - 0.0008) * 1 / (0.0008 * 100)
+"""What a false alarm costs against a miss in QUESST 2014: its `score-TWV-Cnxe.sh` has P_target 0.0008, C_fa 1 and
+C_miss 100, an effective prior of 0.0741, so 12.49."""
+
+
+class TermWeightedValue(NamedTuple):
+    """The best term-weighted value and where it is reached."""
+
+    value: float
+    """At most 1; at least 0, for a threshold above all scores detects nothing."""
+    threshold: float
+    """Scores at or above count as detected."""
+
+
+def max_term_weighted_value(scores: ArrayLike, relevant: ArrayLike, *, beta: float = TWV_BETA) -> TermWeightedValue:
+    """MTWV: max over one threshold for all queries of 1 - mean over queries of (P_miss + beta P_fa).
+
+    Fiscus et al., "Results of the 2006 spoken term detection evaluation" (SIGIR SSCS 2007), with a trial for each pair
+    of query and document as in QUESST 2014 (Anguera et al., "QUESST2014", ICASSP 2015). Queries that occur nowhere are
+    left out, as its tool does.
+
+    Args:
+        scores: [Q, D], higher where the query is likelier to be in the document.
+        relevant: [Q, D], whether it is.
+        beta: cost of a false alarm over that of a miss, times the odds against a target.
+
+    Raises:
+        ArmhubertError: no query occurs in any document.
+    """
+    score = np.asarray(scores, dtype=np.float64)
+    truth = np.asarray(relevant, dtype=bool)
+    assert score.shape == truth.shape, (score.shape, truth.shape)
+    assert score.ndim == 2, score.shape
+    kept = truth.any(1)
+    if not kept.any():
+        raise ArmhubertError(
+            "MTWV needs a query that occurs in at least one document, got none: check the relevance lists"
+        )
+    score, truth = score[kept], truth[kept]
+    hits, others = truth.sum(1, keepdims=True), (~truth).sum(1, keepdims=True)
+    gain = np.where(truth, 1 / hits, -beta / np.maximum(others, 1)).ravel() / len(score)
+    order = np.argsort(-score.ravel(), kind="stable")
+    sorted_scores = score.ravel()[order]
+    last = np.append(np.flatnonzero(np.diff(sorted_scores)), len(order) - 1)
+    values = np.cumsum(gain[order])[last]
+    best = int(values.argmax())
+    if values[best] <= 0:
+        return TermWeightedValue(0.0, float("inf"))
+    return TermWeightedValue(float(values[best]), float(sorted_scores[last[best]]))
+
+
+def _require_pairs(name: str, references: Sequence[object], predictions: Sequence[object]) -> None:
+    assert len(references) == len(predictions), (len(references), len(predictions))
+    if not references:
+        raise ArmhubertError(f"{name} needs at least one test utterance, got none: check the test data")

@@ -1,0 +1,296 @@
+"""What a SUPERB task is: how to read its data, which head it trains, how predictions are scored.
+
+    task.read(root, options) -> Corpus                items of train, dev and test, with labels
+    task.head(width, corpus) -> Head                  head.loss(batch), head.predict(batch)
+    task.score(predictions, split, corpus) -> Scores  metrics as SUPERB prints them, and what pictures need
+
+Everything else (upstream, weighted sum of layers, features cache, batches, optimizer, resuming) is the runner's, the
+same for all tasks. A task without training (`defaults.steps == 0`) has no head and implements `search` instead.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from armhubert.audio import AUDIO_SUFFIXES
+from armhubert.errors import ArmhubertError
+
+SplitName = Literal["train", "dev", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
+
+
+# ---- data ------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A piece of a recording, placed in an item's waveform."""
+
+    path: str
+    """Absolute."""
+    start: int = 0
+    """First sample, at 16 kHz."""
+    count: int | None = None  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    """Samples; None: to the end of the file."""
+    offset: int = 0
+    """Where it begins in the item's waveform."""
+    gain: float = 1.0
+
+
+class Item(NamedTuple):
+    """One utterance. Its waveform is the sum of its parts: one file, a cut of it, or a simulated mixture."""
+
+    key: str
+    """Names the item within its split, without machine paths: goes into lists, hashes and prediction files."""
+    parts: tuple[Part, ...]
+    label: Any
+    """Of the task: a tuple of class names (one for each group of classes), a tuple of tokens, segments..."""
+
+    @classmethod
+    def of_file(cls, path: Path, root: Path, label: Any) -> "Item":
+        """The whole of one file, its key the path below `root` without suffix."""
+        return cls(path.relative_to(root).with_suffix("").as_posix(), (Part(str(path)),), label)
+
+
+class Split(NamedTuple):
+    """The items of one split; `trials` where a task scores pairs instead of items."""
+
+    items: tuple[Item, ...]
+    trials: tuple[tuple[str, str, bool], ...] = ()
+    """(key, key, same speaker) of asv's dev and test."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The data of a task."""
+
+    splits: Mapping[SplitName, Split]
+    labels: tuple[tuple[str, ...], ...] = ()
+    """Names of the classes, for each group of them (ks, sid, er: one group; ic: one a slot), or ctc's tokens."""
+    notes: tuple[str, ...] = ()
+    """One line each, shown before training and kept in the result: what was left out, how splits were made."""
+    extra: Any = None
+    """What only this task's head or score needs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What tasks can be told about their data; fields that a task does not use are ignored by it."""
+
+    lexicon: str | None = None
+    """pr: file of `WORD<tab or space>PHONES`; none: `lexicon.txt` or `librispeech-lexicon.txt` at the root."""
+    train: tuple[str, ...] = ()
+    """Names of the training subsets (folders of LibriSpeech); none: SUPERB's, else what is there."""
+    dev: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    fold: int = 0
+    """Of tasks with folds, from 0."""
+    seed: int = 0
+    """Of everything that a reader draws: splits, mixtures, queries."""
+    language_model: str | None = None
+    """asr: ARPA or KenLM file for beam search; none: greedy."""
+
+
+# ---- training --------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What a head sees: weighted sums of the upstream's layers."""
+
+    features: Tensor
+    """float32 [B, T, D], zero beyond each length."""
+    lengths: Tensor
+    """Valid frames [B], int64."""
+    items: tuple[Item, ...]
+    first: tuple[int, ...]
+    """Frame of each item at which its features begin: not 0 where training crops."""
+    hop: int
+    """Samples between two frames."""
+
+
+class Head(nn.Module, ABC):
+    """A trained head. It knows the labels from the corpus, so that loss and prediction need a batch alone.
+
+    Dropout and augmentation draw from torch's default generator, which the runner seeds for every step.
+    """
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> list[Any]:
+        """One prediction an item, on the CPU, of whatever type the task's `score` takes; called in eval mode."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """SUPERB's training settings of a task."""
+
+    learning_rate: float = 1e-4
+    batch: int = 32
+    """Utterances a batch."""
+    accumulate: int = 1
+    """Batches a step."""
+    steps: int = 200_000
+    """0: no training."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    optimizer: Literal["Adam", "AdamW"] = "Adam"
+    validate_every: int = 5_000
+    crop_seconds: float | None = None
+    """Train on random crops of this many seconds of features; dev and test are whole."""
+    balanced: bool = False
+    """Draw training items so that every class (of the first group) is equally likely."""
+
+
+class Metric(NamedTuple):
+    """One number of a task."""
+
+    name: str
+    """As in `Scores.metrics`: per, accuracy, eer..."""
+    title: str
+    """As in tables: PER, Accuracy, EER..."""
+    higher_is_better: bool
+    unit: str = "%"
+    """% for rates, which are printed as SUPERB does (5.41); empty for plain numbers."""
+
+
+class Confusion(NamedTuple):
+    """How often class i was taken for class j."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Detection(NamedTuple):
+    """Trials, for a DET curve."""
+
+    scores: tuple[float, ...]
+    targets: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a split's predictions are worth."""
+
+    metrics: Mapping[str, float]
+    """By `Metric.name`; the first of `Task.metrics` decides on dev."""
+    confusion: Confusion | None = None
+    by_label: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Errors and occurrences of each token (pr: phones), in the reference."""
+    detection: Detection | None = None
+    examples: tuple[tuple[str, str, str], ...] = ()
+    """(key, reference, prediction) of some items, to read."""
+
+
+class Task(ABC):
+    """A task, without state: one instance serves all runs."""
+
+    name: str
+    """As on the command line: pr, asr, ..."""
+    title: str
+    """Phoneme recognition, ..."""
+    data: str
+    """One line: the data layouts that `read` takes."""
+    metrics: tuple[Metric, ...]
+    """The first chooses the best step on dev."""
+    defaults: Defaults
+    folds: int = 1
+    """Cross-validation: the runner trains and tests once for each fold, and averages."""
+
+    @abstractmethod
+    def read(self, root: Path, options: Options) -> Corpus:
+        """The data below `root`.
+
+        Raises:
+            ArmhubertError: layout not recognised, lists or transcripts missing, labels that cannot be used.
+        """
+
+    def head(self, width: int, corpus: Corpus) -> Head:
+        """A fresh head for features [B, T, width]."""
+        raise NotImplementedError(f"{self.name} is not trained")
+
+    def score(self, predictions: Sequence[Any], split: Split, corpus: Corpus) -> Scores:
+        """Metrics of the predictions, which are in the order of `split.items`."""
+        raise NotImplementedError(f"{self.name} is not trained")
+
+    def search(
+        self,
+        states: Callable[[SplitName], Iterator[Tensor]],
+        corpus: Corpus,
+        options: Options,
+    ) -> Iterator[tuple[int, int] | Mapping[SplitName, Scores]]:
+        """Of tasks without training: from all layers' features to scores, on the CPU.
+
+        Args:
+            states: the features [L, T, D] (float32) of each item of a split, in order.
+            corpus: from `read`.
+            options: as `read` had.
+
+        Yields:
+            (done, total) while it works; the scores of dev and test last. The choice of layer is made on dev.
+        """
+        raise NotImplementedError(f"{self.name} is trained")
+
+
+# ---- for readers -----------------------------------------------------------
+
+
+def classes(
+    splits: Mapping[SplitName, Sequence[Item]],
+    what: str,
+    *,
+    notes: Sequence[str] = (),
+    extra: Any = None,
+) -> Corpus:
+    """A corpus whose labels are tuples of class names, checked: the groups of classes are those of the training split.
+
+    Args:
+        splits: items by split.
+        what: the classes' noun, for messages: speaker, emotion, keyword.
+        notes: of the reader.
+        extra: as in `Corpus`.
+
+    Raises:
+        ArmhubertError: an empty split, fewer than two classes, or classes in dev or test that training never shows.
+    """
+    for name in SPLITS:
+        if not splits.get(name):
+            raise ArmhubertError(f"the {name} split has no utterances: check the data root and its lists")
+    groups = len(splits["train"][0].label)
+    labels = tuple(tuple(sorted({item.label[group] for item in splits["train"]})) for group in range(groups))
+    if all(len(group) < 2 for group in labels):
+        raise ArmhubertError(f"training needs at least 2 {what}s, got {len(labels[0])} ({labels[0][0]}): add data")
+    for name in ("dev", "test"):
+        for group in range(groups):
+            unseen = Counter(item.label[group] for item in splits[name])  # type: ignore[index]
+            for label in labels[group]:
+                unseen.pop(label, None)
+            if unseen:
+                raise ArmhubertError(
+                    f"{len(unseen)} {what}s of the {name} split are not in the training split "
+                    f"({', '.join(map(str, sorted(unseen)[:5]))}{', ...' if len(unseen) > 5 else ''}): "
+                    "no head can learn them; correct the lists"
+                )
+    return Corpus({name: Split(tuple(splits[name])) for name in SPLITS}, labels, tuple(notes), extra)
+
+
+def audio_files(folder: Path) -> list[Path]:
+    """Audio files right inside a folder, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.name[0] != ".")
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Stripped lines of a list that are not empty; an ArmhubertError that says what is missing where there is none."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise ArmhubertError(f"{what} is missing: expected {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArmhubertError(f"{what} {path} cannot be read ({error}): it must be a UTF-8 text file") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]

@@ -1,0 +1,126 @@
+"""Keyword spotting: Speech Commands v1, 12 classes; or any folders of words."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from armhubert.audio import SAMPLE_RATE, measure
+from armhubert.errors import ArmhubertError
+from armhubert.superb import metrics
+from armhubert.superb.heads import PooledClassifier
+from armhubert.superb.task import (
+    Confusion,
+    Corpus,
+    Defaults,
+    Item,
+    Metric,
+    Options,
+    Part,
+    Scores,
+    Split,
+    SplitName,
+    Task,
+    audio_files,
+    classes,
+    read_lines,
+)
+
+WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+UNKNOWN, SILENCE, NOISE = "_unknown_", "_silence_", "_background_noise_"
+TEST_FOLDER = "speech_commands_test_set_v0.01"
+
+
+class KeywordSpotting(Task):
+    """Speech Commands v1 with its lists; its test folder where it lies in or beside the root."""
+
+    name = "ks"
+    title = "Keyword spotting"
+    data = "Speech Commands v1 (folders of words, validation_list.txt, testing_list.txt), or any folders of words"
+    metrics = (Metric("accuracy", "Accuracy", True),)
+    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=5_000, balanced=True)
+
+    def read(self, root: Path, options: Options) -> Corpus:
+        """Folders of words; words outside SUPERB's ten are `_unknown_` where any of the ten is there."""
+        folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+        words = [path for path in folders if path.name not in (NOISE, TEST_FOLDER) and audio_files(path)]
+        if not words:
+            raise ArmhubertError(f"{root} has no folders of words with audio in them: expected {self.data}")
+        official = any(path.name in WORDS for path in words)
+        notes = []
+        place: dict[str, SplitName] = {}
+        lists = {"dev": root / "validation_list.txt", "test": root / "testing_list.txt"}
+        if official or any(path.is_file() for path in lists.values()):
+            for name, path in lists.items():
+                place |= dict.fromkeys(read_lines(path, "list of Speech Commands"), name)  # type: ignore[arg-type]
+        else:
+            notes.append(
+                "no lists: split 80/10/10 by the hash of the speaker in the file name, as Speech Commands does"
+            )
+        splits: dict[SplitName, list[Item]] = {"train": [], "dev": [], "test": []}
+        for folder in words:
+            label = folder.name if not official or folder.name in WORDS else UNKNOWN
+            for path in audio_files(folder):
+                listed = f"{folder.name}/{path.name}"
+                split = (place.pop(listed, "train")) if place or official else which_split(path.name)
+                splits[split].append(Item.of_file(path, root, (label,)))
+        if place:
+            some = ", ".join(sorted(place)[:3])
+            notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some}")
+        for number, piece in enumerate(_noise(root)):
+            splits[("dev", "test")[number % 10 // 9] if number % 10 >= 8 else "train"].append(piece)
+        if (
+            folder := next((p for p in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if p.is_dir()), None)
+        ) is not None:
+            splits["test"] = [
+                Item.of_file(path, folder, (sub.name,))
+                for sub in sorted(folder.iterdir())
+                if sub.is_dir()
+                for path in audio_files(sub)
+            ]
+        elif official:
+            notes.append(f"no {TEST_FOLDER}: tested on testing_list.txt, whose words are not balanced as there")
+        return classes(splits, "keyword", notes=notes)
+
+    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+        """Linear to 256, mean over time, linear."""
+        return PooledClassifier(width, corpus.labels)
+
+    def score(self, predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:
+        """Accuracy."""
+        return classification_scores(predictions, split, corpus)
+
+
+def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:
+    """Accuracy over one group of classes, with its confusion matrix."""
+    truth = [item.label[0] for item in split.items]
+    guess = [prediction[0] for prediction in predictions]
+    place = {label: number for number, label in enumerate(corpus.labels[0])}
+    counts = [[0] * len(place) for _ in place]
+    for true, guessed in zip(truth, guess, strict=True):
+        counts[place[true]][place[guessed]] += 1
+    wrong = [(item.key, t, g) for item, t, g in zip(split.items, truth, guess, strict=True) if t != g]
+    return Scores(
+        {"accuracy": metrics.accuracy(guess, truth)},
+        confusion=Confusion(corpus.labels[0], tuple(map(tuple, counts))),
+        examples=tuple(wrong[:20]),
+    )
+
+
+def which_split(name: str) -> SplitName:
+    """Speech Commands' own rule: a speaker, named before `_nohash_`, is always in one split."""
+    speaker = re.sub(r"_nohash_.*$", "", name)
+    most = 2**27 - 1
+    share = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % (most + 1) * (100.0 / most)
+    return "dev" if share < 10 else "test" if share < 20 else "train"
+
+
+def _noise(root: Path) -> list[Item]:
+    """`_silence_`: the background noises, cut into pieces of one second (s3prl cuts at random in every epoch)."""
+    folder = root / NOISE
+    pieces = []
+    for path in audio_files(folder) if folder.is_dir() else []:
+        for second in range(measure(path).samples // SAMPLE_RATE):
+            part = Part(str(path), second * SAMPLE_RATE, SAMPLE_RATE)
+            pieces.append(Item(f"{SILENCE}/{path.stem}/{second}", (part,), (SILENCE,)))
+    return pieces
