@@ -41,9 +41,9 @@ class EncoderConfig:
     layers: int
     """Number of Transformer layers."""
     heads: int
-    """Attention heads; must divide the width."""
+    """Attention heads; must divide the width. A head's width is width / heads, also where `layer_heads` drops some."""
     ffn: int
-    """Inner width of the feed-forward blocks."""
+    """Inner width of the feed-forward blocks; with `layer_ffn`, of the widest that there may be."""
     pattern: str = ""
     """One letter a layer: C computes its attention map, R reuses the last computed one. Empty: all compute."""
     attention_mode: AttentionMode = "exact"
@@ -87,6 +87,13 @@ class EncoderConfig:
     padding: Literal["independent", "as_trained"] = "independent"
     """`independent`: an utterance's features never depend on its batch. `as_trained`: padding enters the first group
     norm, as in fairseq, transformers and torchaudio, for heads that were trained on such features."""
+    layer_heads: tuple[tuple[int, ...], ...] | None = None
+    """Pruned models: which of the `heads` heads each layer has kept, ascending; none: a layer without attention.
+    The numbers tell WavLM's position biases apart, elsewhere only their count matters. None: every layer has all."""
+    layer_ffn: tuple[int, ...] | None = None
+    """Pruned models: inner width of each layer's feed-forward block, 0: a layer without one. None: `ffn` everywhere."""
+    feature_scale: bool = False
+    """Pruned models: a learned factor on each of the convolution's channels, before `feature_norm`."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "ffn", "position_kernel", "position_groups"):
@@ -129,6 +136,38 @@ class EncoderConfig:
                 raise ArmhubertError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.head_width is not None and not 1 <= self.head_width <= MAX_SIZE:
             raise ArmhubertError(f"head_width must be at least 1 and at most {MAX_SIZE} or null, got {self.head_width}")
+        self._check_pruning()
+
+    def _check_pruning(self) -> None:
+        for name in ("layer_heads", "layer_ffn"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.layers:
+                raise ArmhubertError(f"{name} must have one entry a layer: {self.layers} layers, got {len(values)}")
+        if self.layer_heads is not None and "R" in self.pattern:
+            raise ArmhubertError("layer_heads needs layers that all compute their maps: reused maps have all heads")
+        for kept in self.layer_heads or ():
+            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.heads):
+                raise ArmhubertError(
+                    f"layer_heads must be ascending lists of heads 0..{self.heads - 1}, got {reprlib.repr(kept)}"
+                )
+        if self.layer_ffn is not None and not all(0 <= width <= self.ffn for width in self.layer_ffn):
+            raise ArmhubertError(f"layer_ffn must lie in 0..{self.ffn}, the ffn, got {reprlib.repr(self.layer_ffn)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by name, for files; those that only pruned models have are left out elsewhere."""
+        values = dataclasses.asdict(self)
+        for name, absent in (("layer_heads", None), ("layer_ffn", None), ("feature_scale", False)):
+            if values[name] == absent:
+                del values[name]
+        return values
+
+    def kept_heads(self, layer: int) -> tuple[int, ...]:
+        """The heads of layer 0..L-1; empty: it has no attention."""
+        return tuple(range(self.heads)) if self.layer_heads is None else self.layer_heads[layer]
+
+    def ffn_width(self, layer: int) -> int:
+        """Inner width of the feed-forward block of layer 0..L-1; 0: it has none."""
+        return self.ffn if self.layer_ffn is None else self.layer_ffn[layer]
 
     @property
     def receptive_field(self) -> int:

@@ -711,7 +711,7 @@ def _identity(
         digest.update(f"{Path(utterance.path).name} {utterance.samples}\n".encode(errors="surrogateescape"))
     return {
         "teacher": fingerprint(teacher),
-        "student": dataclasses.asdict(student.config),
+        "student": student.config.as_dict(),
         "data": digest.hexdigest(),
         "batches in a step": config.accumulate * processes.size,
     }

@@ -66,11 +66,12 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 class ComputingAttention(nn.Module):
     """Self-attention that computes its map and hands it on."""
 
-    def __init__(self, config: EncoderConfig, impl: Impl) -> None:
+    def __init__(self, config: EncoderConfig, heads: int, impl: Impl) -> None:
         super().__init__()
-        self.heads, self.dropout, self.impl = config.heads, config.attention_dropout, impl
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.output = nn.Linear(config.width, config.width)
+        self.heads, self.dropout, self.impl = heads, config.attention_dropout, impl
+        inner = heads * (config.width // config.heads)
+        self.qkv = nn.Linear(config.width, 3 * inner)
+        self.output = nn.Linear(inner, config.width)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
         """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
@@ -117,20 +118,27 @@ class RelativePositions(nn.Module):
 
 
 class GatedPositionAttention(nn.Module):
-    """WavLM's self-attention: logits gain the relative position bias, gated by each query."""
+    """WavLM's self-attention: logits gain the relative position bias, gated by each query.
 
-    def __init__(self, config: EncoderConfig) -> None:
+    A pruned layer keeps h of the H heads; each goes on reading its own slice of the input and its own bias.
+    """
+
+    def __init__(self, config: EncoderConfig, kept: tuple[int, ...]) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.output = nn.Linear(config.width, config.width)
-        self.gate = nn.Linear(config.width // config.heads, 8)
-        self.gate_scale = nn.Parameter(torch.ones(config.heads))
+        self.all_heads, self.dropout = config.heads, config.attention_dropout
+        self.kept = None if len(kept) == config.heads else list(kept)
+        head_width = config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * len(kept) * head_width)
+        self.output = nn.Linear(len(kept) * head_width, config.width)
+        self.gate = nn.Linear(head_width, 8)
+        self.gate_scale = nn.Parameter(torch.ones(len(kept)))
 
     def forward(self, x: Tensor, lengths: Tensor | None, position_bias: Tensor) -> Tensor:
         """[B, T, D], valid frames [B], bias [H, T, T] -> [B, T, D]."""
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        per_head = rearrange(x, "b t (h d) -> b h t d", h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=len(self.gate_scale))
+        per_head = rearrange(x, "b t (h d) -> b h t d", h=self.all_heads)
+        if self.kept is not None:
+            per_head, position_bias = per_head[:, self.kept], position_bias[self.kept]
         reset, update = torch.sigmoid(self.gate(per_head).unflatten(-1, (2, 4)).sum(-1)).chunk(2, -1)  # [B, H, T, 1]
         bias = (reset * (update * self.gate_scale[:, None, None] - 1) + 2) * position_bias
         if lengths is not None:
@@ -145,25 +153,26 @@ class GatedPositionAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One Transformer layer, post-norm or pre-norm, with whichever attention the pattern gives it."""
+    """Transformer layer `index`, post-norm or pre-norm, with whichever attention the configuration gives it, if any."""
 
-    def __init__(self, config: EncoderConfig, letter: str, impl: Impl) -> None:
+    def __init__(self, config: EncoderConfig, index: int, impl: Impl) -> None:
         super().__init__()
         self.norm_first, self.dropout, self.activation_dropout = (
             config.norm_first,
             config.dropout,
             config.activation_dropout,
         )
-        self.attention: ComputingAttention | ReusingAttention | GatedPositionAttention
-        if letter == "R":
+        kept, ffn = config.kept_heads(index), config.ffn_width(index)
+        self.attention: ComputingAttention | ReusingAttention | GatedPositionAttention | None = None
+        if config.pattern[index] == "R":
             self.attention = ReusingAttention(config, impl)
-        elif config.position_buckets:
-            self.attention = GatedPositionAttention(config)
-        else:
-            self.attention = ComputingAttention(config, impl)
+        elif kept and config.position_buckets:
+            self.attention = GatedPositionAttention(config, kept)
+        elif kept:
+            self.attention = ComputingAttention(config, len(kept), impl)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.up = nn.Linear(config.width, config.ffn)
-        self.down = nn.Linear(config.ffn, config.width)
+        self.up = nn.Linear(config.width, ffn) if ffn else None
+        self.down = nn.Linear(ffn, config.width) if ffn else None
         self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(
@@ -173,15 +182,19 @@ class EncoderLayer(nn.Module):
         update, attention_map = self._attend(
             self.attention_norm(x) if self.norm_first else x, attention_map, lengths, position_bias
         )
-        x = x + self._drop(update)
+        x = x if update is None else x + self._drop(update)
         if self.norm_first:
-            return x + self._feed_forward(self.ffn_norm(x)), attention_map
+            update = self._feed_forward(self.ffn_norm(x))
+            return x if update is None else x + update, attention_map
         x = self.attention_norm(x)
-        return self.ffn_norm(x + self._feed_forward(x)), attention_map
+        update = self._feed_forward(x)
+        return self.ffn_norm(x if update is None else x + update), attention_map
 
     def _attend(
         self, x: Tensor, attention_map: AttentionMap | None, lengths: Tensor | None, position_bias: Tensor | None
-    ) -> tuple[Tensor, AttentionMap | None]:
+    ) -> tuple[Tensor | None, AttentionMap | None]:
+        if self.attention is None:
+            return None, None
         if isinstance(self.attention, ReusingAttention):
             assert attention_map is not None, "the configuration guarantees a computing layer first"
             return self.attention(x, attention_map), attention_map
@@ -189,7 +202,9 @@ class EncoderLayer(nn.Module):
             return self.attention(x, lengths, position_bias), None
         return self.attention(x, lengths)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor) -> Tensor | None:
+        if self.up is None or self.down is None:
+            return None
         x = F.dropout(F.gelu(self.up(x)), self.activation_dropout, self.training)
         return self._drop(self.down(x))
 
@@ -229,13 +244,14 @@ class SpeechEncoder(nn.Module):
         self.config = config
         channels = config.conv_layers[-1][0]
         self.front_end = FrontEnd(config)
+        self.feature_scale = nn.Parameter(torch.ones(channels)) if config.feature_scale else None
         self.feature_norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_projection = nn.Linear(channels, config.width) if config.feature_projection else nn.Identity()
         self.mask_embedding = nn.Parameter(torch.rand(config.width)) if config.mask_embedding else None
         self.position = PositionalConv(config)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.relative_positions = RelativePositions(config) if config.position_buckets else None
-        self.layers = nn.ModuleList(EncoderLayer(config, letter, impl) for letter in config.pattern)
+        self.layers = nn.ModuleList(EncoderLayer(config, index, impl) for index in range(config.layers))
         self.gradient_checkpointing = False
         for module in self.modules():
             _initialize(module)
@@ -277,6 +293,8 @@ class SpeechEncoder(nn.Module):
         if self.config.normalize_input:
             waveforms = normalize_waveform(waveforms, lengths)
         x = self.front_end(waveforms.to(self.norm.weight.dtype), lengths)
+        if self.feature_scale is not None:
+            x = x * self.feature_scale
         x = self.feature_projection(self.feature_norm(x))
         x = F.dropout(x, self.config.input_dropout, self.training)
         return x, None if lengths is None else self.config.frames(lengths)

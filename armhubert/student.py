@@ -1,6 +1,5 @@
 """ARMHuBERT, the student: an encoder that reuses attention maps, with the heads it is distilled through."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +102,7 @@ class ARMHuBERT(SpeechEncoder):
         from armhubert import __version__
 
         folder = Path(path)
-        config = {"model_type": "armhubert", "armhubert_version": __version__, **dataclasses.asdict(self.config)}
+        config = {"model_type": "armhubert", "armhubert_version": __version__, **self.config.as_dict()}
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_atomic(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
