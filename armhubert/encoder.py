@@ -339,7 +339,7 @@ class SpeechEncoder(nn.Module):
         Raises:
             ArmhubertError: shapes or lengths that do not fit.
         """
-        self._check(waveforms, lengths, mask)
+        self.check_inputs(waveforms, lengths, mask)
         x, frames = self.embed(waveforms, lengths)
         x = self.layer_inputs(x, frames, mask)
         hidden_states = (x, *self.layer_outputs(x, frames))
@@ -352,7 +352,8 @@ class SpeechEncoder(nn.Module):
         remaining = self.config.layers - layer
         return remaining / (remaining + 1)
 
-    def _check(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
+    def check_inputs(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> None:
+        """Raise an ArmhubertError unless these are what `forward` takes; for callers that run the stages themselves."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ArmhubertError(
                 f"waveforms must be floating point [B, S], got {waveforms.dtype} {list(waveforms.shape)}"
