@@ -1,7 +1,9 @@
 """How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
 
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,38 @@ def error(message: str) -> None:
 def note(message: str) -> None:
     """A remark on standard error."""
     _err.print(_plain(message))
+
+
+def say(message: str) -> None:
+    """A result on standard output, as it is."""
+    _out.print(message, markup=False)
+
+
+def draw(table: Table) -> None:
+    """A table on standard output; without a terminal as wide as its content."""
+    console = _out if _out.is_terminal else Console(highlight=False, emoji=False, width=400)
+    console.print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float, float | None], None]]:
+    """`show(what, done, total)`: a bar on a terminal (total None: one that only moves), elsewhere a line per `what` on
+    standard error."""
+    if not _err.is_terminal:
+        last = ""
+
+        def line(what: str, done: float, total: float | None) -> None:
+            nonlocal last
+            if what != last:
+                last = what
+                print(what if total is None else f"{what} ({done:g} of {total:g} done)", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=_plain(what), completed=done, total=total)
 
 
 def _plain(text: str) -> str:
