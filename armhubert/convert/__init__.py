@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.config import read_mapping
-from armhubert.convert import huggingface, native, released, torchaudio
+from armhubert.convert import distilhubert, dphubert, huggingface, native, released, torchaudio
 from armhubert.convert.tensors import read_pickle
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
@@ -28,7 +28,11 @@ class FileFormat(NamedTuple):
 
 
 # The first that recognises a file reads it: the telling ones first, bare state dicts last.
-FILE_FORMATS: tuple[FileFormat, ...] = (FileFormat("released student", released.recognise, released.load),)
+FILE_FORMATS: tuple[FileFormat, ...] = (
+    FileFormat("released student", released.recognise, released.load),
+    FileFormat("s3prl DistilHuBERT", distilhubert.recognise, distilhubert.load),
+    FileFormat("DPHuBERT", dphubert.recognise, dphubert.load),
+)
 
 
 def load_weights(source: str | Path) -> Weights:

@@ -142,7 +142,7 @@ def rename(encoder: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
             state[f"front_end.rest.{int(match[1]) - 1}.{part}.{match[3]}"] = tensor
         else:
             state[renamed(name, _NAMES)] = tensor
-    for layer in range(config.layers):
+    for layer in filter(config.kept_heads, range(config.layers)):
         for kind in ("weight", "bias"):
             state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(
                 encoder, f"encoder.layers.{layer}.attention.", kind
