@@ -3,7 +3,9 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from armhubert.errors import ArmhubertError
 
@@ -14,22 +16,32 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         ArmhubertError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
-    content = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    with open_atomic(path) as file:
+        file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomic`, for what is written in parts: renamed where the block ends, removed where it raises."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise ArmhubertError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from None
+        if isinstance(error, OSError):
+            raise ArmhubertError(
+                f"cannot write {path}: {error.strerror}; free space or choose another folder"
+            ) from None
+        raise
 
 
 def _umask() -> int:
