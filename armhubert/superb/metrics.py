@@ -1,29 +1,30 @@
 """The metrics of SUPERB (Yang et al., arXiv 2105.01051), each as its scoring tool defines it.
 
-Rates are fractions, not percent; times are seconds. Edit distances are RapidFuzz's, the best speaker mapping is SciPy's
-assignment; the rest is a few lines of NumPy.
+Rates are in percent, as SUPERB prints them; times are seconds. Predictions come first, what is true second. Edit
+distances are RapidFuzz's, the best speaker mapping is SciPy's assignment; the rest is a few lines of NumPy.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rapidfuzz.distance import Levenshtein
 
 from armhubert.errors import ArmhubertError
 
 # ------------------------------------------------------------------------------------------------- classes and labels
 
 
-def accuracy(references: Sequence[Hashable], predictions: Sequence[Hashable]) -> float:
-    """Share of predictions that equal their reference; of tuples (one value a slot) only where every slot is right.
+def accuracy(predictions: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
+    """Percentage of predictions that equal the truth; of tuples (one value a slot) only where every slot is right.
 
     Raises:
         ArmhubertError: there is nothing to compare.
     """
-    _require_pairs("accuracy", references, predictions)
-    right = sum(a == b for a, b in zip(references, predictions, strict=True))
-    return right / len(references)
+    _require_pairs("accuracy", predictions, truth)
+    return 100 * sum(a == b for a, b in zip(predictions, truth, strict=True)) / len(truth)
 
 
 # ---------------------------------------------------------------------------------------------------- edit distances
@@ -40,61 +41,61 @@ class Edits(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Errors a reference token: may exceed 1; 0 where references and hypotheses are both empty."""
+        """Percent of the reference tokens: may exceed 100; 0 where references and predictions are all empty.
+
+        Raises:
+            ArmhubertError: all references are empty, and a prediction is not.
+        """
         errors = self.substitutions + self.deletions + self.insertions
-        if not self.tokens and errors:
+        if errors and not self.tokens:
             raise ArmhubertError(
-                f"an error rate needs at least one reference token, got {errors} insertions against empty references: "
-                "remove utterances without transcript, or check the transcripts"
+                "an error rate needs at least one reference token, but all transcripts are empty: check the transcripts"
             )
-        return errors / max(1, self.tokens)
+        return 100 * errors / max(1, self.tokens)
 
 
-def count_edits(references: Iterable[Sequence[Hashable]], hypotheses: Iterable[Sequence[Hashable]]) -> Edits:
-    """Edits of all utterances together: PER of phones, WER of words, CER of characters.
+def count_edits(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> Edits:
+    """Edits of all utterances together.
 
-    An empty reference adds its insertions and no token, so that it counts in the whole and divides by zero nowhere.
+    An empty reference adds its insertions and no token: it counts in the whole, and nothing is divided by zero.
     """
-    from rapidfuzz.distance import Levenshtein
-
     counts = {"replace": 0, "delete": 0, "insert": 0}
-    tokens = 0
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        tokens += len(reference)
-        for operation in Levenshtein.editops(reference, hypothesis):
+    for prediction, reference in zip(predictions, references, strict=True):
+        for operation in Levenshtein.editops(reference, prediction):
             counts[operation.tag] += 1
-    return Edits(counts["replace"], counts["delete"], counts["insert"], tokens)
+    return Edits(counts["replace"], counts["delete"], counts["insert"], sum(map(len, references)))
 
 
-def error_rate(references: Iterable[Sequence[Hashable]], hypotheses: Iterable[Sequence[Hashable]]) -> float:
-    """`count_edits(...).rate`: PER, WER or CER by what a token is (a text is a sequence of characters)."""
-    return count_edits(references, hypotheses).rate
+def error_rate(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> float:
+    """Percent: PER where the tokens are phones."""
+    return count_edits(predictions, references).rate
 
 
-class TokenErrors(NamedTuple):
-    """What became of one reference token over a test set."""
-
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
-    """Times it stands in the references."""
-    errors: int
-    """Times it was deleted or replaced."""
+def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Word error rate, percent; words are what white space separates."""
+    return error_rate([text.split() for text in predictions], [text.split() for text in references])
 
 
-def errors_by_token(references: Iterable[Sequence[str]], hypotheses: Iterable[Sequence[str]]) -> dict[str, TokenErrors]:
-    """Deletions and substitutions of each reference token, the most frequent token first; insertions have no token."""
-    from rapidfuzz.distance import Levenshtein
+def cer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Character error rate, percent; spaces between words are characters, as in SUPERB."""
+    return error_rate(predictions, references)
 
-    counts: dict[str, int] = {}
-    errors: dict[str, int] = {}
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        for token in reference:
-            counts[token] = counts.get(token, 0) + 1
-        for operation in Levenshtein.editops(reference, hypothesis):
-            if operation.tag != "insert":
-                token = reference[operation.src_pos]
-                errors[token] = errors.get(token, 0) + 1
-    order = sorted(counts, key=lambda token: (-counts[token], token))
-    return {token: TokenErrors(counts[token], errors.get(token, 0)) for token in order}
+
+def errors_by_token(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, int]]:
+    """(deletions and substitutions, occurrences) of each reference token, the most frequent token first.
+
+    Insertions belong to no reference token.
+    """
+    occurrences = Counter(token for reference in references for token in reference)
+    errors = Counter(
+        reference[operation.src_pos]
+        for prediction, reference in zip(predictions, references, strict=True)
+        for operation in Levenshtein.editops(reference, prediction)
+        if operation.tag != "insert"
+    )
+    return {token: (errors[token], number) for token, number in occurrences.most_common()}
 
 
 # ------------------------------------------------------------------------------------------------------ slot filling
@@ -103,27 +104,27 @@ Slots = Mapping[str, Sequence[str]]
 """Values of each slot type in one utterance, in the order spoken."""
 
 
-def slot_type_f1(references: Sequence[Slots], predictions: Sequence[Slots]) -> float:
-    """F1 of the set of slot types in each utterance, averaged over utterances; 1 where both are empty.
+def slot_type_f1(predictions: Sequence[Slots], references: Sequence[Slots]) -> float:
+    """Percent: F1 of the set of slot types of each utterance, averaged over utterances; 100 where both are empty.
 
     SUPERB's slot F1 as s3prl computes it (`s3prl/metric/slot_filling.py`, `slot_type_f1`); values do not enter.
 
     Raises:
         ArmhubertError: there is nothing to compare.
     """
-    _require_pairs("slot F1", references, predictions)
+    _require_pairs("slot F1", predictions, references)
     total = 0.0
-    for reference, prediction in zip(references, predictions, strict=True):
+    for prediction, reference in zip(predictions, references, strict=True):
         if not reference and not prediction:
             total += 1
             continue
         # Harmonic mean of precision and recall: 2 |A n B| / (|A| + |B|).
         total += 2 * len(reference.keys() & prediction.keys()) / (len(reference) + len(prediction))
-    return total / len(references)
+    return 100 * total / len(references)
 
 
-def slot_value_cer(references: Sequence[Slots], predictions: Sequence[Slots]) -> float:
-    """CER of slot values over all reference values together; a slot that was not predicted counts as deleted.
+def slot_value_cer(predictions: Sequence[Slots], references: Sequence[Slots]) -> float:
+    """Percent: CER of slot values over all reference values together; a slot that was not predicted counts as deleted.
 
     Of several predicted values of a type, the one nearest to the reference value counts; predicted types that the
     reference lacks cost nothing. As s3prl's `slot_value_cer`.
@@ -131,10 +132,8 @@ def slot_value_cer(references: Sequence[Slots], predictions: Sequence[Slots]) ->
     Raises:
         ArmhubertError: no reference has a slot.
     """
-    from rapidfuzz.distance import Levenshtein
-
     errors = characters = 0
-    for reference, prediction in zip(references, predictions, strict=True):
+    for prediction, reference in zip(predictions, references, strict=True):
         for slot, values in reference.items():
             predicted = prediction.get(slot) or ("",)
             for value in values:
@@ -142,7 +141,7 @@ def slot_value_cer(references: Sequence[Slots], predictions: Sequence[Slots]) ->
                 errors += min(Levenshtein.distance(value, other) for other in predicted)
     if not characters:
         raise ArmhubertError("slot CER needs at least one slot value in the test data, got none: check the labels")
-    return errors / characters
+    return 100 * errors / characters
 
 
 # ------------------------------------------------------------------------------------------------- verification trials
@@ -192,11 +191,11 @@ def detection_curve(targets: ArrayLike, scores: ArrayLike) -> DetectionCurve:
 
 
 def equal_error_rate(curve: DetectionCurve) -> float:
-    """Where misses equal false alarms, the curve joined by straight lines; as s3prl's `compute_eer`."""
+    """Percent: where misses equal false alarms, the curve joined by straight lines; as s3prl's `compute_eer`."""
     after = int(np.argmax(curve.misses <= curve.false_alarms))  # never 0, where misses are 1 and false alarms 0
     false_alarm, miss = curve.false_alarms[after - 1], curve.misses[after - 1]
     rise, fall = curve.false_alarms[after] - false_alarm, miss - curve.misses[after]
-    return float(false_alarm + rise * (miss - false_alarm) / (rise + fall))
+    return 100 * float(false_alarm + rise * (miss - false_alarm) / (rise + fall))
 
 
 def min_dcf(
@@ -235,10 +234,14 @@ class DiarizationErrors(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """DER: may exceed 1."""
+        """DER, percent: may exceed 100.
+
+        Raises:
+            ArmhubertError: the references hold no speech.
+        """
         if not self.scored:
             raise ArmhubertError("a diarization error rate needs reference speech, got none: check the references")
-        return (self.missed + self.false_alarm + self.confused) / self.scored
+        return 100 * (self.missed + self.false_alarm + self.confused) / self.scored
 
 
 def add_errors(parts: Iterable[DiarizationErrors]) -> DiarizationErrors:
@@ -247,23 +250,23 @@ def add_errors(parts: Iterable[DiarizationErrors]) -> DiarizationErrors:
 
 
 def diarization_errors(
-    reference: Sequence[Turn], hypothesis: Sequence[Turn], *, collar: float = 0.0
+    prediction: Sequence[Turn], reference: Sequence[Turn], *, collar: float = 0.0
 ) -> DiarizationErrors:
     """Diarization error of one recording as NIST's md-eval defines it (RT-09 evaluation plan, section 6.1).
 
-    Overlapping speech is scored. The mapping from hypothesis to reference speakers is one to one and has the most time
+    Overlapping speech is scored. The mapping from predicted to reference speakers is one to one and has the most time
     in common. `collar` seconds on either side of every reference boundary are not scored: SUPERB has none, for s3prl
     calls dscore, whose default is 0; 0.25 is common elsewhere. Turns of one speaker that overlap are merged.
     """
     from scipy.optimize import linear_sum_assignment
 
     speakers = sorted({turn.speaker for turn in reference})
-    guesses = sorted({turn.speaker for turn in hypothesis})
+    guesses = sorted({turn.speaker for turn in prediction})
     boundaries = [time for turn in reference for time in (turn.start, turn.end)]
     edges = np.unique(
         [
             *boundaries,
-            *(time for turn in hypothesis for time in (turn.start, turn.end)),
+            *(time for turn in prediction for time in (turn.start, turn.end)),
             *((time + side for time in boundaries for side in (-collar, collar)) if collar else ()),
         ]
     )
@@ -273,7 +276,7 @@ def diarization_errors(
     if collar:
         near = np.abs(middles[:, None] - np.asarray(boundaries)).min(1) < collar if boundaries else False
         lengths = np.where(near, 0.0, lengths)
-    actual, guessed = _activity(reference, speakers, middles), _activity(hypothesis, guesses, middles)
+    actual, guessed = _activity(reference, speakers, middles), _activity(prediction, guesses, middles)
     common = actual.T.astype(np.float64) @ (guessed * lengths[:, None])  # [speakers, guesses], seconds
     rows, columns = linear_sum_assignment(common, maximize=True)
     correct = float(common[rows, columns].sum())
@@ -317,7 +320,7 @@ def turns_of_frames(active: NDArray[np.bool_], frame_seconds: float) -> list[Tur
     return turns
 
 
-# ------------------------------------------------------------------------------------------------- spoken term detection
+# ----------------------------------------------------------------------------------------------- spoken term detection
 
 TWV_BETA = (1 - 0.0008) * 1 / (0.0008 * 100)
 """What a false alarm costs against a miss in QUESST 2014: its `score-TWV-Cnxe.sh` has P_target 0.0008, C_fa 1 and
@@ -333,7 +336,14 @@ class TermWeightedValue(NamedTuple):
     """Scores at or above count as detected."""
 
 
-def max_term_weighted_value(scores: ArrayLike, relevant: ArrayLike, *, beta: float = TWV_BETA) -> TermWeightedValue:
+def max_term_weighted_value(
+    scores: ArrayLike,
+    relevant: ArrayLike,
+    *,
+    queries: int | None = None,
+    documents: int | None = None,
+    beta: float = TWV_BETA,
+) -> TermWeightedValue:
     """MTWV: max over one threshold for all queries of 1 - mean over queries of (P_miss + beta P_fa).
 
     Fiscus et al., "Results of the 2006 spoken term detection evaluation" (SIGIR SSCS 2007), with a trial for each pair
@@ -343,6 +353,8 @@ def max_term_weighted_value(scores: ArrayLike, relevant: ArrayLike, *, beta: flo
     Args:
         scores: [Q, D], higher where the query is likelier to be in the document.
         relevant: [Q, D], whether it is.
+        queries: number of queries to average over, where some that occur were not searched for: those are missed.
+        documents: number of documents, where some were not searched: nothing is detected there.
         beta: cost of a false alarm over that of a miss, times the odds against a target.
 
     Raises:
@@ -358,8 +370,9 @@ def max_term_weighted_value(scores: ArrayLike, relevant: ArrayLike, *, beta: flo
             "MTWV needs a query that occurs in at least one document, got none: check the relevance lists"
         )
     score, truth = score[kept], truth[kept]
-    hits, others = truth.sum(1, keepdims=True), (~truth).sum(1, keepdims=True)
-    gain = np.where(truth, 1 / hits, -beta / np.maximum(others, 1)).ravel() / len(score)
+    hits = truth.sum(1, keepdims=True)
+    others = np.maximum((documents or score.shape[1]) - hits, 1)
+    gain = np.where(truth, 1 / hits, -beta / others).ravel() / (queries or len(score))
     order = np.argsort(-score.ravel(), kind="stable")
     sorted_scores = score.ravel()[order]
     last = np.append(np.flatnonzero(np.diff(sorted_scores)), len(order) - 1)
@@ -370,7 +383,7 @@ def max_term_weighted_value(scores: ArrayLike, relevant: ArrayLike, *, beta: flo
     return TermWeightedValue(float(values[best]), float(sorted_scores[last[best]]))
 
 
-def _require_pairs(name: str, references: Sequence[object], predictions: Sequence[object]) -> None:
-    assert len(references) == len(predictions), (len(references), len(predictions))
+def _require_pairs(name: str, predictions: Sequence[object], references: Sequence[object]) -> None:
+    assert len(predictions) == len(references), (len(predictions), len(references))
     if not references:
         raise ArmhubertError(f"{name} needs at least one test utterance, got none: check the test data")
