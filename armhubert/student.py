@@ -1,6 +1,7 @@
 """ARMHuBERT, the student: an encoder that reuses attention maps, with the heads it is distilled through."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from armhubert.audio import SAMPLE_RATE
 from armhubert.config import AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
+from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.kernels import Impl
+
+_PREPROCESSOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "feature_size": 1,
+    "sampling_rate": SAMPLE_RATE,
+    "padding_value": 0.0,
+    "do_normalize": False,  # the model does, where its configuration says so
+    "return_attention_mask": True,
+}
 
 
 class LayerHeads(nn.Module):
@@ -94,7 +106,8 @@ class ARMHuBERT(SpeechEncoder):
         return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
-        """Write config.json, model.safetensors (float32 on disk as in memory) and a model card, each atomically.
+        """Write config.json, preprocessor_config.json (transformers' feature extractor), model.safetensors (in the
+        parameters' dtype) and a model card, each atomically.
 
         Raises:
             ArmhubertError: the folder cannot be written.
@@ -106,7 +119,60 @@ class ARMHuBERT(SpeechEncoder):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_atomic(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
         write_atomic(folder / "README.md", card or model_card(self))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload an ARMHuBERT student",
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, creating the repository where needed.
+
+        Args:
+            repo_id: `name` or `organisation/name`.
+            card: the model card; None: `model_card`. `armhubert distill` leaves a fuller one in its folder's README.md.
+            private: whether a new repository is private; None: the account's default.
+            commit_message: of the upload.
+            revision: branch; None: the main one.
+            create_pr: propose the upload as a pull request.
+            token: None: the one that `hf auth login` or HF_TOKEN has set.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ArmhubertError: offline, no or a wrong token, or a repository that may not be written.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HTTPError
+
+        if constants.HF_HUB_OFFLINE:
+            raise ArmhubertError(f"cannot upload to {repo_id!r}: HF_HUB_OFFLINE is set; unset it to reach the hub")
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card or model_card(self, source=repo_id))
+            try:
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (HTTPError, OSError, ValueError) as error:  # no network, refused by the hub, no repository's name
+                reason = " ".join(str(error).split())[:200]
+                raise ArmhubertError(
+                    f"cannot upload to {repo_id!r}: {reason}; check the name, the network and the token (hf auth login)"
+                ) from None
+        return str(commit.commit_url)
 
 
 class ParameterCount(NamedTuple):
@@ -123,8 +189,10 @@ def count_parameters(model: SpeechEncoder) -> ParameterCount:
     return ParameterCount(total, total - heads)
 
 
-def model_card(model: ARMHuBERT, training: str = "") -> str:
-    """Markdown that a model folder carries: what the model is, how to use it, and `training`, how it came to be."""
+def model_card(model: ARMHuBERT, training: str = "", source: str = "this-folder") -> str:
+    """Markdown that a model folder carries: what the model is, how to load it from `source`, and `training`, how it
+    came to be.
+    """
     config, count = model.config, count_parameters(model)
     return f"""---
 library_name: armhubert
@@ -144,9 +212,11 @@ tags: [speech, self-supervised, distillation, feature-extraction]
 ```python
 from armhubert import ARMHuBERT
 
-model = ARMHuBERT.from_pretrained("this-folder", heads=False)
+model = ARMHuBERT.from_pretrained("{source}", heads=False)
 features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
 ```
+
+In transformers, after `import armhubert.huggingface`: `AutoModel.from_pretrained("{source}")`.
 {training}
 Method: Jang et al., *Recycle-and-Distill: Universal Compression Strategy for Transformer-based Speech SSL Models with
 Attention Map Reusing and Masking Distillation*, Interspeech 2023 (arXiv 2305.11685).

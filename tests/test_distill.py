@@ -185,7 +185,7 @@ def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(se
     out = Path(config.out)
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "README.md", "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png",
-        "distill.json", "skipped.tsv", "tensorboard",
+        "distill.json", "skipped.tsv", "tensorboard", "preprocessor_config.json",
     }  # fmt: skip
     assert any((out / "tensorboard").iterdir())
     for picture in ("loss.png", "layers.png"):
