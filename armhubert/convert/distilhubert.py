@@ -1,8 +1,8 @@
 """DistilHuBERT as s3prl writes it: a `.ckpt` with its settings under `Config` and its tensors under `Distiller`.
 
-The two-layer HuBERT without its prediction heads, as in the Hugging Face model made from it. s3prl's upstream returns six
-states: projected frames, the two layers' outputs, the heads' predictions of teacher layers 4, 8 and 12. Ours are the
-input of the first layer and the two layers' outputs; the heads are listed as ignored.
+The two-layer HuBERT without its prediction heads, as in the Hugging Face model made from it. s3prl's upstream returns
+six states: projected frames, the two layers' outputs, the heads' predictions of teacher layers 4, 8 and 12. Ours are
+the input of the first layer and the two layers' outputs; the heads are listed as ignored.
 Source: Chang et al., DistilHuBERT (arXiv 2110.01900); heads serve training only (section 2.3).
 """
 
