@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from armhubert.audio import AUDIO_SUFFIXES
 from armhubert.errors import ArmhubertError
+from armhubert.superb import metrics
 
-SplitName = Literal["train", "dev", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
+SplitName = str
+"""train, dev, test; further test sets are called `test:<name>`, and are scored by the same head."""
+
+SPLITS = ("train", "dev", "test")
 
 
 # ---- data ------------------------------------------------------------------
@@ -86,7 +89,9 @@ class Options:
     train: tuple[str, ...] = ()
     """Names of the training subsets (folders of LibriSpeech); none: SUPERB's, else what is there."""
     dev: tuple[str, ...] = ()
+    """As `train`; none: SUPERB's, else a share of the training data is held out."""
     test: tuple[str, ...] = ()
+    """As `train`; the second and further ones become splits of their own, `test:<name>`."""
     fold: int = 0
     """Of tasks with folds, from 0."""
     seed: int = 0
@@ -197,6 +202,8 @@ class Task(ABC):
     """Phoneme recognition, ..."""
     data: str
     """One line: the data layouts that `read` takes."""
+    folders: tuple[str, ...] = ()
+    """Where a suite looks for the data, below its root, before the root itself: names that downloads unpack to."""
     metrics: tuple[Metric, ...]
     """The first chooses the best step on dev."""
     defaults: Defaults
@@ -268,7 +275,7 @@ def classes(
         raise ArmhubertError(f"training needs at least 2 {what}s, got {len(labels[0])} ({labels[0][0]}): add data")
     for name in ("dev", "test"):
         for group in range(groups):
-            unseen = Counter(item.label[group] for item in splits[name])  # type: ignore[index]
+            unseen = Counter(item.label[group] for item in splits[name])
             for label in labels[group]:
                 unseen.pop(label, None)
             if unseen:
@@ -278,6 +285,22 @@ def classes(
                     "no head can learn them; correct the lists"
                 )
     return Corpus({name: Split(tuple(splits[name])) for name in SPLITS}, labels, tuple(notes), extra)
+
+
+def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:
+    """Accuracy over one group of classes, with its confusion matrix."""
+    truth = [item.label[0] for item in split.items]
+    guess = [prediction[0] for prediction in predictions]
+    place = {label: number for number, label in enumerate(corpus.labels[0])}
+    counts = [[0] * len(place) for _ in place]
+    for true, guessed in zip(truth, guess, strict=True):
+        counts[place[true]][place[guessed]] += 1
+    wrong = [(item.key, t, g) for item, t, g in zip(split.items, truth, guess, strict=True) if t != g]
+    return Scores(
+        {"accuracy": metrics.accuracy(guess, truth)},
+        confusion=Confusion(corpus.labels[0], tuple(map(tuple, counts))),
+        examples=tuple(wrong[:20]),
+    )
 
 
 def audio_files(folder: Path) -> list[Path]:

@@ -2,9 +2,20 @@
 
 from armhubert.errors import ArmhubertError, nearest
 from armhubert.superb.task import Task
+from armhubert.superb.tasks.asr import SpeechRecognition
 from armhubert.superb.tasks.ks import KeywordSpotting
+from armhubert.superb.tasks.pr import PhonemeRecognition
+from armhubert.superb.tasks.sid import SpeakerIdentification
 
-TASKS: dict[str, Task] = {task.name: task for task in (KeywordSpotting(),)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        PhonemeRecognition(),
+        SpeechRecognition(),
+        KeywordSpotting(),
+        SpeakerIdentification(),
+    )
+}
 
 
 def find(name: str) -> Task:

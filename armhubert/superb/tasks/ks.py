@@ -7,10 +7,8 @@ from pathlib import Path
 
 from armhubert.audio import SAMPLE_RATE, measure
 from armhubert.errors import ArmhubertError
-from armhubert.superb import metrics
 from armhubert.superb.heads import PooledClassifier
 from armhubert.superb.task import (
-    Confusion,
     Corpus,
     Defaults,
     Item,
@@ -23,11 +21,15 @@ from armhubert.superb.task import (
     Task,
     audio_files,
     classes,
+    classification_scores,
     read_lines,
 )
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE, NOISE = "_unknown_", "_silence_", "_background_noise_"
+GAIN = 10 ** (-3 / 20)
+"""SUPERB turns Speech Commands down by 3 dB."""
+
 TEST_FOLDER = "speech_commands_test_set_v0.01"
 
 
@@ -52,7 +54,7 @@ class KeywordSpotting(Task):
         lists = {"dev": root / "validation_list.txt", "test": root / "testing_list.txt"}
         if official or any(path.is_file() for path in lists.values()):
             for name, path in lists.items():
-                place |= dict.fromkeys(read_lines(path, "list of Speech Commands"), name)  # type: ignore[arg-type]
+                place |= dict.fromkeys(read_lines(path, "list of Speech Commands"), name)
         else:
             notes.append(
                 "no lists: split 80/10/10 by the hash of the speaker in the file name, as Speech Commands does"
@@ -63,7 +65,7 @@ class KeywordSpotting(Task):
             for path in audio_files(folder):
                 listed = f"{folder.name}/{path.name}"
                 split = (place.pop(listed, "train")) if place or official else which_split(path.name)
-                splits[split].append(Item.of_file(path, root, (label,)))
+                splits[split].append(_keyword(path, root, label))
         if place:
             some = ", ".join(sorted(place)[:3])
             notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some}")
@@ -73,7 +75,7 @@ class KeywordSpotting(Task):
             folder := next((p for p in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if p.is_dir()), None)
         ) is not None:
             splits["test"] = [
-                Item.of_file(path, folder, (sub.name,))
+                _keyword(path, folder, sub.name)
                 for sub in sorted(folder.iterdir())
                 if sub.is_dir()
                 for path in audio_files(sub)
@@ -91,22 +93,6 @@ class KeywordSpotting(Task):
         return classification_scores(predictions, split, corpus)
 
 
-def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:
-    """Accuracy over one group of classes, with its confusion matrix."""
-    truth = [item.label[0] for item in split.items]
-    guess = [prediction[0] for prediction in predictions]
-    place = {label: number for number, label in enumerate(corpus.labels[0])}
-    counts = [[0] * len(place) for _ in place]
-    for true, guessed in zip(truth, guess, strict=True):
-        counts[place[true]][place[guessed]] += 1
-    wrong = [(item.key, t, g) for item, t, g in zip(split.items, truth, guess, strict=True) if t != g]
-    return Scores(
-        {"accuracy": metrics.accuracy(guess, truth)},
-        confusion=Confusion(corpus.labels[0], tuple(map(tuple, counts))),
-        examples=tuple(wrong[:20]),
-    )
-
-
 def which_split(name: str) -> SplitName:
     """Speech Commands' own rule: a speaker, named before `_nohash_`, is always in one split."""
     speaker = re.sub(r"_nohash_.*$", "", name)
@@ -115,12 +101,16 @@ def which_split(name: str) -> SplitName:
     return "dev" if share < 10 else "test" if share < 20 else "train"
 
 
+def _keyword(path: Path, root: Path, label: str) -> Item:
+    return Item(path.relative_to(root).with_suffix("").as_posix(), (Part(str(path), gain=GAIN),), (label,))
+
+
 def _noise(root: Path) -> list[Item]:
     """`_silence_`: the background noises, cut into pieces of one second (s3prl cuts at random in every epoch)."""
     folder = root / NOISE
     pieces = []
     for path in audio_files(folder) if folder.is_dir() else []:
         for second in range(measure(path).samples // SAMPLE_RATE):
-            part = Part(str(path), second * SAMPLE_RATE, SAMPLE_RATE)
+            part = Part(str(path), second * SAMPLE_RATE, SAMPLE_RATE, gain=GAIN)
             pieces.append(Item(f"{SILENCE}/{path.stem}/{second}", (part,), (SILENCE,)))
     return pieces

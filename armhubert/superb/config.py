@@ -1,0 +1,131 @@
+"""What an evaluation is told: one flat, frozen set of settings, from the command line or a file."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from armhubert.errors import ArmhubertError
+from armhubert.superb.task import Defaults, Options
+from armhubert.superb.tasks import find
+from armhubert.superb.upstream import FeatureChoice
+
+RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+"""SUPERB's range for the learning rate."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of one `armhubert evaluate` of one model on one task; what is none is SUPERB's (`Task.defaults`).
+
+    Raises:
+        ArmhubertError: a setting breaks a rule; the message names the rule, the value and the remedy.
+    """
+
+    model: str = "mini"
+    """A student, any teacher, `fbank`, `mfcc`, or `module:function`."""
+    task: str = "pr"
+    """pr, asr, ks, qbe, sid, asv, sd, ic, sf or er."""
+    data: str = ""
+    """Root of the task's data."""
+    out: str = "runs/evaluate"
+    """Folder of the run: result, checkpoint, pictures, predictions."""
+    features: FeatureChoice = "auto"
+    """Of a student: hidden states, outputs of its heads, or the heads where there are any."""
+    normalize_layers: bool = False
+    """Normalise every frame of every layer before the weighted sum; SUPERB does not."""
+
+    lexicon: str | None = None
+    """pr: pronunciations; none: lexicon.txt beside the data."""
+    train: tuple[str, ...] = ()
+    """Subsets of the data to train on; none: SUPERB's, else what is there."""
+    dev: tuple[str, ...] = ()
+    """As train."""
+    test: tuple[str, ...] = ()
+    """As train; every further one is scored by the same head."""
+    fold: int | None = None
+    """Of tasks with folds, from 1; none: all of them."""
+    language_model: str | None = None
+    """asr: ARPA file for beam search; none: greedy."""
+
+    optimizer: Literal["Adam", "AdamW"] | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    """Utterances a batch."""
+    accumulate: int | None = None
+    """Batches a step."""
+    steps: int | None = None
+    clip: float | None = None
+    """Largest gradient norm."""
+    crop_seconds: float | None = None
+    """Train on random crops of this length; 0: whole utterances."""
+    sweep: Literal["lr"] | None = None
+    """Try several learning rates and keep the best on dev."""
+    rates: tuple[float, ...] = RATES
+    """That a sweep tries."""
+
+    cache: str | None = None
+    """Folder for features, shared by all tasks and models; none: computed anew in every epoch."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Threads that read audio; 0: none."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    validate_every: int | None = None
+    """Steps between validations, each of which leaves a checkpoint."""
+    log_every: int | None = None
+    """Steps between reports; none: a fiftieth of the steps, at most 100."""
+    dry_run: bool = False
+    """Check everything, take two steps, score a few utterances, write no result."""
+
+    def __post_init__(self) -> None:
+        task = find(self.task)
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ArmhubertError(f"{name} must be a finite number, got {value}")
+        for name in ("learning_rate", "batch", "accumulate", "steps", "clip", "validate_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ArmhubertError(f"{name} must be above 0, got {value}")
+        for name in ("crop_seconds", "workers", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ArmhubertError(f"{name} must be at least 0, got {value}")
+        if not self.data:
+            raise ArmhubertError(f"--data must name the root of {task.name}'s data: {task.data}")
+        if not Path(self.data).is_dir():
+            raise ArmhubertError(f"data root {self.data!r} must be a folder that exists: {task.data}")
+        if self.fold is not None and not 1 <= self.fold <= task.folds:
+            raise ArmhubertError(f"fold must be within 1 and {task.folds} for {task.name}, got {self.fold}")
+        if self.sweep and self.learning_rate is not None:
+            raise ArmhubertError("--sweep lr chooses the learning rate: leave out --learning-rate")
+        if self.sweep and not task.defaults.steps:
+            raise ArmhubertError(f"{task.name} is not trained: leave out --sweep")
+        if self.sweep and (len(self.rates) < 2 or min(self.rates) <= 0):
+            raise ArmhubertError(f"a sweep needs at least 2 rates above 0, got {list(self.rates)}")
+
+    @property
+    def training(self) -> Defaults:
+        """SUPERB's settings of the task with what was given instead."""
+        defaults = find(self.task).defaults
+        given = {
+            field.name: value
+            for field in dataclasses.fields(Defaults)
+            if (value := getattr(self, field.name, None)) is not None
+        }
+        settings = dataclasses.replace(defaults, **given)
+        if settings.steps and self.validate_every is None:
+            settings = dataclasses.replace(
+                settings, validate_every=min(settings.validate_every, max(1, settings.steps // 10))
+            )
+        return dataclasses.replace(settings, crop_seconds=settings.crop_seconds or None)
+
+    def options(self, fold: int) -> Options:
+        """What the task is told about its data; `fold` from 0."""
+        return Options(self.lexicon, self.train, self.dev, self.test, fold, self.seed, self.language_model)
+
+
+# What may differ when a run is resumed: how it is carried out, not what it computes.
+RESUMABLE = frozenset({"out", "workers", "device", "log_every", "cache"})

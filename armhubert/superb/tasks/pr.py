@@ -1,0 +1,130 @@
+"""Phoneme recognition: LibriSpeech with a pronunciation lexicon; TIMIT's hand labels as a further test set."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from armhubert.errors import ArmhubertError
+from armhubert.superb import metrics
+from armhubert.superb.heads import CTCLinear
+from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, is_timit, read_subset, read_timit
+from armhubert.superb.task import (
+    Corpus,
+    Defaults,
+    Item,
+    Metric,
+    Options,
+    Part,
+    Scores,
+    Split,
+    SplitName,
+    Task,
+    read_lines,
+)
+
+LEXICONS = ("lexicon.txt", "librispeech-lexicon.txt", "librispeech-lexicon-200k-g2p.txt")
+EXAMPLES = 10
+
+
+class PhonemeRecognition(Task):
+    """Phones of the lexicon's first pronunciation of every word, with stress where the lexicon marks it, by CTC."""
+
+    name = "pr"
+    title = "Phoneme recognition"
+    data = "LibriSpeech with lexicon.txt (WORD, tab or space, phones) beside it"
+    folders = ("LibriSpeech",)
+    metrics = (Metric("per", "PER", False),)
+    defaults = Defaults(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
+
+    def read(self, root: Path, options: Options) -> Corpus:
+        """LibriSpeech's subsets; a test subset with `.phn` files is read as TIMIT."""
+        folders, notes = choose_subsets(root, options)
+        timit = {
+            split: paths[0] for split, paths in folders.items() if split[:4] == "test" and any(map(is_timit, paths))
+        }
+        lexicon = read_lexicon(find_lexicon(root, options), stress=not timit)  # hand labels have none
+        speech: dict[SplitName, list[Transcribed]] = {}
+        for split in [split for split in folders if split not in timit]:
+            speech[split] = []
+            for path in folders[split]:
+                utterances, more = read_subset(path)
+                speech[split] += utterances
+                notes += more
+        speech, more = hold_out(speech, [split for split in ("dev", "test") if split not in timit])
+        notes += more
+        items: dict[SplitName, list[Item]] = {split: [] for split in folders}
+        missing: Counter[str] = Counter()
+        for split, utterances in speech.items():
+            for utterance in utterances:
+                unknown = [word for word in utterance.words if word.upper() not in lexicon]
+                missing.update(unknown)
+                if not unknown:
+                    phones = tuple(phone for word in utterance.words for phone in lexicon[word.upper()])
+                    items[split].append(Item(utterance.key, (Part(str(utterance.path)),), phones))
+        for split, path in timit.items():
+            items[split] = [Item.of_file(audio, path, phones) for audio, phones in read_timit(path)]
+            notes.append(f"{split} is TIMIT's hand labels, folded to 39 phones without closures and pauses")
+        _check_lexicon(missing, items, notes)
+        tokens = tuple(sorted({phone for item in items["train"] for phone in item.label}))
+        return Corpus({split: Split(tuple(found)) for split, found in items.items()}, (tokens,), tuple(notes))
+
+    def head(self, width: int, corpus: Corpus) -> CTCLinear:
+        """Linear to 256, linear to the phones."""
+        return CTCLinear(width, corpus.labels[0])
+
+    def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
+        """PER, and the errors by phone."""
+        references = [item.label for item in split.items]
+        return Scores(
+            {"per": metrics.error_rate(predictions, references)},
+            by_label=metrics.errors_by_token(predictions, references),
+            examples=tuple(
+                (item.key, " ".join(item.label), " ".join(prediction))
+                for item, prediction in zip(split.items[:EXAMPLES], predictions, strict=False)
+            ),
+        )
+
+
+def find_lexicon(root: Path, options: Options) -> Path:
+    """The lexicon that was named, or the one beside the data."""
+    if options.lexicon is not None:
+        return Path(options.lexicon)
+    for folder in (root, root.parent):
+        for name in LEXICONS:
+            if (folder / name).is_file():
+                return folder / name
+    raise ArmhubertError(
+        f"no lexicon beside {root}: put lexicon.txt there (WORD, tab, phones), such as openslr.org/11's "
+        "librispeech-lexicon.txt, or give --lexicon FILE"
+    )
+
+
+def read_lexicon(path: Path, *, stress: bool = True) -> dict[str, tuple[str, ...]]:
+    """Upper-case word -> phones of its first pronunciation, with the stress marks of vowels (AH0) that it may have."""
+    lexicon: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(read_lines(path, "lexicon"), start=1):
+        word, *phones = line.split()
+        if not phones:
+            raise ArmhubertError(f"{path}:{number}: a word must be followed by its phones, got {line[:60]!r}")
+        word = re.sub(r"\(\d+\)$", "", word).upper()  # CMUdict numbers further pronunciations
+        lexicon.setdefault(word, tuple(phone.upper() if stress else phone.upper().rstrip("012") for phone in phones))
+    if not lexicon:
+        raise ArmhubertError(f"lexicon {path} is empty: it needs lines of a word and its phones")
+    return lexicon
+
+
+def _check_lexicon(missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str]) -> None:
+    if not missing:
+        return
+    some = ", ".join(word for word, _ in missing.most_common(10)) + (", ..." if len(missing) > 10 else "")
+    for split in ("train", "dev", "test"):
+        if split in items and not items[split]:
+            raise ArmhubertError(
+                f"every {split} utterance has words outside the lexicon ({len(missing)} words: {some}): "
+                "give a lexicon of this data with --lexicon"
+            )
+    notes.append(
+        f"{len(missing)} words are outside the lexicon ({some}): their utterances are left out; "
+        "add pronunciations to keep them"
+    )

@@ -1,0 +1,263 @@
+"""What is evaluated: a frozen upstream that turns waveforms into the features of its layers.
+
+Encoders (students, teachers of every format that `load_weights` takes), the baselines `fbank` and `mfcc` as s3prl
+computes them, and anything a user's `module:function` returns. Features of an utterance do not depend on its batch.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armhubert.audio import SAMPLE_RATE
+from armhubert.convert import load_weights
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.student import ARMHuBERT
+from armhubert.teacher import fingerprint
+
+FeatureChoice = Literal["auto", "hidden", "heads"]
+
+
+class States(NamedTuple):
+    """Features of a batch."""
+
+    layers: Tensor
+    """[L, B, T, D], zero beyond each length."""
+    lengths: Tensor
+    """Valid frames [B], int64."""
+
+
+class Upstream(ABC):
+    """A frozen feature extractor."""
+
+    source: str
+    """As the user named it."""
+    identity: str
+    """Digest of everything that its features depend on: weights, configuration, choice of features."""
+    parameters: int
+    features: str
+    """hidden, heads, or the baseline's name."""
+    count: int
+    """L, the layers that are weighted."""
+    width: int
+    """D."""
+    hop: int
+    """Samples between two frames."""
+
+    @abstractmethod
+    def frames(self, samples: int) -> int:
+        """Frames that so many samples give: at least one, since short waveforms are padded with silence."""
+
+    @abstractmethod
+    def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
+        """Waveforms [B, S] at 16 kHz and their valid samples [B] -> features, without gradients."""
+
+
+def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torch.device | str = "cpu") -> Upstream:
+    """The upstream that `source` names.
+
+    Args:
+        source: `fbank`, `mfcc`, `module:function` or `file.py:function` (see `CustomUpstream`), or a model: whatever
+            `armhubert.convert.load_weights` takes.
+        features: of models: `hidden` are the L + 1 hidden states, `heads` the outputs of a student's heads, `auto`
+            the heads where there are any, as the released students were evaluated.
+        device: where it goes.
+
+    Raises:
+        ArmhubertError: nothing usable at `source`, or features that it does not have.
+    """
+    if source in BASELINES:
+        _refuse_heads(source, features)
+        return Baseline(source, device)
+    module, colon, function = source.rpartition(":")
+    if colon and function.isidentifier() and not Path(source).exists():
+        _refuse_heads(source, features)
+        return CustomUpstream(source, _import(module, function)(), device)
+    weights = load_weights(source)
+    has_heads = weights.config.head_width is not None
+    if features == "heads" and not has_heads:
+        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use --features hidden")
+    if has_heads and features != "hidden":
+        return EncoderUpstream(source, ARMHuBERT.from_weights(weights, device=device), "heads")
+    model = SpeechEncoder.from_weights(weights.without_heads(), device=device)
+    return EncoderUpstream(source, model, "hidden")
+
+
+def _refuse_heads(source: str, features: FeatureChoice) -> None:
+    if features == "heads":
+        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use --features auto")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class EncoderUpstream(Upstream):
+    """A student or teacher."""
+
+    def __init__(self, source: str, model: SpeechEncoder, features: Literal["hidden", "heads"]) -> None:
+        self.source, self.model, self.features = source, model.eval().requires_grad_(False), features
+        config = model.config
+        self.count = config.layers if features == "heads" else config.layers + 1
+        self.width = (config.head_width or 0) if features == "heads" else config.width
+        self.hop = config.hop
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.identity = _digest(fingerprint(model), dataclasses.asdict(config), features)
+
+    def frames(self, samples: int) -> int:
+        """By the convolutions' arithmetic."""
+        return int(self.model.config.frames(max(samples, self.model.config.receptive_field)))
+
+    @torch.no_grad()
+    def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
+        """Hidden states or head outputs."""
+        least = self.model.config.receptive_field
+        waveforms = F.pad(waveforms, (0, max(0, least - waveforms.shape[1])))
+        lengths = lengths.clamp(min=least)
+        whole = bool((lengths == waveforms.shape[1]).all())
+        output = self.model(waveforms, None if whole else lengths)
+        layers = torch.stack(output.projections if self.features == "heads" else output.hidden_states)
+        return _masked(layers.float(), output.lengths)
+
+
+def _masked(layers: Tensor, lengths: Tensor) -> States:
+    valid = torch.arange(layers.shape[2], device=layers.device) < lengths[:, None]
+    return States(layers * valid[..., None], lengths)
+
+
+# ---- baselines -------------------------------------------------------------
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "fbank": {"num_mel_bins": 80, "use_log_fbank": True},
+    "mfcc": {"num_ceps": 13},
+}
+"""s3prl's fbank.yaml and mfcc.yaml, which made SUPERB's FBANK row."""
+
+_WINDOW, _SHIFT = 400, 160
+
+
+class Baseline(Upstream):
+    """Kaldi's log-mel filter bank (80) or MFCC (13), 25 ms every 10 ms, no dither; with two orders of deltas over 5
+    frames (240 or 39 dimensions), then normalised to mean 0 and deviation 1 over the utterance. One layer."""
+
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        from torchaudio.compliance import kaldi
+
+        self.source = self.features = name
+        self.device = torch.device(device)
+        self.extract = getattr(kaldi, name)
+        self.settings = {"sample_frequency": SAMPLE_RATE, "frame_length": 25.0, "frame_shift": 10.0, **BASELINES[name]}
+        self.count, self.hop, self.parameters = 1, _SHIFT, 0
+        self.width = 3 * (80 if name == "fbank" else 13)
+        self.identity = _digest(name, self.settings, "deltas 2x5, cmvn, 1")
+
+    def frames(self, samples: int) -> int:
+        """Kaldi's count with whole windows only."""
+        return (max(samples, _WINDOW) - _WINDOW) // _SHIFT + 1
+
+    @torch.no_grad()
+    def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
+        """Every utterance by itself."""
+        rows = []
+        for waveform, length in zip(waveforms, lengths.tolist(), strict=True):
+            valid = waveform[:length]
+            rows.append(self.one(F.pad(valid, (0, max(0, _WINDOW - length)))))
+        layers = nn.utils.rnn.pad_sequence(rows, batch_first=True)[None]
+        return States(layers, torch.tensor([len(row) for row in rows], device=layers.device))
+
+    def one(self, waveform: Tensor) -> Tensor:
+        """[S] -> [T, D]."""
+        from torchaudio.functional import compute_deltas
+
+        x = self.extract(waveform[None], **self.settings)
+        first = compute_deltas(x.T[None], win_length=5)
+        second = compute_deltas(first, win_length=5)
+        x = torch.cat([x, first[0].T, second[0].T], dim=1)
+        if len(x) < 2:
+            return torch.zeros_like(x)  # one frame has no deviation
+        return (x - x.mean(0)) / (1e-10 + x.std(0))
+
+
+# ---- a user's own ----------------------------------------------------------
+
+
+class CustomUpstream(Upstream):
+    """Whatever a user's function returns: an object that is called with waveforms [B, S] and valid samples [B].
+
+    It returns its layers, a sequence of L tensors [B, T, D], and the valid frames [B]; `hop` (samples a frame, default
+    320) is read from it. Its features are keyed by the parameters of the torch module that it is, or by its attribute
+    `identity`; without either, they are not cached.
+    """
+
+    def __init__(self, source: str, function: Any, device: torch.device | str) -> None:
+        if not callable(function):
+            raise ArmhubertError(
+                f"{source} must return a callable (waveforms, lengths) -> (layers, lengths), not a "
+                f"{type(function).__name__}"
+            )
+        self.source, self.features, self.function = source, "custom", function
+        self.hop = int(getattr(function, "hop", 320))
+        self.parameters = 0
+        identity = getattr(function, "identity", None)
+        if isinstance(function, nn.Module):
+            function.eval().requires_grad_(False).to(device)
+            self.parameters = sum(parameter.numel() for parameter in function.parameters())
+            identity = identity or fingerprint(function)
+        self.identity = _digest(source, str(identity)) if identity else ""
+        self.device = torch.device(device)
+        probe = self._call(torch.zeros(1, SAMPLE_RATE, device=device), torch.tensor([SAMPLE_RATE], device=device))
+        self.count, self.width = probe.layers.shape[0], probe.layers.shape[3]
+        self._counts: dict[int, int] = {}
+
+    def frames(self, samples: int) -> int:
+        """Asked of the user's function, once for each length."""
+        if samples not in self._counts:
+            zeros = torch.zeros(1, samples, device=self.device)
+            self._counts[samples] = int(self._call(zeros, torch.tensor([samples], device=self.device)).lengths)
+        return self._counts[samples]
+
+    def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
+        """The user's features, checked."""
+        return self._call(waveforms, lengths)
+
+    @torch.no_grad()
+    def _call(self, waveforms: Tensor, lengths: Tensor) -> States:
+        try:
+            layers, frames = self.function(waveforms, lengths)
+            stacked = torch.stack([layer.float() for layer in layers])
+            frames = torch.as_tensor(frames, device=stacked.device).long()
+            if stacked.ndim != 4 or frames.shape != stacked.shape[1:2] or int(frames.max()) > stacked.shape[2]:
+                raise ValueError(f"got layers {list(stacked.shape)} and lengths {frames.tolist()[:4]}")
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArmhubertError(
+                f"{self.source} must return (L tensors [B, T, D] of one shape, valid frames [B]): {reason}"
+            ) from None
+        return _masked(stacked, frames)
+
+
+def _import(module: str, function: str) -> Any:
+    try:
+        if module.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            assert spec is not None
+            assert spec.loader is not None
+            loaded = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+        else:
+            loaded = importlib.import_module(module)
+        return getattr(loaded, function)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise ArmhubertError(
+            f"upstream {module}:{function} cannot be imported ({' '.join(str(error).split())}): "
+            "name an importable module, or a file.py:function"
+        ) from None
