@@ -7,20 +7,22 @@ Source: Peng et al., DPHuBERT (arXiv 2305.17651), section 2; format: its reposit
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from armhubert.config import ConvLayer, EncoderConfig, build
+from armhubert.config import MAX_LAYERS, ConvLayer, EncoderConfig, build
 from armhubert.convert import huggingface
 from armhubert.convert.tensors import tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
 _SCALE = "feature_extractor.dummy_weight"
+_MAX_HEADS = 1000
+"""Far above any encoder; lists of heads are made from numbers in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,8 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     known = {field.name for field in dataclasses.fields(_Settings)}
     source = f"config in {path}"
     theirs = build(_Settings, {k: v for k, v in content["config"].items() if k in known}, source)
-    scale = tensors.get(_SCALE)
-    kept, heads = _kept_heads(theirs, source)
-    config = build(EncoderConfig, _settings(theirs, kept, heads, source) | {"feature_scale": _scales(scale)}, source)
+    settings = _settings(theirs, source) | {"feature_scale": _scales(tensors.get(_SCALE), theirs)}
+    config = build(EncoderConfig, settings, source)
     encoder, ignored = {}, []
     for name, tensor in tensors.items():
         if name.startswith("aux.") or (name == _SCALE and not config.feature_scale):
@@ -101,13 +102,12 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
 
 def _kept_heads(theirs: _Settings, source: str) -> tuple[tuple[tuple[int, ...], ...], int]:
     """The heads of each layer, none where its attention is gone, and how many the layers once had."""
-    used = theirs.encoder_use_attention
+    kept: Sequence[Sequence[int]]
     if theirs.encoder_remaining_heads:
         totals = set(theirs.encoder_total_num_heads)
         if len(totals) != 1:
-            raise ArmhubertError(f"{source}: encoder_total_num_heads must be one number in all layers")
-        (heads,) = totals
-        remaining: Sequence[Sequence[int]] = theirs.encoder_remaining_heads
+            raise ArmhubertError(f"{source}: encoder_total_num_heads must be one number in all layers, got {totals}")
+        (heads,), kept = totals, theirs.encoder_remaining_heads
     else:
         width = theirs.encoder_head_dim
         if width < 1 or theirs.encoder_embed_dim % width:
@@ -115,24 +115,33 @@ def _kept_heads(theirs: _Settings, source: str) -> tuple[tuple[tuple[int, ...], 
                 f"{source}: encoder_head_dim must divide encoder_embed_dim, got {width} and {theirs.encoder_embed_dim}"
             )
         heads = theirs.encoder_embed_dim // width
-        if not all(0 <= count <= heads for count in theirs.encoder_num_heads):
-            raise ArmhubertError(f"{source}: encoder_num_heads must lie in 0..{heads}, got {theirs.encoder_num_heads}")
-        remaining = [range(count) for count in theirs.encoder_num_heads]
-    if len(remaining) != len(used):
-        raise ArmhubertError(
-            f"{source}: the heads must have one entry a layer, got {len(remaining)} for {len(used)} layers"
-        )
-    return tuple(tuple(layer) if use else () for layer, use in zip(remaining, used, strict=True)), heads
+        if not all(0 <= count <= min(heads, _MAX_HEADS) for count in theirs.encoder_num_heads):
+            raise ArmhubertError(
+                f"{source}: encoder_num_heads must lie in 0..{min(heads, _MAX_HEADS)}, "
+                f"got {reprlib.repr(theirs.encoder_num_heads)}"
+            )
+        kept = [range(count) for count in theirs.encoder_num_heads]
+    return tuple(tuple(k) if used else () for k, used in zip(kept, theirs.encoder_use_attention, strict=True)), heads
 
 
-def _settings(theirs: _Settings, kept: tuple[tuple[int, ...], ...], heads: int, source: str) -> dict[str, Any]:
+def _settings(theirs: _Settings, source: str) -> dict[str, Any]:
     """EncoderConfig's fields; a model of which nothing was pruned is a plain one."""
-    used, widths = theirs.encoder_use_feed_forward, theirs.encoder_ff_interm_features
-    if len(used) != len(widths):
-        raise ArmhubertError(
-            f"{source}: encoder_ff_interm_features must have one entry a layer, got {len(widths)} for {len(used)}"
-        )
-    ffn = tuple(width if use else 0 for width, use in zip(widths, used, strict=True))
+    layers = theirs.encoder_num_layers
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ArmhubertError(f"{source}: encoder_num_layers must be at least 1 and at most {MAX_LAYERS}, got {layers}")
+    for name in (
+        "encoder_use_attention",
+        "encoder_use_feed_forward",
+        "encoder_ff_interm_features",
+        "encoder_remaining_heads" if theirs.encoder_remaining_heads else "encoder_num_heads",
+    ):
+        if len(getattr(theirs, name)) != layers:
+            raise ArmhubertError(
+                f"{source}: {name} must have one entry a layer: {layers} layers, got {len(getattr(theirs, name))}"
+            )
+    kept, heads = _kept_heads(theirs, source)
+    widths = zip(theirs.encoder_ff_interm_features, theirs.encoder_use_feed_forward, strict=True)
+    ffn = tuple(width if used else 0 for width, used in widths)
     return {
         "conv_layers": theirs.extractor_conv_layer_config,
         "width": theirs.encoder_embed_dim,
@@ -147,7 +156,7 @@ def _settings(theirs: _Settings, kept: tuple[tuple[int, ...], ...], heads: int, 
         "position_kernel": theirs.encoder_pos_conv_kernel,
         "position_groups": theirs.encoder_pos_conv_groups,
         # the first layer's attention carries the bias of all
-        "position_buckets": theirs.encoder_num_buckets if theirs.encoder_remaining_heads and any(kept[:1]) else 0,
+        "position_buckets": theirs.encoder_num_buckets if theirs.encoder_remaining_heads and kept[0] else 0,
         "position_max_distance": theirs.encoder_max_distance,
         "normalize_input": theirs.normalize_waveform,
         "dropout": theirs.encoder_dropout,
@@ -159,8 +168,12 @@ def _settings(theirs: _Settings, kept: tuple[tuple[int, ...], ...], heads: int, 
     }
 
 
-def _scales(scale: Tensor | None) -> bool:
-    return scale is not None and not torch.equal(scale, torch.ones_like(scale))
+def _scales(scale: Tensor | None, theirs: _Settings) -> bool:
+    """Whether the channels' scale does anything; one of a wrong shape is left for the model to refuse."""
+    if scale is None:
+        return False
+    channels = [layer[0] for layer in theirs.extractor_conv_layer_config]
+    return list(scale.shape) != channels[-1:] or bool((scale != 1).any())
 
 
 def _keep_gates(state: dict[str, Tensor], config: EncoderConfig, path: Path) -> None:
