@@ -170,7 +170,7 @@ class _Writer:
         half = states.to("cpu", torch.float16)
         if not bool(torch.isfinite(half).all()):
             raise ArmhubertError(
-                f"features of this model reach {float(states.abs().max()):.3g}, beyond fp16's 65504: run without --cache"
+                f"features reach {float(states.abs().max()):.3g}, beyond the 65504 of fp16: run without --cache"
             )
         try:
             if self.position >= SHARD_BYTES:

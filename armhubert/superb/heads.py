@@ -19,6 +19,28 @@ def frame_mask(lengths: Tensor, frames: int) -> Tensor:
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
+class WeightedSum(nn.Module):
+    """Softmax-weighted sum of an upstream's layers, its weights learned with the head: s3prl's Featurizer.
+
+    Args:
+        count: L.
+        normalize: normalise every frame of every layer first; not in SUPERB.
+    """
+
+    def __init__(self, count: int, normalize: bool = False) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(count))
+        self.normalize = normalize
+
+    def forward(self, layers: Tensor) -> Tensor:
+        """[L, B, T, D] -> [B, T, D]."""
+        if self.normalize:
+            layers = F.layer_norm(layers, layers.shape[-1:])
+        if len(layers) == 1:
+            return layers[0]
+        return torch.einsum("l,lbtd->btd", self.weights.softmax(0), layers)
+
+
 class PooledClassifier(Head):
     """ks, sid, er, ic: linear to 256, mean over time, one linear map to all groups of classes; no non-linearity.
 

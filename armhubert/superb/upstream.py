@@ -138,27 +138,31 @@ def _masked(layers: Tensor, lengths: Tensor) -> States:
 
 BASELINES: dict[str, dict[str, Any]] = {
     "fbank": {"num_mel_bins": 80, "use_log_fbank": True},
+    "fbank_no_cmvn": {"num_mel_bins": 80, "use_log_fbank": True},
     "mfcc": {"num_ceps": 13},
 }
-"""s3prl's fbank.yaml and mfcc.yaml, which made SUPERB's FBANK row."""
+"""s3prl's upstreams of these names. Where a task pools over time with linear maps alone (ks, sid, ic, er), `fbank` and
+`mfcc` tell nothing: after normalisation every utterance has the same mean. `fbank_no_cmvn` is the baseline there."""
 
 _WINDOW, _SHIFT = 400, 160
 
 
 class Baseline(Upstream):
     """Kaldi's log-mel filter bank (80) or MFCC (13), 25 ms every 10 ms, no dither; with two orders of deltas over 5
-    frames (240 or 39 dimensions), then normalised to mean 0 and deviation 1 over the utterance. One layer."""
+    frames (240 or 39 dimensions), then, but for `no_cmvn`, normalised to mean 0 and deviation 1 over the utterance.
+    One layer."""
 
     def __init__(self, name: str, device: torch.device | str) -> None:
         from torchaudio.compliance import kaldi
 
         self.source = self.features = name
         self.device = torch.device(device)
-        self.extract = getattr(kaldi, name)
+        kind, self.normalize = name.partition("_")[0], not name.endswith("no_cmvn")
+        self.extract = getattr(kaldi, kind)
         self.settings = {"sample_frequency": SAMPLE_RATE, "frame_length": 25.0, "frame_shift": 10.0, **BASELINES[name]}
         self.count, self.hop, self.parameters = 1, _SHIFT, 0
-        self.width = 3 * (80 if name == "fbank" else 13)
-        self.identity = _digest(name, self.settings, "deltas 2x5, cmvn, 1")
+        self.width = 3 * (80 if kind == "fbank" else 13)
+        self.identity = _digest(name, self.settings, "deltas 2x5, 1")
 
     def frames(self, samples: int) -> int:
         """Kaldi's count with whole windows only."""
@@ -182,6 +186,8 @@ class Baseline(Upstream):
         first = compute_deltas(x.T[None], win_length=5)
         second = compute_deltas(first, win_length=5)
         x = torch.cat([x, first[0].T, second[0].T], dim=1)
+        if not self.normalize:
+            return x
         if len(x) < 2:
             return torch.zeros_like(x)  # one frame has no deviation
         return (x - x.mean(0)) / (1e-10 + x.std(0))
