@@ -1,0 +1,107 @@
+"""What only a GPU can show, a stage at a time; `bench/gpu.sh` runs them all, each in a process and a time of its own.
+
+    check     every kernel on the device against float64
+    micro     the ops against their baselines
+    variants  projection inside or before the kernel of reused attention
+    model     the student and the distillation step, end to end
+    report    merge the stages' files, print, draw
+
+Each stage writes DIR/STAGE.json whenever it has something new, so that what is done survives whatever comes after.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate
+from armhubert.clock import write_results
+from armhubert.distributed import pick_device
+
+REHEARSAL = "no CUDA device: rehearsal, nothing here is a GPU figure"
+
+
+class Stage(NamedTuple):
+    """Jobs of a stage and how many may run at once: checks side by side, times alone."""
+
+    jobs: Callable[[str, bool], Sequence[Any]]
+    work: isolate.Work
+    side_by_side: bool
+    job_seconds: float
+
+
+STAGES = {
+    "check": Stage(gpu_check.jobs, gpu_check.work, True, 90),
+    "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
+    "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
+    "model": Stage(gpu_model.jobs, gpu_model.work, False, 75),
+}
+
+
+def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, out: Path) -> list[dict[str, Any]]:
+    """Run a stage's jobs within `budget` seconds and keep DIR/NAME.json up to date."""
+    deadline = time.monotonic() + budget
+    stage = STAGES[name]
+    jobs = list(stage.jobs(device.type, quick))
+    workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
+    console = Console(width=120)
+    if name == "micro":
+        _compile_ahead(jobs, time.monotonic() + budget * 0.4, console)
+    rows: list[dict[str, Any]] = [{"job": _label(job), "error": "not reached", "unreached": True} for job in jobs]
+    written = 0.0
+    for index, row in isolate.run(stage.work, jobs, workers=workers, job_seconds=stage.job_seconds, deadline=deadline):
+        rows[index] = {"job": _label(jobs[index]), **row}
+        bad = "error" in row or row.get("ok") is False
+        if bad and not row.get("unreached"):
+            console.print(f"{name}: {rows[index]['job']}: {row.get('error') or row.get('at')}", markup=False)
+        if time.monotonic() - written > 5:
+            write_results(name, rows, device, out)
+            written = time.monotonic()
+    write_results(name, rows, device, out)
+    failed = sum("error" in row or row.get("ok") is False for row in rows)
+    console.print(f"{name}: {len(rows) - failed} of {len(rows)} jobs done well, {failed} not", markup=False)
+    return rows
+
+
+def _compile_ahead(jobs: Sequence[gpu_micro.Job], deadline: float, console: Console) -> None:
+    """Fill the compilers' caches on disk side by side, so that the timing process finds everything there."""
+    ahead = [job._replace(compile_only=True) for job in jobs if job.cell.slow]
+    workers = max(1, min(len(ahead), (os.cpu_count() or 2) // 2))
+    for index, row in isolate.run(gpu_micro.work, ahead, workers=workers, job_seconds=100, deadline=deadline):
+        if error := row.get("error") or row.get("failed"):
+            console.print(f"micro, compiling {ahead[index].cell.label}: {error}", markup=False)
+
+
+def _label(job: Any) -> str:
+    if isinstance(job, gpu_micro.Job):
+        return f"{job.cell.label} {'forward+backward' if job.backward else 'forward'}"
+    if isinstance(job, gpu_check.Job):
+        return job.label
+    return " ".join(str(value) for value in job)
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m armhubert.bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=[*STAGES, "report"])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes; what a machine without a GPU can do")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for this stage")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        Console().print(REHEARSAL, style="bold red")
+    if options.stage == "report":
+        gpu_report.report(device, options.out)
+        return
+    run_stage(
+        options.stage, device, quick=options.quick or device.type == "cpu", budget=options.budget, out=options.out
+    )

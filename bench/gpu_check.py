@@ -1,0 +1,592 @@
+"""Correctness of every kernel on the device itself, against float64 on the same device.
+
+The rule is that of the tests: the error against float64 is at most twice PyTorch's own in the same dtype plus one
+rounding step. Each check is a job of its own (see isolate.py); its row says `ok`, the worst ratio of error to what is
+allowed, and where. Without a GPU the checks run on the CPU twins (a rehearsal) or, with TRITON_INTERPRET=1, on the
+kernels under the interpreter.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from armhubert.config import EncoderConfig, preset
+from armhubert.kernels import Impl, attend, distillation_loss, reattend
+from armhubert.kernels import reuse_attention as attention_module
+from armhubert.kernels.runtime import INTERPRET, frame_mask
+from armhubert.student import ARMHuBERT
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Job(NamedTuple):
+    """One check: its name in CHECKS, where it runs, and its arguments."""
+
+    check: str
+    device: str
+    arguments: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return " ".join([self.check, *(f"{k}={v}" for k, v in self.arguments.items())])
+
+
+def kernels_of(device: str) -> Impl:
+    """What is checked: the kernels where they can run, else the twins (a rehearsal)."""
+    return "triton" if device == "cuda" or INTERPRET else "torch"
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Run one check -> {"ok", "ratio", "at"}."""
+    return CHECKS[job.check](device=job.device, **job.arguments)
+
+
+# ---- judging ----------------------------------------------------------------
+
+
+def judge(names: list[str], got: list[Tensor], low: list[Tensor], high: list[Tensor]) -> dict[str, Any]:
+    """The worst ratio of an error to what the rule allows."""
+    worst, at = -1.0, ""
+    for name, g, t, h in zip(names, got, low, high, strict=True):
+        step = torch.finfo(t.dtype).eps * h.abs().max().item()
+        allowed = 2 * ((t.double() - h).abs().max().item() + step)
+        error = (g.double() - h).abs().max().item() if bool(torch.isfinite(g).all()) else float("inf")
+        ratio = error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+        if ratio > worst:
+            worst, at = ratio, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+    return {"ok": worst <= 1, "ratio": round(worst, 4), "at": at}
+
+
+def verdict(ok: bool, at: str, ratio: float | None = None) -> dict[str, Any]:
+    """A row of a check that is not a matter of rounding."""
+    return {"ok": bool(ok), "ratio": ratio, "at": at}
+
+
+def same(names: list[str], first: list[Tensor], second: list[Tensor]) -> dict[str, Any]:
+    """Bitwise equality."""
+    different = [n for n, a, b in zip(names, first, second, strict=True) if not torch.equal(a, b)]
+    return verdict(not different, f"differ: {', '.join(different)}" if different else "bitwise equal")
+
+
+def draw(device: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """The same numbers on every device, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
+
+
+def ragged(device: str, B: int, T: int) -> Tensor:
+    """Lengths from T downwards."""
+    return torch.tensor([max(1, T - (T * b) // (2 * B) - b) for b in range(B)], device=device)
+
+
+# ---- attention --------------------------------------------------------------
+
+PAIR = ["computed", "reused", "d_q", "d_k", "d_v", "d_x", "d_weight", "d_bias"]
+
+
+class Pair(NamedTuple):
+    """Inputs of a computing and a reusing layer, and what their outputs' gradients are."""
+
+    qkv: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    g: Tensor
+    lengths: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Pair":
+        """In another precision."""
+        return Pair(*(t.to(dtype) for t in self[:5]), self.lengths)
+
+    def run(self, impl: Impl, setting: Any, *, heads_first: bool = False, **options: Any) -> list[Tensor]:
+        """Outputs on valid frames, and every gradient."""
+        q, k, v = (t.detach() for t in self.qkv.unbind(2))
+        if heads_first:
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, self.x, self.weight, self.bias)]
+        q, k, v, x, weight, bias = leaves
+        computed, kept = attend(q, k, v, self.lengths, impl=impl, **options)
+        reused = reattend(kept, x, weight, bias, setting=setting, impl=impl)
+        grads = torch.autograd.grad([computed, reused], leaves, [*self.g.unbind()])
+        valid = 1 if self.lengths is None else frame_mask(self.lengths, x.shape[1])[..., None]
+        return [(computed * valid).detach(), (reused * valid).detach(), *grads]
+
+
+def pair(device: str, dtype: str, B: int, T: int, H: int, d: int, D: int, pad: bool) -> Pair:
+    """Values as `dtype` holds them, so that float64 starts from the same numbers."""
+    kind = DTYPES[dtype]
+    lengths = ragged(device, B, T) if pad else None
+    g = draw(device, 2, B, T, H * d, dtype=kind, seed=4)
+    if lengths is not None:
+        g = g * frame_mask(lengths, T)[..., None]
+    return Pair(
+        draw(device, B, T, 3, H, d, dtype=kind, seed=T + d),
+        draw(device, B, T, D, dtype=kind, seed=1),
+        (draw(device, H * d, D, seed=2) / D**0.5).to(kind),
+        draw(device, H * d, dtype=kind, seed=3),
+        g,
+        lengths,
+    )
+
+
+def check_attention(
+    device: str,
+    dtype: str,
+    setting: str,
+    B: int,
+    T: int,
+    H: int,
+    d: int,
+    D: int,
+    pad: bool = True,
+    variant: str = "shipped",
+    heads_first: bool = False,
+) -> dict[str, Any]:
+    """A computing and a reusing layer, outputs and gradients; `variant` forces the projection inside or outside."""
+    inputs = pair(device, dtype, B, T, H, d, D, pad)
+    forced = {"inside": True, "outside": False}.get(variant)
+    context: Any = contextlib.nullcontext()
+    if forced is not None:
+        context = mock.patch.object(attention_module, "project_inside", return_value=forced)
+    with context:
+        got = inputs.run(kernels_of(device), setting, heads_first=heads_first)
+    low = inputs.run("torch", setting)
+    high = inputs.to(torch.float64).run("torch", setting)
+    return judge(PAIR, got, low, high)
+
+
+def _keep_mask(device: str, seed: int, B: int, T: int, H: int, dropout: float, impl: Impl) -> Tensor:
+    """The entries that dropout keeps, [B, H, T, T] bool: with equal logits and one-hot values the output shows them."""
+    width = min(T, 128)
+    flat = torch.zeros(B, T, H, width, device=device)
+    columns = []
+    for first in range(0, T, width):
+        one_hot = torch.zeros(T, width, device=device)
+        index = torch.arange(first, min(T, first + width), device=device)
+        one_hot[index, index - first] = 1
+        values = one_hot[None, :, None].expand(B, T, H, width)
+        out, _ = attend(flat, flat, values, dropout=dropout, seed=seed, impl=impl)
+        columns.append(out.view(B, T, H, width)[..., : len(index)].transpose(1, 2) > 0)
+    return torch.cat(columns, -1)
+
+
+def _attention_with_mask(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) times dropout factors, times v, in the dtype of q with a float32 (or wider) softmax."""
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = logits.to(wide).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", (p * keep).to(q.dtype), v).flatten(2)
+
+
+def check_dropout(device: str, dtype: str, B: int, T: int, H: int, d: int, p: float) -> dict[str, Any]:
+    """Forward and gradients against float64 with the kernel's own mask; the mask's mean and its independence."""
+    impl, seed = kernels_of(device), 2**40 + 5
+    kind = DTYPES[dtype]
+    keep = _keep_mask(device, seed, B, T, H, p, impl)
+    share, sigma = keep.double().mean().item(), (p * (1 - p) / keep.numel()) ** 0.5
+    if abs(share - (1 - p)) > 5 * sigma:
+        return verdict(False, f"{share:.5f} of the entries kept, not {1 - p} +- {5 * sigma:.5f}")
+    rows = keep.double().mean(-1).var().item() / (p * (1 - p) / T)  # variance of row means over that of chance
+    if T > 30 and not 0.7 < rows < 1.4:
+        return verdict(False, f"variance of row means is {rows:.2f} of what chance gives")
+    other = _keep_mask(device, seed + 1, B, T, H, p, impl)
+    for name, twin in (("seed", other), ("head", keep.roll(1, 1)), ("utterance", keep.roll(1, 0))):
+        agree = (keep == twin).double().mean().item()
+        expected = p * p + (1 - p) * (1 - p)
+        if name != "seed" and {"head": H, "utterance": B}[name] < 2:
+            continue
+        if abs(agree - expected) > 8 * (expected * (1 - expected) / keep.numel()) ** 0.5 * 2:
+            return verdict(False, f"masks of another {name} agree in {agree:.4f}, chance gives {expected:.4f}")
+    # the twin's mask depends on the lengths, the kernels' does not
+    lengths = torch.full((B,), T, device=device) if impl == "torch" else ragged(device, B, T)
+    valid = frame_mask(lengths, T)
+    q, k, v, g = (draw(device, B, T, H, d, dtype=kind, seed=s) for s in range(4))
+    g = g.flatten(2) * valid[..., None]
+    factors = keep.double() / (1 - p)
+
+    def results(run: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(kind).requires_grad_() for t in (q, k, v)]
+        out = run(*leaves)
+        return [(out * valid[..., None]).detach(), *torch.autograd.grad(out, leaves, g.to(kind))]
+
+    got = results(lambda q, k, v: attend(q, k, v, lengths, dropout=p, seed=seed, impl=impl)[0], kind)
+    low = results(lambda q, k, v: _attention_with_mask(q, k, v, factors.to(torch.float32), valid), kind)
+    high = results(lambda q, k, v: _attention_with_mask(q, k, v, factors, valid), torch.float64)
+    row = judge(["out", "d_q", "d_k", "d_v"], got, low, high)
+    return {**row, "at": f"{row['at']}; kept {share:.4f} of {1 - p}"}
+
+
+def check_padding(device: str, dtype: str, setting: str) -> dict[str, Any]:
+    """An utterance in a padded batch, large finite garbage behind it, against itself alone."""
+    impl, kind = kernels_of(device), DTYPES[dtype]
+    q, k, v = (draw(device, 2, 121, 2, 40, dtype=kind, seed=s) for s in range(3))
+    x, weight = draw(device, 2, 121, 80, dtype=kind), (draw(device, 80, 80) / 9).to(kind)
+    for t in (q, k, v, x):
+        t[1, 73:] = 1e3
+    lengths = torch.tensor([121, 73], device=device)
+    out, kept = attend(q, k, v, lengths, impl=impl)
+    reused = reattend(kept, x, weight, setting=setting, impl=impl)  # type: ignore[arg-type]
+    alone, kept_alone = attend(q[1:, :73], k[1:, :73], v[1:, :73], impl=impl)
+    reused_alone = reattend(kept_alone, x[1:, :73], weight, setting=setting, impl=impl)  # type: ignore[arg-type]
+    step = torch.finfo(kind).eps
+    gap = max(
+        ((a - b).abs().max() / b.abs().max()).item() / step
+        for a, b in ((out[1:, :73].double(), alone.double()), (reused[1:, :73].double(), reused_alone.double()))
+    )
+    finite = bool(torch.isfinite(out).all() and torch.isfinite(reused).all())
+    return verdict(gap <= 4 and finite, f"{gap:.2f} rounding steps apart, finite {finite}", gap / 4)
+
+
+def check_rerun(device: str, dtype: str, op: str) -> dict[str, Any]:
+    """Outputs and gradients of two runs, bit for bit."""
+    if op == "loss":
+        inputs = loss_inputs(device, dtype, 3, 4, 257, 240, 200)
+        return same(loss_names(3), *(inputs.run(kernels_of(device), "mse") for _ in range(2)))
+    inputs = pair(device, dtype, 4, 257, 4, 40, 160, True)
+    options = {"dropout": 0.1, "seed": 3} if op == "dropout" else {}
+    setting = "resoftmax" if op == "resoftmax" else "exact"
+    return same(PAIR, *(inputs.run(kernels_of(device), setting, **options) for _ in range(2)))
+
+
+def check_compile(device: str, op: str) -> dict[str, Any]:
+    """torch.compile(fullgraph=True) with dynamic shapes, forward and backward, equals eager."""
+    impl = kernels_of(device)
+    torch._dynamo.reset()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, lengths: Tensor) -> Tensor:
+        out, kept = attend(q, k, v, lengths, impl=impl)
+        setting = "resoftmax" if op == "resoftmax" else "exact"
+        return (out + reattend(kept, x, weight, setting=setting, impl=impl)).float().square().mean()  # type: ignore[arg-type]
+
+    compiled = torch.compile(distillation_loss if op == "loss" else run, fullgraph=True, dynamic=True)
+    worst = 0.0
+    for T in (67, 150):
+        if op == "loss":
+            inputs = loss_inputs(device, "fp32", 2, 2, T, 48, 40)
+            eager, traced = (inputs.run(impl, "mse", call=call) for call in (distillation_loss, compiled))
+        else:
+            leaves = [draw(device, 2, T, 3, 40, seed=s).requires_grad_() for s in range(3)]
+            leaves += [draw(device, 2, T, 120).requires_grad_(), (draw(device, 120, 120) / 11).requires_grad_()]
+            lengths = torch.tensor([T, T // 2], device=device)
+            eager, traced = (
+                [loss.detach(), *torch.autograd.grad(loss, leaves)]
+                for loss in (call(*leaves, lengths) for call in (run, compiled))
+            )
+        worst = max(
+            [worst, *(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(traced, eager, strict=True))]
+        )
+    return verdict(worst < 1e-4, f"largest relative difference to eager {worst:.1e}", worst / 1e-4)
+
+
+def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
+    """Captured in a CUDA graph and replayed on new values: bitwise what eager gives; dropout draws anew each replay."""
+    if device != "cuda":
+        return verdict(True, "no CUDA device: not tried")
+    impl = kernels_of(device)
+    if op == "loss":
+        inputs: Any = loss_inputs(device, dtype, 3, 2, 150, 96, 72)
+        fresh: Any = loss_inputs(device, dtype, 3, 2, 150, 96, 72, seed=50)
+        run = partial(inputs.run, impl, "mse")
+    else:
+        inputs, fresh = (pair(device, dtype, 2, t, 3, 40, 120, True) for t in (150, 150))
+        fresh = fresh._replace(qkv=fresh.qkv.flip(0), x=fresh.x.flip(1))
+        options: dict[str, Any] = {"dropout": 0.2} if op == "dropout" else {}
+        run = partial(inputs.run, impl, "resoftmax" if op == "resoftmax" else "exact", **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    for target, source in zip(
+        inputs.tensors() if op == "loss" else inputs[:5], fresh.tensors() if op == "loss" else fresh[:5], strict=True
+    ):
+        target.detach().copy_(source)
+    graph.replay()
+    torch.cuda.synchronize()
+    first = [t.clone() for t in outputs]
+    if op == "dropout":
+        graph.replay()
+        torch.cuda.synchronize()
+        return verdict(not torch.equal(first[0], outputs[0]), "another mask at each replay")
+    return same(loss_names(3) if op == "loss" else PAIR, first, run())
+
+
+def check_autocast(device: str, dtype: str) -> dict[str, Any]:
+    """float32 inputs under autocast: dtypes, and values near the float32 ones."""
+    impl, kind = kernels_of(device), DTYPES[dtype]
+    inputs = pair(device, "fp32", 2, 90, 2, 40, 80, True)
+    want = inputs.run(impl, "exact")
+    with torch.autocast(device, dtype=kind):
+        got = inputs.run(impl, "exact")
+        loss = loss_inputs(device, "fp32", 2, 2, 90, 48, 40).run(impl, "mse")
+    if got[0].dtype != kind or got[2].dtype != torch.float32 or loss[0].dtype != torch.float32:
+        return verdict(False, f"dtypes {got[0].dtype}, {got[2].dtype}, {loss[0].dtype}")
+    worst = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
+    return verdict(worst < 0.03, f"largest relative difference to float32 {worst:.1e}", worst / 0.03)
+
+
+def check_checkpointing(device: str) -> dict[str, Any]:
+    """Activation checkpointing repeats the same dropout: equal gradients."""
+    impl = kernels_of(device)
+    q, x, weight = draw(device, 2, 150, 2, 40), draw(device, 2, 150, 80), draw(device, 80, 80) / 9
+    q.requires_grad_()
+
+    def both(q: Tensor, x: Tensor) -> Tensor:
+        out, kept = attend(q, q, q, dropout=0.3, impl=impl)
+        return out + reattend(kept, x, weight, impl=impl)
+
+    grads = []
+    for run in (both, lambda *a: checkpoint(both, *a, use_reentrant=False)):
+        torch.manual_seed(5)
+        grads += torch.autograd.grad(run(q, x).square().mean(), q)
+    with torch.inference_mode():
+        finite = bool(torch.isfinite(both(q, x)).all())
+    return verdict(torch.equal(*grads) and finite, "gradients bitwise equal, inference_mode finite")
+
+
+def check_large(device: str, op: str) -> dict[str, Any]:
+    """More than 2^31 elements in one tensor: the last utterance (or layer) equals itself alone."""
+    if device != "cuda" or torch.cuda.mem_get_info()[0] < 60e9:
+        return verdict(True, "needs 60 GB of GPU memory: not tried")
+    if op == "loss":
+        L, B, T, D, Dt = 12, 64, 6000, 40, 768  # residual: 3.5e9 elements
+        h, c = torch.randn(B, T, D, device=device).bfloat16(), torch.randn(B, T, Dt, device=device).bfloat16()
+        W, b = torch.randn(L, Dt, D, device=device).bfloat16() / 6, torch.zeros(L, Dt, device=device).bfloat16()
+        W[-1] = W[0]
+        W.requires_grad_()
+        loss = distillation_loss([h] * L, W, b, [c] * L, impl="triton")
+        (d_weight,) = torch.autograd.grad(loss.sum() / (B * T), W)
+        equal = torch.equal(loss[0], loss[-1]) and torch.equal(d_weight[0], d_weight[-1])
+        return verdict(equal and bool(d_weight.isfinite().all()), "first and last layer equal, 3.5e9 elements")
+    B, T, H, d = 260, 6000, 12, 40  # q, k, v together: 2.2e9 elements
+    qkv = torch.randn(B, T, 3, H, d, device=device, dtype=torch.bfloat16)
+    x, weight = (
+        torch.randn(B, T, 16, device=device, dtype=torch.bfloat16),
+        torch.randn(H * d, 16, device=device).bfloat16(),
+    )
+    outputs = []
+    for rows in (slice(None), slice(B - 1, None)):
+        part = qkv[rows].detach().requires_grad_()
+        out, kept = attend(*part.unbind(2), impl="triton")
+        reused = reattend(kept, x[rows], weight, impl="triton")
+        (grad,) = torch.autograd.grad((out[-1].float().square() + reused[-1].float().square()).mean(), part)
+        outputs.append([t[-1].clone() for t in (out.detach(), reused.detach(), grad)])
+        del out, kept, reused, grad, part
+    gaps = [((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(*outputs, strict=True)]
+    return verdict(
+        max(gaps) < 0.02, f"last of {B} utterances and itself alone: {max(gaps):.1e} apart", max(gaps) / 0.02
+    )
+
+
+# ---- loss -------------------------------------------------------------------
+
+
+class LossInputs(NamedTuple):
+    """Of distillation_loss."""
+
+    hidden: list[Tensor]
+    weight: Tensor
+    bias: Tensor
+    clean: Tensor
+    masked: Tensor | None
+    mask: Tensor
+    lengths: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that has values to exchange."""
+        return [*self.hidden, self.weight, self.bias, self.clean, *([] if self.masked is None else [self.masked])]
+
+    def to(self, dtype: torch.dtype) -> "LossInputs":
+        """In another precision."""
+        masked = None if self.masked is None else self.masked.to(dtype)
+        hidden = [h.to(dtype) for h in self.hidden]
+        return LossInputs(
+            hidden, self.weight.to(dtype), self.bias.to(dtype), self.clean.to(dtype), masked, self.mask, self.lengths
+        )
+
+    def run(self, impl: Impl, distance: Any, call: Callable[..., Tensor] = distillation_loss) -> list[Tensor]:
+        """Loss and every gradient."""
+        leaves = [t.detach().requires_grad_() for t in (self.weight, self.bias, *self.hidden)]
+        weight, bias, *hidden = leaves
+        loss = call(
+            hidden, weight, bias, self.clean, self.masked, self.mask, self.lengths, distance=distance, impl=impl
+        )
+        per_layer = torch.linspace(0.1, 1, len(hidden), device=loss.device) / self.lengths.sum()
+        return [loss.detach(), *torch.autograd.grad((loss * per_layer).sum(), leaves)]
+
+
+def loss_names(L: int) -> list[str]:
+    """Of what LossInputs.run returns."""
+    return ["loss", "d_weight", "d_bias", *(f"d_hidden[{i}]" for i in range(L))]
+
+
+def loss_inputs(
+    device: str, dtype: str, L: int, B: int, T: int, D: int, Dt: int, views: int = 2, seed: int = 0
+) -> LossInputs:
+    """Values as `dtype` holds them; the view that a frame does not need is NaN, so that reading it shows."""
+    kind = DTYPES[dtype]
+    mask = (torch.rand(B, T, generator=torch.Generator().manual_seed(9)) < 0.5).to(device)
+    clean, masked = (draw(device, L, B, T, Dt, dtype=kind, seed=seed + s) for s in (1, 2))
+    if views == 2:
+        clean[:, ~mask], masked[:, mask] = torch.nan, torch.nan
+    return LossInputs(
+        [draw(device, B, T, D, dtype=kind, seed=seed + 10 + i) for i in range(L)],
+        (draw(device, L, Dt, D, seed=seed + 3) / D**0.5).to(kind),
+        draw(device, L, Dt, dtype=kind, seed=seed + 4),
+        clean,
+        masked if views == 2 else None,
+        mask,
+        ragged(device, B, T),
+    )
+
+
+def check_loss(
+    device: str, dtype: str, distance: str, L: int, B: int, T: int, D: int, Dt: int, views: int = 2
+) -> dict[str, Any]:
+    """Loss and gradients."""
+    inputs = loss_inputs(device, dtype, L, B, T, D, Dt, views)
+    got, low = (inputs.run(impl, distance) for impl in (kernels_of(device), "torch"))
+    return judge(loss_names(L), got, low, inputs.to(torch.float64).run("torch", distance))
+
+
+# ---- the student ------------------------------------------------------------
+
+
+def check_student(device: str, name: str, mode: str, dtype: str, seconds: float) -> dict[str, Any]:
+    """Whole student, forward and backward through the heads: kernels against twins and float64, ragged batch."""
+    config = preset(name)
+    settings = {f: getattr(config, f) for f in config.__dataclass_fields__}
+    zero = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
+    settings |= {**zero, "attention_mode": mode}
+    samples = int(16000 * seconds)
+    waveforms = draw(device, 3, samples, dtype=torch.float64) * 0.1
+    lengths = torch.tensor([samples, samples * 2 // 3, samples // 2], device=device)
+    state: dict[str, Tensor] | None = None
+    results = []
+    for impl, kind in ((kernels_of(device), DTYPES[dtype]), ("torch", DTYPES[dtype]), ("torch", torch.float64)):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = ARMHuBERT(EncoderConfig(**settings), impl=impl)  # type: ignore[arg-type]
+        if state is None:
+            state = {key: value.to(DTYPES[dtype]).double() for key, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        model.to(device, kind).train()
+        output = model(waveforms.to(DTYPES[dtype]).to(kind), lengths)
+        valid = frame_mask(output.lengths, output.last_hidden_state.shape[1])[..., None]
+        last = output.last_hidden_state * valid
+        first = model.layers[0].attention.qkv.weight
+        value = next(m for m in model.layers if not hasattr(m.attention, "qkv")).attention.value.weight
+        loss = sum((p * valid).double().square().mean() for p in output.projections)
+        results.append([last.detach(), *torch.autograd.grad(loss, [first, value, model.heads.weight])])
+        del model, output
+    return judge(["last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"], *results)
+
+
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "attention": check_attention,
+    "dropout": check_dropout,
+    "padding": check_padding,
+    "rerun": check_rerun,
+    "compile": check_compile,
+    "graph": check_graph,
+    "autocast": check_autocast,
+    "checkpointing": check_checkpointing,
+    "large": check_large,
+    "loss": check_loss,
+    "student": check_student,
+}
+
+
+# ---- which --------------------------------------------------------------
+
+
+def jobs(device: str, quick: bool) -> list[Job]:
+    """Every check; with `quick`, a few tiny ones of each kind. The most telling come first."""
+    found = _quick_jobs() if quick else _jobs()
+    dtypes = ("fp32", "fp16") if device == "cpu" and INTERPRET else tuple(DTYPES)
+    return [Job(check, device, a) for check, a in found if a.get("dtype", "fp32") in dtypes]
+
+
+def _quick_jobs() -> Iterator[tuple[str, dict[str, Any]]]:
+    shape = {"B": 2, "T": 13, "H": 2, "d": 20, "D": 24}
+    for dtype in DTYPES:
+        yield "attention", {"dtype": dtype, "setting": "exact", **shape}
+        yield "attention", {"dtype": dtype, "setting": "resoftmax", **shape, "variant": "outside"}
+        yield "loss", {"dtype": dtype, "distance": "mse", "L": 2, "B": 2, "T": 9, "D": 16, "Dt": 12}
+    yield "dropout", {"dtype": "fp32", "B": 2, "T": 33, "H": 2, "d": 20, "p": 0.3}
+    yield "padding", {"dtype": "fp32", "setting": "exact"}
+    for op in ("exact", "dropout", "loss"):
+        yield "rerun", {"dtype": "fp32", "op": op}
+    for op in ("exact", "loss"):
+        yield "graph", {"dtype": "fp32", "op": op}
+    if not INTERPRET:
+        yield "compile", {"op": "loss"}
+        yield "autocast", {"dtype": "bf16"}
+    yield "checkpointing", {}
+    yield "large", {"op": "attention"}
+    yield "student", {"name": "mini", "mode": "exact", "dtype": "fp32", "seconds": 0.2}
+
+
+def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
+    full = {"B": 4, "T": 499, "H": 12, "d": 40, "D": 480}
+    for dtype in ("bf16", "fp32", "fp16"):
+        yield "student", {"name": "mini", "mode": "exact", "dtype": dtype, "seconds": 3.0}
+        for setting in ("exact", "resoftmax"):
+            yield "attention", {"dtype": dtype, "setting": setting, **full}
+            yield "attention", {"dtype": dtype, "setting": setting, **full, "variant": "inside"}
+        yield "loss", {"dtype": dtype, "distance": "mse", "L": 12, "B": 4, "T": 499, "D": 480, "Dt": 768}
+        yield "dropout", {"dtype": dtype, "B": 2, "T": 200, "H": 3, "d": 40, "p": 0.1}
+        yield "rerun", {"dtype": dtype, "op": "dropout"}
+        yield "graph", {"dtype": dtype, "op": "exact"}
+    for op in ("exact", "resoftmax", "loss"):
+        yield "compile", {"op": op}
+    for dtype in ("bf16", "fp32", "fp16"):
+        for op in ("resoftmax", "dropout", "loss"):
+            yield "graph", {"dtype": dtype, "op": op}
+        for op in ("exact", "resoftmax", "loss"):
+            yield "rerun", {"dtype": dtype, "op": op}
+        for setting in ("exact", "resoftmax"):
+            yield "padding", {"dtype": dtype, "setting": setting}
+            shapes = (
+                (2, 1, 2, 64, 20),
+                (3, 7, 2, 36, 20),
+                (3, 63, 2, 40, 33),
+                (2, 129, 3, 36, 108),
+                (2, 500, 2, 64, 128),
+            )
+            for B, T, H, d, D in shapes:
+                yield "attention", {"dtype": dtype, "setting": setting, "B": B, "T": T, "H": H, "d": d, "D": D}
+        for L, B, T, D, Dt in ((1, 1, 1, 8, 3), (3, 2, 63, 40, 72), (12, 2, 7, 36, 24), (1, 1, 129, 48, 130)):
+            for distance in ("mse", "l1"):
+                yield "loss", {"dtype": dtype, "distance": distance, "L": L, "B": B, "T": T, "D": D, "Dt": Dt}
+        yield "loss", {"dtype": dtype, "distance": "l1", "L": 12, "B": 4, "T": 100, "D": 432, "Dt": 768}
+        yield "loss", {"dtype": dtype, "distance": "mse", "L": 2, "B": 2, "T": 90, "D": 64, "Dt": 80, "views": 1}
+        yield "dropout", {"dtype": dtype, "B": 2, "T": 70, "H": 2, "d": 64, "p": 0.5}
+        yield "attention", {"dtype": dtype, "setting": "exact", **full, "pad": False, "heads_first": True}
+    for dtype in ("bf16", "fp16"):
+        yield "autocast", {"dtype": dtype}
+    yield "checkpointing", {}
+    for mode in ("exact", "resoftmax"):
+        for dtype in ("bf16", "fp32"):
+            yield "student", {"name": "armhubert", "mode": mode, "dtype": dtype, "seconds": 6.0}
+    for op in ("attention", "loss"):
+        yield "large", {"op": op}
+    for dtype in ("bf16", "fp32"):
+        for T, B in ((1500, 2), (6000, 1)):
+            shape = {"B": B, "T": T, "H": 2, "d": 40, "D": 80}
+            yield "attention", {"dtype": dtype, "setting": "resoftmax" if T == 1500 else "exact", **shape}
+    for dtype in ("bf16", "fp32", "fp16"):
+        for d in (12, 24, 80, 128):
+            for setting in ("exact", "resoftmax"):
+                yield "attention", {"dtype": dtype, "setting": setting, "B": 2, "T": 150, "H": 2, "d": d, "D": 33}

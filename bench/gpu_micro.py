@@ -1,0 +1,185 @@
+"""Times of the ops and their baselines on one GPU, a cell of the registry a job; and the variants to choose from."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from armhubert.bench.cases import Candidate, Cell, build, gpu_cells, rehearsal_cells
+from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.kernels import costs
+from armhubert.kernels import reuse_attention as attention_module
+
+GRAPHS_UP_TO_BYTES = 64e6
+"""Cells that move no more are also timed as CUDA graphs: eager PyTorch cannot queue them fast enough."""
+
+
+class Job(NamedTuple):
+    """One cell to time, forward or forward and backward, or only to compile."""
+
+    cell: Cell
+    device: str
+    backward: bool
+    repeats: int
+    compile_only: bool = False
+
+
+def gpu_rates(device: torch.device) -> costs.Gpu | None:
+    """Rates of this GPU, if costs.py knows it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu for known, gpu in costs.GPUS.items() if known in name), None)
+
+
+def jobs(device: str, quick: bool) -> list[Job]:
+    """Every cell, forward and then forward and backward."""
+    cells = list(rehearsal_cells() if quick else gpu_cells())
+    return [Job(cell, device, backward, 3 if quick else 30) for cell in cells for backward in (False, True)]
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Time one cell -> its row."""
+    device = torch.device(job.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    candidates = build(job.cell, device, dtype, grad=job.backward)
+    if job.compile_only:
+        candidates = {name: c for name, c in candidates.items() if name in ("compiled", "compiled released", "flex")}
+    runs, failed = _prepare(candidates, device, job.backward)
+    if job.compile_only:
+        return {"compiled": sorted(runs), "failed": failed}
+    context = torch.enable_grad() if job.backward else torch.no_grad()
+    with context:
+        memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
+        timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
+        graphs: dict[str, Any] = {}
+        moved, operations = job.cell.cost(backward=job.backward)
+        if moved < GRAPHS_UP_TO_BYTES:
+            for name, run in runs.items():
+                try:
+                    graphs[name] = captured(run, device)
+                except Exception as error:
+                    failed[f"{name}, graph"] = _brief(error)
+            replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
+        else:
+            replays = {}
+    floor = job.cell.floor(gpu_rates(device), backward=job.backward)
+    return {
+        "cell": {**job.cell._asdict(), "label": job.cell.label},
+        "pass": "forward+backward" if job.backward else "forward",
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": moved,
+        "operations": operations,
+        "floor_s": floor,
+        "candidates": {
+            name: {
+                **timing._asdict(),
+                "graph": replays[name]._asdict() if name in replays else None,
+                "peak_extra_bytes": memory[name],
+            }
+            for name, timing in timings.items()
+        },
+        "failed": failed,
+    }
+
+
+def _prepare(
+    candidates: dict[str, Candidate], device: torch.device, backward: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each candidate as a callable that has run; those that cannot, with why."""
+    runs: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        try:
+            with torch.enable_grad() if backward else torch.no_grad():
+                run = candidate.forward_backward() if backward else candidate.forward
+                warm(run, device)
+            runs[name] = run
+        except Exception as error:
+            if name == "ours":
+                raise
+            failed[name] = _brief(error)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return runs, failed
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+# ---- ceilings of this machine -----------------------------------------------
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Bytes a second of a large copy and operations a second of a large 16-bit matrix product."""
+    size = 2**29 if device.type == "cuda" else 2**20
+    edge = 8192 if device.type == "cuda" else 256
+    source = torch.ones(size, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(edge, edge, generator=generator, device=device).bfloat16() for _ in range(2))
+    runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    for run in runs.values():
+        warm(run, device)
+    times = interleave(runs, device=device, repeats=10, seconds=3)
+    return {
+        "bytes_per_second": 8 * size / times["copy"].median,
+        "operations_per_second": 2 * edge**3 / times["product"].median,
+    }
+
+
+# ---- variants ---------------------------------------------------------------
+
+
+class VariantJob(NamedTuple):
+    """Reused attention of one shape with the projection inside the kernel and before it."""
+
+    B: int
+    T: int
+    H: int
+    d: int
+    device: str
+    repeats: int
+
+
+def variant_jobs(device: str, quick: bool) -> list[VariantJob]:
+    """Where the two may cross: short sequences at every batch size."""
+    if quick:
+        return [VariantJob(1, 8, 2, 16, device, 2), VariantJob(2, 16, 2, 16, device, 2)]
+    return list(_variant_grid(device))
+
+
+def _variant_grid(device: str) -> Iterator[VariantJob]:
+    for T in (50, 100, 128, 200, 256, 384, 512, 1024):
+        for B in (1, 4, 16, 64):
+            yield VariantJob(B, T, 12, 40, device, 20)
+
+
+def variant_work(job: VariantJob) -> dict[str, Any]:
+    """Forward times of both variants, as CUDA graphs, so that a launch saved on the host does not decide."""
+    device = torch.device(job.device)
+    cell = Cell("reattend", job.B, job.T, job.H, job.d)
+    runs = {}
+    with torch.no_grad():
+        for name, inside in (("inside", True), ("outside", False)):
+            candidate = build(cell, device, torch.float32 if device.type == "cpu" else torch.bfloat16)["ours"]
+            with mock.patch.object(attention_module, "project_inside", return_value=inside):
+                warm(candidate.forward, device)
+                runs[name] = captured(candidate.forward, device)
+        timings = interleave(runs, device=device, repeats=job.repeats, seconds=3.0)
+    return {**job._asdict(), **{f"{name}_s": timing.median for name, timing in timings.items()}}
+
+
+def variant_table(rows: list[dict[str, Any]]) -> list[list[int]]:
+    """[[B, T], ...]: up to B utterances, project inside up to T frames, the last T before that first loses."""
+    table = []
+    for B in sorted({row["B"] for row in rows}):
+        longest = 0
+        for row in sorted((r for r in rows if r["B"] == B), key=lambda r: r["T"]):
+            if row["inside_s"] > row["outside_s"]:
+                break
+            longest = row["T"]
+        table.append([B, longest])
+    return table

@@ -1,0 +1,237 @@
+"""Merge what the GPU stages measured into one file, print it, and draw it."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from armhubert.bench.gpu_micro import ceilings, variant_table
+from armhubert.clock import conditions
+from armhubert.files import write_atomic
+
+STAGES = ("check", "micro", "variants", "model")
+Row = dict[str, Any]
+
+
+def report(device: torch.device, out: Path) -> Path:
+    """DIR/<gpu>-<date>.json from the stages' files, which it replaces; tables; pictures where matplotlib is there."""
+    content = merge(device, out)
+    where = content["conditions"]["device"] if device.type == "cuda" else "rehearsal"
+    name = "-".join(["".join(c if c.isalnum() else "-" for c in where.lower()), content["conditions"]["date"]])
+    path = out / f"{name}.json"
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+    for stage in STAGES:
+        (out / f"{stage}.json").unlink(missing_ok=True)
+    console = Console(width=150)
+    for table in tables(content):
+        console.print(table)
+    try:
+        draw(content, out / name)
+    except ImportError:
+        console.print("matplotlib is not installed: no pictures")
+    except Exception as error:  # a picture must not cost the figures
+        console.print(f"pictures failed: {type(error).__name__}: {error}", markup=False)
+    for line in summary(content):
+        console.print(line, markup=False)
+    console.print(str(path))
+    return path
+
+
+def merge(device: torch.device, out: Path) -> dict[str, Any]:
+    """The stages' rows under their names, what they were measured on, and the choice of variants."""
+    content: dict[str, Any] = {"conditions": {**conditions(device), **_versions(device)}}
+    for stage in STAGES:
+        path = out / f"{stage}.json"
+        content[stage] = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    try:
+        content["ceilings"] = ceilings(device)
+    except Exception as error:
+        content["ceilings"] = {"error": f"{type(error).__name__}: {error}"}
+    measured = [row for row in content["variants"] if "error" not in row]
+    content["project_inside"] = variant_table(measured) if measured else []
+    return content
+
+
+def _versions(device: torch.device) -> dict[str, Any]:
+    import importlib.metadata
+
+    found: dict[str, Any] = {"real": device.type == "cuda"}
+    for package in ("triton", "transformers", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cuda": torch.version.cuda,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+    return found
+
+
+# ---- figures ----------------------------------------------------------------
+
+
+def best(row: Row, name: str) -> float | None:
+    """Seconds of a candidate: the graph's replay where there is one."""
+    candidate = row["candidates"].get(name)
+    if candidate is None:
+        return None
+    return (candidate.get("graph") or candidate)["median"]  # type: ignore[no-any-return]
+
+
+def best_baseline(row: Row) -> tuple[str, float] | None:
+    """The fastest of the others, by name."""
+    others = {name: best(row, name) for name in row["candidates"] if name != "ours"}
+    found = {name: seconds for name, seconds in others.items() if seconds is not None}
+    return min(found.items(), key=lambda item: item[1]) if found else None
+
+
+def measured(content: dict[str, Any]) -> Iterator[Row]:
+    """Micro rows that hold times of ours."""
+    return (row for row in content["micro"] if "ours" in row.get("candidates", {}))
+
+
+def summary(content: dict[str, Any]) -> list[str]:
+    """One screen: what passed, what failed, the worst ratio, where ours loses."""
+    checks = content["check"]
+    passed = [row for row in checks if row.get("ok")]
+    failed = [row for row in checks if not row.get("ok") and not row.get("unreached")]
+    unreached = sum(bool(row.get("unreached")) for row in checks)
+    worst = max((row for row in passed if row.get("ratio") is not None), key=lambda r: r["ratio"], default=None)
+    lines = ["", "SUMMARY" if content["conditions"]["real"] else "SUMMARY of a rehearsal: nothing here is a GPU figure"]
+    lines.append(f"checks: {len(passed)} passed, {len(failed)} FAILED, {unreached} not reached")
+    if worst is not None:
+        lines.append(f"  worst passing ratio {worst['ratio']:.3f}: {worst['job']}: {worst['at']}")
+    lines += [f"  FAILED {row['job']}: {(row.get('error') or row.get('at') or '')[:160]}" for row in failed[:25]]
+    if len(failed) > 25:
+        lines.append(f"  and {len(failed) - 25} more")
+    times = list(measured(content))
+    lost = [row for row in times if (other := best_baseline(row)) and other[1] < best(row, "ours")]  # type: ignore[operator]
+    errors = [row for stage in STAGES[1:] for row in content[stage] if "error" in row]
+    lines.append(
+        f"times: {len(times)} cells, ours slower than the best baseline in {len(lost)}; {len(errors)} jobs without result"
+    )
+    for row in lost[:12]:
+        name, seconds = best_baseline(row)  # type: ignore[misc]
+        lines.append(f"  {row['job']}: ours {best(row, 'ours') * 1e6:.0f} us, {name} {seconds * 1e6:.0f} us")  # type: ignore[operator]
+    lines += [f"  no result: {row['job']}: {row['error'][:140]}" for row in errors[:12]]
+    return lines
+
+
+# ---- tables -----------------------------------------------------------------
+
+
+def tables(content: dict[str, Any]) -> Iterator[Table]:
+    """Times of the ops, then end to end, then the variants."""
+    title = content["conditions"]["device"]
+    shown = Table("cell", "pass", "ours us", "graph us", "x floor", "best baseline", "us", "x", "released x", "peak MB",
+                  "baseline MB", title=f"ops, {title}")  # fmt: skip
+    for row in measured(content):
+        ours, other, released = row["candidates"]["ours"], best_baseline(row), best(row, "released")
+        mine = best(row, "ours") or float("nan")
+        graph = ours["graph"]
+        shown.add_row(
+            row["cell"]["label"],
+            "f" if row["pass"] == "forward" else "f+b",
+            f"{ours['median'] * 1e6:.1f}",
+            f"{graph['median'] * 1e6:.1f}" if graph else "",
+            f"{mine / row['floor_s']:.2f}" if row["floor_s"] else "",
+            other[0] if other else "",
+            f"{other[1] * 1e6:.1f}" if other else "",
+            f"{other[1] / mine:.2f}" if other else "",
+            f"{released / mine:.2f}" if released else "",
+            _megabytes(ours["peak_extra_bytes"]),
+            _megabytes(row["candidates"][other[0]]["peak_extra_bytes"]) if other else "",
+        )
+    yield shown
+    whole = Table(
+        "end to end", "batch", "candidate", "ms", "hours of audio a second", "steps a second", "peak MB", title=title
+    )
+    for row in content["model"]:
+        for name, c in row.get("candidates", {}).items():
+            whole.add_row(
+                row["kind"], str(row["batch"]), name, f"{c['median'] * 1e3:.2f}",
+                f"{c['hours_of_audio_per_second']:.3f}",
+                f"{c['steps_per_second']:.2f}" if "steps_per_second" in c else "", _megabytes(c["peak_extra_bytes"]),
+            )  # fmt: skip
+    yield whole
+    if content["project_inside"]:
+        variants = Table("B", "project inside up to T", title="variants of reused attention")
+        for batch, longest in content["project_inside"]:
+            variants.add_row(str(batch), str(longest))
+        yield variants
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f}"
+
+
+# ---- pictures ---------------------------------------------------------------
+
+
+def draw(content: dict[str, Any], stem: Path) -> None:
+    """STEM-roofline.png: operations a second over operations a byte; STEM-bars.png: speed against each baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = list(measured(content))
+    if not rows:
+        return
+    colours = {"attend": "C0", "reattend": "C1", "pair": "C2", "loss": "C3", "conv": "C4"}
+    title = content["conditions"]["device"] + ("" if content["conditions"]["real"] else " (rehearsal)")
+
+    def canvas(width: float, height: float) -> Any:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure
+
+    def save(figure: Any, name: str) -> None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        write_atomic(stem.with_name(f"{stem.name}-{name}.png"), buffer.getvalue())
+
+    figure = canvas(7.5, 5)
+    axes = figure.subplots()
+    for op in dict.fromkeys(row["cell"]["op"] for row in rows):
+        for which, marker in (("forward", "o"), ("forward+backward", "^")):
+            mine = [row for row in rows if row["cell"]["op"] == op and row["pass"] == which]
+            axes.scatter(
+                [row["operations"] / row["bytes"] for row in mine],
+                [row["operations"] / best(row, "ours") / 1e12 for row in mine],  # type: ignore[operator]
+                marker=marker, color=colours.get(op, "C5"), s=28, label=f"{op}, {which}",
+            )  # fmt: skip
+    roof = content["ceilings"]
+    if "error" not in roof:
+        intensity = [10 ** (i / 20) for i in range(0, 75)]
+        top = [min(i * roof["bytes_per_second"], roof["operations_per_second"]) / 1e12 for i in intensity]
+        axes.plot(intensity, top, color="0.4", label="measured copy and matrix product")
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations a byte (fewest)", ylabel="Tera-operations a second", title=title
+    )
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=7)
+    save(figure, "roofline")
+
+    names = list(dict.fromkeys(name for row in rows for name in row["candidates"] if name != "ours"))
+    figure = canvas(9, 1.5 + 0.16 * len(rows) * max(1, len(names) / 2))
+    axes = figure.subplots()
+    height = 0.8 / max(1, len(names))
+    for number, name in enumerate(names):
+        points = [(i, s / (best(row, "ours") or 1)) for i, row in enumerate(rows) if (s := best(row, name))]
+        axes.barh([i + number * height for i, _ in points], [x for _, x in points], height, label=name)
+    axes.axvline(1, color="0.3", linewidth=0.8)
+    labels = [f"{row['cell']['label']} {'f+b' if '+' in row['pass'] else 'f'}" for row in rows]
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], labels, fontsize=6)
+    axes.set(xscale="log", xlabel="time over ours", title=title)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=7)
+    save(figure, "bars")

@@ -1,0 +1,125 @@
+"""Run jobs in processes of their own, so that one that crashes, hangs or poisons its CUDA context costs one row.
+
+After an illegal memory access every later call of the same process fails; a worker that reports one is replaced.
+"""
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+Work = Callable[[Any], dict[str, Any]]
+
+
+def _serve(work: Work, pipe: Connection) -> None:
+    """A worker: job in, row out, until the pipe closes or the device no longer answers."""
+    import torch
+
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            row = work(job)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:600]
+            row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}"}
+        alive = True
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception:
+                alive = False
+        pipe.send((alive, row))
+        if not alive:
+            return
+
+
+class _Worker:
+    def __init__(self, work: Work) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, theirs))
+        self.process.start()
+        theirs.close()
+        self.job: int | None = None
+        self.started = 0.0
+
+    def give(self, index: int, job: Any) -> None:
+        self.job, self.started = index, time.monotonic()
+        self.pipe.send(job)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.close()
+        self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(10)
+
+
+def run(
+    work: Work, jobs: Sequence[Any], *, workers: int, job_seconds: float, deadline: float
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, row) of each job as it finishes, in any order; a row with "error" where there is no result.
+
+    Args:
+        work: importable function of one job.
+        jobs: picklable.
+        workers: processes at once.
+        job_seconds: after which a job is stopped.
+        deadline: `time.monotonic()` at which everything is.
+    """
+    waiting = list(range(len(jobs)))[::-1]
+    crew: list[_Worker] = []
+    try:
+        while waiting or any(w.job is not None for w in crew):
+            if time.monotonic() > deadline:
+                break
+            while waiting and len(crew) < workers:
+                crew.append(_Worker(work))
+                first = waiting.pop()
+                crew[-1].give(first, jobs[first])
+            ready = wait([w.pipe for w in crew if w.job is not None], timeout=0.5)
+            for worker in list(crew):
+                if worker.job is None:
+                    continue
+                index, seconds = worker.job, time.monotonic() - worker.started
+                alive = True
+                row: dict[str, Any] | None = None
+                if worker.pipe in ready:
+                    try:
+                        alive, row = worker.pipe.recv()
+                    except (EOFError, OSError):
+                        worker.process.join(5)
+                        alive, row = False, {"error": f"the process died, exit code {worker.process.exitcode}"}
+                elif seconds > job_seconds:
+                    worker.process.kill()
+                    alive, row = False, {"error": f"stopped after {seconds:.0f} s"}
+                if row is None:
+                    continue
+                worker.job = None
+                if not alive:
+                    crew.remove(worker)
+                    worker.stop()
+                elif waiting:
+                    following = waiting.pop()
+                    worker.give(following, jobs[following])
+                yield index, {**row, "wall_s": round(seconds, 2)}
+        running = {w.job for w in crew if w.job is not None}
+        for worker in crew:
+            if worker.job is not None:
+                worker.process.kill()
+        for index in sorted(running | set(waiting)):
+            yield index, {"error": "not finished: the stage's time was over", "unreached": True}
+    finally:
+        for worker in crew:
+            worker.stop()
