@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from armhubert.convert.tensors import read_pickle
+from armhubert.convert.pickles import read_pickle
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 

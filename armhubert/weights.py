@@ -18,6 +18,8 @@ class Weights(NamedTuple):
     """Where they came from, for messages."""
     ignored: tuple[str, ...] = ()
     """Names in the source that have no place in an encoder: quantisers, CTC heads, optimiser state."""
+    inferred: tuple[str, ...] = ()
+    """`name=value` of settings that the source does not state: those of the published models of that size."""
 
     def with_config(self, **changes: Any) -> "Weights":
         """The same tensors under a changed configuration."""

@@ -235,7 +235,7 @@ class Hostile:
 def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(hubert, tmp_path):
     (tmp_path / "config.json").write_text((hubert / "config.json").read_text())
     torch.save({"a": Hostile(tmp_path / "executed")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ArmhubertError, match="more than tensors and plain containers") as caught:
+    with pytest.raises(ArmhubertError, match=r"got <posix\.mkdir> under") as caught:
         load_teacher(tmp_path)
     one_line(caught)
     assert not (tmp_path / "executed").exists()
@@ -409,7 +409,7 @@ def test_a_released_tensor_of_any_wrong_shape_is_one_line(tmp_path, shape):
 
 def test_a_checkpoint_that_wants_to_run_code_or_is_no_student_is_refused(tmp_path):
     torch.save({"state_dict": {"student_model.x": Hostile(tmp_path / "executed")}}, tmp_path / "s.ckpt")
-    with pytest.raises(ArmhubertError, match="more than tensors") as caught:
+    with pytest.raises(ArmhubertError, match=r"got <posix\.mkdir> under") as caught:
         ARMHuBERT.from_pretrained(tmp_path / "s.ckpt")
     one_line(caught)
     assert not (tmp_path / "executed").exists()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.config import read_mapping
-from armhubert.convert import distilhubert, dphubert, huggingface, native, released, torchaudio
-from armhubert.convert.tensors import read_pickle
+from armhubert.convert import distilhubert, dphubert, fairseq, huggingface, native, released, torchaudio, wavlm
+from armhubert.convert.pickles import read_pickle
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -32,6 +32,10 @@ FILE_FORMATS: tuple[FileFormat, ...] = (
     FileFormat("released student", released.recognise, released.load),
     FileFormat("s3prl DistilHuBERT", distilhubert.recognise, distilhubert.load),
     FileFormat("DPHuBERT", dphubert.recognise, dphubert.load),
+    FileFormat("WavLM of Microsoft", wavlm.recognise, wavlm.load),
+    FileFormat("fairseq checkpoint", fairseq.recognise, fairseq.load),
+    FileFormat("s3prl conversion of one", fairseq.recognise_s3prl, fairseq.load_s3prl),
+    FileFormat("torchaudio state dict", torchaudio.recognise, torchaudio.load_state),
 )
 
 
@@ -74,7 +78,7 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _from_file(path: Path) -> Weights:
-    content = read_pickle(path)
+    content = read_pickle(path, stand_ins=True)
     if isinstance(content, Mapping):
         for kind in FILE_FORMATS:
             if kind.recognise(content):

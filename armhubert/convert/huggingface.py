@@ -130,21 +130,27 @@ _NAMES = (
 
 
 def rename(encoder: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """Tensors by transformers' names -> by ours."""
+    """Tensors by transformers' names -> by ours; a reusing layer has no queries and keys.
+
+    Raises:
+        KeyError: the name of a projection that is missing; any other tensor is missed when the model is built.
+    """
     state = {}
     for name, tensor in encoder.items():
         if re.fullmatch(r"encoder\.layers\.\d+\.attention\.[qkv]_proj\.(weight|bias)", name):
             continue
         if match := re.fullmatch(r"encoder\.layers\.(\d+)\.attention\.gru_rel_pos_const", name):
             state[f"layers.{match[1]}.attention.gate_scale"] = tensor.flatten()
-        elif match := re.fullmatch(r"feature_extractor\.conv_layers\.([1-9]\d*)\.(conv|layer_norm)\.(\w+)", name):
+        elif match := re.fullmatch(r"feature_extractor\.conv_layers\.([1-9]\d{0,3})\.(conv|layer_norm)\.(\w+)", name):
             part = "norm" if match[2] == "layer_norm" else "conv"
             state[f"front_end.rest.{int(match[1]) - 1}.{part}.{match[3]}"] = tensor
         else:
             state[renamed(name, _NAMES)] = tensor
     for layer in filter(config.kept_heads, range(config.layers)):
+        prefix = f"encoder.layers.{layer}.attention."
         for kind in ("weight", "bias"):
-            state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(
-                encoder, f"encoder.layers.{layer}.attention.", kind
-            )
+            if config.pattern[layer] == "R":
+                state[f"layers.{layer}.attention.value.{kind}"] = encoder[f"{prefix}v_proj.{kind}"]
+            else:
+                state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(encoder, prefix, kind)
     return state

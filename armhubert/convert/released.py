@@ -1,5 +1,7 @@
 """Students of the authors' released code: `.ckpt` with their run configuration `.yaml` beside it.
 
+ARMHuBERT, ARMHuBERT-S, ARMwavLM-S, MaskHuBERT, and STaRHuBERT, which has neither heads nor a mask embedding.
+
 Their maps pass through the softmax a second time (`resoftmax`); a converted student reads them the same way.
 """
 
@@ -11,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build, parse_conv_layers, read_mapping
-from armhubert.convert.tensors import fused_qkv, renamed, tensors_of
+from armhubert.config import EncoderConfig, build, read_mapping
+from armhubert.convert import fairseq
+from armhubert.convert.tensors import tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
 _PREFIX = "student_model."
+_HEAD = re.compile(r"proj_head\.\d+\.lin_proj\.(weight|bias)")
 
 
 def recognise(content: Mapping[str, Any]) -> bool:
@@ -32,7 +36,12 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
         ArmhubertError: no `.yaml` beside it, or settings that no released student has.
     """
     tensors = tensors_of(content["state_dict"], path)
-    student = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
+    student = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in tensors.items()
+        # STaRHuBERT's last projection serves its training only
+        if name.startswith(_PREFIX) and not name.startswith(f"{_PREFIX}final_proj.")
+    }
     settings = path.with_suffix(".yaml")
     if not settings.is_file():
         found = sorted(path.parent.glob("*.yaml"))
@@ -43,7 +52,8 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     if not isinstance(section, dict):
         raise ArmhubertError(f"{settings} must hold a 'distiller' section")
     config = build(EncoderConfig, _settings(section, student, settings), str(settings))
-    ignored = tuple(sorted(tensors.keys() - {_PREFIX + name for name in student}))
+    others = sorted(str(key) for key in content if key != "state_dict")
+    ignored = (*sorted(tensors.keys() - {_PREFIX + name for name in student}), *others)
     try:
         return Weights(config, rename(student, config), str(path), ignored)
     except KeyError as error:
@@ -52,37 +62,20 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
 
 def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """EncoderConfig's fields from the `distiller` section."""
-    for key, needed in (
-        ("layer_type", "transformer"),
-        ("pos_conv_depth", 1),
-        ("activation_fn", "gelu"),
-        ("enable_tr_layer", False),
-        ("pred_head_inter_dim", 0),
-    ):
+    for key, needed in (("enable_tr_layer", False), ("pred_head_inter_dim", 0)):
         if section.get(key, needed) != needed:
-            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r}")
+            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r:.100}")
     heads = [name for name in student if re.fullmatch(r"proj_head\.\d+\.lin_proj\.weight", name)]
     if heads and student[heads[0]].ndim != 2:
         raise ArmhubertError(f"{heads[0]} must be a matrix, got shape {list(student[heads[0]].shape)}")
     pattern = _read_pattern(str(section.get("reuse_pattern", "[]")), source)
-    return {
-        "conv_layers": parse_conv_layers(str(section.get("conv_feature_layers"))),
-        "width": section.get("encoder_embed_dim"),
-        "layers": section.get("encoder_layers"),
-        "heads": section.get("encoder_attention_heads"),
-        "ffn": section.get("encoder_ffn_embed_dim"),
+    return fairseq.settings_of(section, student, str(source)) | {
         "pattern": pattern,
         "attention_mode": "resoftmax" if "R" in pattern else "exact",
         "head_width": student[heads[0]].shape[0] if heads else None,
         "scale_layer_gradients": section.get("layer_grad_scale", False),
-        "conv_norm": "layer" if section.get("extractor_mode") == "layer_norm" else "group",
-        "conv_bias": section.get("conv_bias", False),
-        "feature_projection": "post_extract_proj.weight" in student,
-        "norm_first": section.get("layer_norm_first", False),
-        "position_kernel": section.get("conv_pos", 128),
-        "position_groups": section.get("conv_pos_groups", 16),
-        "dropout": section.get("dropout", 0.0),
-        "attention_dropout": section.get("attention_dropout", 0.0),
+        "dropout": section.get("dropout", 0.1),
+        "attention_dropout": section.get("attention_dropout", 0.1),
         "activation_dropout": section.get("activation_dropout", 0.0),
         "input_dropout": section.get("dropout_input", 0.0),
     }
@@ -101,45 +94,18 @@ def _read_pattern(text: str, source: Path) -> str:
     return letters
 
 
-_NAMES = (
-    (r"mask_emb", "mask_embedding"),
-    (r"feature_extractor\.conv_layers\.0\.0\.(weight|bias)", r"front_end.first.conv.\1"),
-    (r"feature_extractor\.conv_layers\.0\.2\.(weight|bias)", r"front_end.first.norm.\1"),
-    (r"post_extract_proj\.(\w+)", r"feature_projection.\1"),
-    (r"layer_norm\.(\w+)", r"feature_norm.\1"),
-    (r"encoder\.pos_conv\.0\.bias", "position.conv.bias"),
-    (r"encoder\.pos_conv\.0\.weight_g", "position.conv.parametrizations.weight.original0"),
-    (r"encoder\.pos_conv\.0\.weight_v", "position.conv.parametrizations.weight.original1"),
-    (r"encoder\.layer_norm\.(\w+)", r"norm.\1"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"layers.\1.attention.output.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"layers.\1.attention_norm.\2"),
-    (r"encoder\.layers\.(\d+)\.fc1\.(\w+)", r"layers.\1.up.\2"),
-    (r"encoder\.layers\.(\d+)\.fc2\.(\w+)", r"layers.\1.down.\2"),
-    (r"encoder\.layers\.(\d+)\.final_layer_norm\.(\w+)", r"layers.\1.ffn_norm.\2"),
-)
-
-
 def rename(student: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """Tensors (weights, or gradients) by the released names -> by ours."""
-    state = {}
-    for name, tensor in student.items():
-        if re.fullmatch(r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj\.\w+|proj_head\.\d+\.lin_proj\.\w+", name):
-            continue
-        if match := re.fullmatch(r"feature_extractor\.conv_layers\.([1-9]\d*)\.0\.(weight|bias)", name):
-            state[f"front_end.rest.{int(match[1]) - 1}.conv.{match[2]}"] = tensor
-            continue
-        state[renamed(name, _NAMES)] = tensor
-    for layer, letter in enumerate(config.pattern):
-        prefix = f"encoder.layers.{layer}.self_attn."
-        for kind in ("weight", "bias"):
-            if letter == "C":
-                state[f"layers.{layer}.attention.qkv.{kind}"] = fused_qkv(student, prefix, kind)
-            else:
-                state[f"layers.{layer}.attention.value.{kind}"] = student[f"{prefix}v_proj.{kind}"]
+    """Tensors (weights, or gradients) by the released names -> by ours.
+
+    Raises:
+        KeyError: the name of a projection or head that is missing.
+    """
+    heads = {name: tensor for name, tensor in student.items() if _HEAD.fullmatch(name)}
+    state = fairseq.rename({name: tensor for name, tensor in student.items() if name not in heads}, config)
     if config.head_width is not None:
         for kind in ("weight", "bias"):
-            heads = [student[f"proj_head.{layer}.lin_proj.{kind}"] for layer in range(config.layers)]
-            if len({head.shape for head in heads}) > 1:
+            layers = [heads[f"proj_head.{layer}.lin_proj.{kind}"] for layer in range(config.layers)]
+            if len({layer.shape for layer in layers}) > 1:
                 raise ArmhubertError(f"proj_head.*.lin_proj.{kind} must have one shape in all layers")
-            state[f"heads.{kind}"] = torch.stack(heads)
+            state[f"heads.{kind}"] = torch.stack(layers)
     return state

@@ -1,6 +1,5 @@
 """Tensors from files of strangers: safetensors, or pickles read without running anything in them."""
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from armhubert.config import read_mapping
+from armhubert.convert.pickles import read_pickle
 from armhubert.errors import ArmhubertError
 
 
@@ -37,36 +37,30 @@ def read_file(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ArmhubertError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from None
-    state = read_pickle(path)
-    return tensors_of(state, path)
-
-
-def read_pickle(path: Path) -> Any:
-    """What a torch pickle holds, through torch's restricted unpickler: tensors and plain containers only.
-
-    Raises:
-        ArmhubertError: damaged, or holding anything that would have to be executed.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArmhubertError(
-            f"{path} holds more than tensors and plain containers, so it is not read: {reason}"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ArmhubertError(
-            f"{path} is damaged or no torch checkpoint: {' '.join(str(error).split())[:200]}"
-        ) from None
+    return tensors_of(read_pickle(path, stand_ins=True), path)
 
 
 def tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
-    """`state` as a mapping from names to tensors, or an ArmhubertError."""
-    if not isinstance(state, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise ArmhubertError(f"{path} must hold a mapping from names to tensors")
-    return dict(state)
+    """`state`, read from `path`, as a mapping from names to tensors of its own memory.
+
+    Raises:
+        ArmhubertError: anything else in it, or tensors that together are far larger than the file.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ArmhubertError(f"{path} must hold a mapping from names to tensors, got {type(state).__name__}")
+    held: dict[int, int] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ArmhubertError(
+                f"{path} must hold a mapping from names to tensors, got {value!r:.100} under {name[:100]!r}"
+            )
+        storage = value.untyped_storage()
+        held[storage.data_ptr()] = max(storage.nbytes(), held.get(storage.data_ptr(), 0))
+    total = sum(value.numel() * value.element_size() for value in state.values())
+    # Two names for one tensor are legitimate; hundreds would make a small file a large model.
+    if total > 4 * sum(held.values()):
+        raise ArmhubertError(f"{path} is damaged: its tensors take {total} bytes of {sum(held.values())} in the file")
+    return {name: value.clone() for name, value in state.items()}
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""torchaudio's pretrained pipelines: HUBERT_BASE, HUBERT_LARGE, WAV2VEC2_BASE, WAVLM_BASE, ...
+"""torchaudio's pretrained pipelines (HUBERT_BASE, HUBERT_LARGE, WAV2VEC2_BASE, WAVLM_BASE, ...) and state dicts.
 
 torchaudio's importers drop the mask embedding, so these teachers have no masked view: distil from them with
 `--loss plain` or `star`, or take the same weights from the hub.
@@ -6,13 +6,15 @@ torchaudio's importers drop the mask embedding, so these teachers have no masked
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build
-from armhubert.convert import huggingface
+from armhubert.convert import huggingface, shapes
+from armhubert.convert.tensors import tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -56,6 +58,54 @@ def from_model(model: torch.nn.Module, source: str, *, normalize: bool) -> Weigh
     return Weights(config, huggingface.rename(names, config), source, tuple(ignored))
 
 
+def recognise(content: Mapping[str, Any]) -> bool:
+    """Whether these are tensors by torchaudio's names, bare or under `state_dict`."""
+    return _prefix(_bare(content)) is not None
+
+
+def load_state(content: Mapping[str, Any], path: Path) -> Weights:
+    """The state dict of a torchaudio Wav2Vec2Model or HuBERTPretrainModel, whatever stands before its names.
+
+    A state dict has no configuration: see `armhubert.convert.shapes`. Pretraining models have their mask embedding.
+
+    Raises:
+        ArmhubertError: tensors or sizes that tell no encoder.
+    """
+    bare = _bare(content)
+    tensors, prefix = tensors_of(bare, path), _prefix(bare)
+    assert prefix is not None, "recognised"
+    names: dict[str, Tensor] = {}
+    ignored = [] if bare is content else sorted(str(key) for key in content if key != "state_dict")
+    mask = next((name for name in tensors if name.endswith("mask_generator.mask_embedding")), None)
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        if name == mask:
+            names["masked_spec_embed"] = tensor
+        elif name.startswith(prefix) and short.startswith(("feature_extractor.", "encoder.")):
+            names.update(_transformers_names(short, tensor))
+        else:
+            ignored.append(name)
+    settings, inferred = shapes.infer(names, path)
+    config = build(EncoderConfig, settings, str(path))
+    try:
+        state = huggingface.rename(names, config)
+    except KeyError as error:
+        raise ArmhubertError(f"{path} lacks {error.args[0]} (by transformers' names)") from None
+    return Weights(config, state, str(path), tuple(ignored), inferred)
+
+
+def _bare(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    state = content.get("state_dict")
+    return state if isinstance(state, Mapping) else content
+
+
+def _prefix(tensors: Mapping[str, Any]) -> str | None:
+    """What stands before torchaudio's names; None: these are not torchaudio's."""
+    telling = "encoder.transformer.pos_conv_embed.conv.bias"
+    found = [name.removesuffix(telling) for name in tensors if isinstance(name, str) and name.endswith(telling)]
+    return found[0] if len(found) == 1 else None
+
+
 def _transformers_names(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
     """torchaudio's names are transformers' but for two prefixes and WavLM's fused projections."""
     name = name.replace("encoder.feature_projection.", "feature_projection.").replace(
@@ -63,6 +113,8 @@ def _transformers_names(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
     )
     name = name.replace(".attention.attention.", ".attention.")
     if match := re.fullmatch(r"(.*\.attention\.)in_proj_(weight|bias)", name):
+        if tensor.ndim == 0 or len(tensor) % 3:
+            raise ArmhubertError(f"{name} must hold queries, keys and values, got shape {list(tensor.shape)}")
         return {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", tensor.chunk(3), strict=True)}
     return {name: tensor}
 
