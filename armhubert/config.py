@@ -170,6 +170,17 @@ class EncoderConfig:
         return self.ffn if self.layer_ffn is None else self.layer_ffn[layer]
 
     @property
+    def sizes(self) -> str:
+        """Width, heads and feed-forward width in words; ranges where layers differ."""
+        heads, ffn = str(self.heads), str(self.ffn)
+        if self.layer_heads is not None:
+            counts = sorted(map(len, self.layer_heads))
+            heads = f"{counts[0]} to {counts[-1]} of {heads}"
+        if self.layer_ffn is not None:
+            ffn = f"{min(self.layer_ffn)} to {max(self.layer_ffn)}"
+        return f"width {self.width}, {heads} heads, FFN {ffn}"
+
+    @property
     def receptive_field(self) -> int:
         """Samples that the first frame needs; a shorter waveform has no frame."""
         field = 1

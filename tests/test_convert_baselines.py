@@ -556,6 +556,8 @@ def test_plain_models_keep_their_settings_file():
     assert build(EncoderConfig, pruned.as_dict(), "x") == pruned
     assert [pruned.kept_heads(1), config.kept_heads(1)] == [(), (0, 1, 2, 3)]
     assert [pruned.ffn_width(1), config.ffn_width(1)] == [0, 16]
+    assert config.sizes == "width 32, 4 heads, FFN 16"
+    assert pruned.sizes == "width 32, 0 to 1 of 4 heads, FFN 0 to 16"
 
 
 @pytest.mark.parametrize(
