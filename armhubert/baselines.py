@@ -1,0 +1,155 @@
+"""What a student is compared with: other libraries' models on random weights, and the released way of computing one.
+
+Every baseline maps waveforms [B, S] to features [B, T, D]. The figures of a profile depend on shapes, not on the values
+of weights, so nothing is downloaded.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from armhubert.config import EncoderConfig
+from armhubert.encoder import ComputingAttention, EncoderLayer, ReusingAttention, SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.frontend import normalize_waveform
+
+
+class ReleasedWay(nn.Module):
+    """A student computed as the authors' released code does, with the student's own weights.
+
+    Convolution, group norm and GELU as passes of their own; a softmax over a map that is stored, and put through the
+    softmax again in reusing layers. Equal to the student in `resoftmax` mode where nothing is padded, and slower: it is
+    the baseline of our speed, not an implementation to use.
+    """
+
+    def __init__(self, student: SpeechEncoder) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """[B, S] -> [B, T, D]."""
+        model = self.student
+        if model.config.normalize_input:
+            waveforms = normalize_waveform(waveforms, None)
+        x = waveforms[:, None]
+        for layer in (model.front_end.first, *model.front_end.rest):
+            x = layer.conv(x)
+            if isinstance(layer.norm, nn.GroupNorm):
+                x = layer.norm(x)
+            elif layer.norm is not None:
+                x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
+            x = F.gelu(x)
+        x = model.feature_projection(model.feature_norm(x.transpose(1, 2)))
+        x = x + model.position(x)
+        x = x if model.config.norm_first else model.norm(x)
+        probabilities = x.new_empty(0)
+        for layer in model.layers:
+            assert isinstance(layer, EncoderLayer)
+            x, probabilities = self._layer(layer, x, probabilities)
+        return model.norm(x) if model.config.norm_first else x
+
+    def _layer(self, layer: EncoderLayer, x: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(layer.attention, (ComputingAttention, ReusingAttention)), "released students have no other"
+        inputs = layer.attention_norm(x) if layer.norm_first else x
+        batch, heads = len(x), self.student.config.heads
+        if isinstance(layer.attention, ReusingAttention):
+            probabilities = probabilities.softmax(-1)
+            values = rearrange(layer.attention.value(inputs), "b t (h d) -> (b h) t d", h=heads)
+        else:
+            q, k, values = rearrange(
+                layer.attention.qkv(inputs), "b t (three h d) -> three (b h) t d", three=3, h=heads
+            ).contiguous()
+            probabilities = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(-1)
+        out = rearrange(torch.bmm(probabilities, values), "(b h) t d -> b t (h d)", b=batch)
+        x = x + layer.attention.output(out)
+        assert layer.up is not None
+        assert layer.down is not None
+        if layer.norm_first:
+            return x + layer.down(F.gelu(layer.up(layer.ffn_norm(x)))), probabilities
+        x = layer.attention_norm(x)
+        return layer.ffn_norm(x + layer.down(F.gelu(layer.up(x)))), probabilities
+
+
+class _Last(nn.Module):
+    """Another library's model as waveforms -> last hidden state."""
+
+    def __init__(self, model: nn.Module, pick: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.pick = model, pick
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """[B, S] -> [B, T, D]."""
+        return self.pick(self.model(waveforms))
+
+
+def _transformers(kind: str, **settings: Any) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise ArmhubertError(
+            "this baseline needs transformers, which is not installed: "
+            'pip install "armhubert[transformers]", or take hubert-base-torchaudio'
+        ) from None
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return _Last(getattr(transformers, f"{kind}Model")(config), lambda output: output.last_hidden_state)
+
+
+def _torchaudio() -> nn.Module:
+    import torchaudio
+
+    return _Last(torchaudio.models.hubert_base(), lambda output: output[0])
+
+
+BASELINES: Mapping[str, Callable[[], nn.Module]] = {
+    "hubert-base": lambda: _transformers("Hubert", attn_implementation="sdpa"),
+    "hubert-base-torchaudio": _torchaudio,
+    "wavlm-base": lambda: _transformers("WavLM"),
+    "distilhubert": lambda: _transformers(
+        "Hubert", num_hidden_layers=2, feat_proj_layer_norm=False, attn_implementation="sdpa"
+    ),
+}
+"""Baselines by name, on random weights; `released` beside them is the student's own weights in `ReleasedWay`."""
+
+
+def baseline(name: str) -> nn.Module:
+    """A named baseline in eval mode, without touching the global random state.
+
+    Raises:
+        ArmhubertError: the library that it comes from is not installed.
+    """
+    with torch.random.fork_rng([]):
+        return BASELINES[name]().eval().requires_grad_(False)
+
+
+def macs(config: EncoderConfig, samples: int, *, heads: bool = True) -> int:
+    """Multiply-accumulates of one utterance of `samples` samples, as the papers count them.
+
+    Convolutions, linear maps and the two attention products of every layer; a reusing layer has one, since its map is
+    there already (recomputing it tile by tile, as some of our kernels do, is a choice of speed and not counted). With
+    `heads`, the distillation heads too, where there are any.
+    """
+    total, channels, length = 0, 1, samples
+    for outputs, kernel, stride in config.conv_layers:
+        length = (length - kernel) // stride + 1
+        total += length * outputs * channels * kernel
+        channels = outputs
+    width, frames = config.width, length
+    if config.feature_projection:
+        total += frames * channels * width
+    total += (
+        (frames + 1 - config.position_kernel % 2) * width * width // config.position_groups * config.position_kernel
+    )
+    for layer, letter in enumerate(config.pattern):
+        linears, products = (4, 2) if letter == "C" else (2, 1)
+        kept = len(config.kept_heads(layer)) * width // config.heads
+        total += linears * frames * width * kept + products * frames**2 * kept
+        total += 2 * frames * width * config.ffn_width(layer)
+        if config.position_buckets:
+            total += frames * kept * 8
+    if heads and config.head_width:
+        total += config.layers * frames * width * config.head_width
+    return total

@@ -1,0 +1,157 @@
+"""`armhubert profile`: argv -> ProfileConfig -> tables on the screen, files in a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from armhubert.cli import ui
+from armhubert.cli.app import app
+from armhubert.errors import ArmhubertError
+
+if TYPE_CHECKING:
+    from armhubert.clock import Timing
+    from armhubert.profile import Profile
+
+N = TypeVar("N", int, float)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A student's folder, a released .ckpt, or any model as for distill.")],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME[:MODE], may be repeated: hubert-base, hubert-base-torchaudio, wavlm-base, distilhubert "
+            "(random weights), released (this student as the released code computes it), or a model. "
+            "[hubert-base, distilhubert, released]"
+        ),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="eager, compiled, bf16, triton; may be repeated. [eager]"),
+    ] = None,
+    seconds: Annotated[str, typer.Option(help="Lengths for latency at batch size 1.")] = "1,5,10,30",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes for throughput; '' for none.")] = "4,8",
+    batch_seconds: Annotated[float, typer.Option(help="Length of the utterances of these batches.")] = 10.0,
+    heads: Annotated[bool, typer.Option("--heads", help="Keep the student's distillation heads.")] = False,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs of each cell.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs before timing.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and .png here.")] = None,
+) -> None:
+    """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
+    import torch
+
+    from armhubert.profile import Building, Measuring, Profile, ProfileConfig, write
+    from armhubert.profile import profile as measure
+
+    if threads is not None:
+        if threads < 1:
+            raise ArmhubertError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    config = ProfileConfig(
+        model=model,
+        baselines=tuple(baseline) if baseline else ("hubert-base", "distilhubert", "released"),
+        modes=tuple(mode or ("eager",)),
+        seconds=numbers(seconds, float, "--seconds"),
+        batch_sizes=numbers(batch_sizes, int, "--batch-sizes"),
+        batch_seconds=batch_seconds,
+        heads=heads,
+        repeats=repeats,
+        warmup=warmup,
+        device=device,
+        memory=memory,
+    )
+    with ui.progress() as show:
+        for report in measure(config):
+            if isinstance(report, Building):
+                show(f"load {report.name}", 0, None)
+            elif isinstance(report, Measuring):
+                show(f"measure {report.what}", report.done, report.total)
+            elif isinstance(report, Profile):
+                result = report
+    render(result)
+    if out is not None:
+        for path in write(result, out):
+            ui.say(f"wrote {path}")
+
+
+def numbers(text: str, kind: Callable[[str], N], option: str) -> tuple[N, ...]:
+    """`1,5,10` -> (1, 5, 10).
+
+    Raises:
+        ArmhubertError: anything in it that is no number.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ArmhubertError(f"{option} must be numbers with commas between them, got {text!r}") from None
+
+
+def render(result: "Profile") -> None:
+    """Three tables: times, ratios to each baseline, and what the models are."""
+    from rich.table import Table
+
+    from armhubert.profile import label
+
+    single = [cell for cell in result.cells if cell.batch == 1]
+    batched = [cell for cell in result.cells if cell.batch > 1]
+    times = Table(title="median seconds at batch size 1; seconds of audio a second for batches", title_justify="left")
+    times.add_column("model")
+    for cell in single:
+        times.add_column(f"{cell.seconds:g} s", justify="right")
+    for cell in batched:
+        times.add_column(f"{cell.batch} x {cell.seconds:g} s", justify="right")
+    for model in result.models:
+        row = [_spread(cell.timings[model.name]) for cell in single]
+        row += [f"{cell.batch * cell.seconds / cell.timings[model.name].median:.1f}" for cell in batched]
+        times.add_row(label(model), *row)
+    ui.draw(times)
+
+    profiled = [model for model in result.models if model.source == result.models[0].source]
+    others = [model for model in result.models if model.source != result.models[0].source]
+    if others:
+        ratios = Table(title="times faster than", title_justify="left")
+        for name in ("model", "baseline", *(f"{cell.batch} x {cell.seconds:g} s" for cell in result.cells)):
+            ratios.add_column(name, justify="left" if name in ("model", "baseline") else "right")
+        for model in profiled:
+            for other in others:
+                row = [f"{cell.speedup(model.name, other.name):.2f}" for cell in result.cells]
+                ratios.add_row(label(model), label(other), *row)
+        ui.draw(ratios)
+
+    about = Table(title="size and cost", title_justify="left")
+    for name in ("model", "parameters", "without heads", "MiB", "GMACs 10 s", "GMACs SUPERB", "peak memory MiB",
+                 "of matrix rate", "feature error"):  # fmt: skip
+        about.add_column(name, justify="left" if name == "model" else "right")
+    ten = next((cell for cell in single if cell.seconds == 10), None)
+    for model in result.models:
+        rate = model.macs / ten.timings[model.name].median / result.rates.macs_per_second if ten else None
+        about.add_row(
+            label(model), f"{model.parameters / 1e6:.2f} M", f"{model.parameters_without_heads / 1e6:.2f} M",
+            f"{model.bytes_on_disk / 2**20:.1f}", f"{model.macs / 1e9:.1f}", f"{model.macs_superb / 1e9:.0f}",
+            "-" if model.peak_memory is None else f"{model.peak_memory / 2**20:.0f}",
+            "-" if rate is None else f"{rate:.0%}",
+            "-" if model.feature_error is None else f"{model.feature_error:.1e}",
+        )  # fmt: skip
+    ui.draw(about)
+
+    eager = [model for model in result.models if model.stages]
+    if eager:
+        parts = Table(title="milliseconds by stage, eager, 1 x 10 s", title_justify="left")
+        kinds = list(dict.fromkeys(stage for model in eager for stage in model.stages))
+        for name in ("model", *kinds):
+            parts.add_column(name, justify="left" if name == "model" else "right")
+        for model in eager:
+            parts.add_row(label(model), *(f"{model.stages.get(kind, 0) * 1e3:.0f}" for kind in kinds))
+        ui.draw(parts)
+    rates = f"{result.rates.macs_per_second / 1e9:.0f} GMAC/s, {result.rates.bytes_per_second / 1e9:.1f} GB/s"
+    ui.say(f"{', '.join(f'{k} {v}' for k, v in result.conditions.items())}; this machine in this run: {rates}")
+
+
+def _spread(timing: "Timing") -> str:
+    return f"{timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})"

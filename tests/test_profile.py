@@ -1,0 +1,144 @@
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from armhubert import profile
+from armhubert.baselines import BASELINES, ReleasedWay, baseline, macs
+from armhubert.clock import Timing
+from armhubert.config import preset
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.student import ARMHuBERT
+
+TINY = dataclasses.replace(preset("mini"), layers=2, pattern="CR", attention_mode="resoftmax")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        ARMHuBERT(TINY).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_released_way_computes_the_student():
+    for change in ({}, {"norm_first": True}, {"conv_norm": "layer"}, {"normalize_input": True}):
+        model = ARMHuBERT(dataclasses.replace(TINY, **change)).eval()
+        waveforms = torch.randn(2, 4000)
+        with torch.no_grad():
+            ours = model(waveforms).last_hidden_state
+            torch.testing.assert_close(ReleasedWay(model)(waveforms), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["armhubert", "armhubert-s", "maskhubert"])
+def test_operations_are_those_that_pytorch_counts(name):
+    """Without reuse, PyTorch's counter on the meta device does what the papers do; its closed-form norm is our own."""
+    config = dataclasses.replace(preset(name), pattern="")
+    with torch.device("meta"):
+        model, counter = ARMHuBERT(config).eval(), FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(torch.empty(1, 48_000))
+    assert macs(config, 48_000) == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
+
+
+def test_operations_of_the_published_models():
+    """22.3 G for 10 s with heads, of which a reusing layer skips query, key and map; 74.1 G for HuBERT Base."""
+    assert macs(preset("armhubert"), 160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
+    hubert = dataclasses.replace(
+        preset("armhubert"), conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2), width=768, ffn=3072,
+        pattern="", head_width=None, feature_projection=True,
+    )  # fmt: skip
+    assert macs(hubert, 160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_baselines_leave_the_random_state_alone_and_give_frames(name):
+    state = torch.get_rng_state()
+    model = baseline(name)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 4000)).shape == (1, 12, 768)
+
+
+def test_parameters_of_the_baselines_are_the_published_ones():
+    millions = {name: sum(p.numel() for p in baseline(name).parameters()) / 1e6 for name in BASELINES}
+    assert round(millions["hubert-base"], 2) == round(millions["hubert-base-torchaudio"], 2) == 94.37
+    assert round(millions["distilhubert"], 2) == 23.49
+
+
+def test_a_profile_times_everything_in_every_cell(student, tmp_path):
+    config = profile.ProfileConfig(
+        student, baselines=("released", f"{student}:bf16"), seconds=(0.2, 0.5), batch_sizes=(2,), batch_seconds=0.2,
+        repeats=2, device="cpu", memory=False,
+    )  # fmt: skip
+    *reports, result = profile.profile(config)
+    assert [r.name for r in reports if isinstance(r, profile.Building)] == [
+        f"{student} (eager)", "released (eager)", f"{student} (bf16)",
+    ]  # fmt: skip
+    assert isinstance(result, profile.Profile)
+    eager, released, bf16 = result.models
+    assert [(c.batch, c.seconds) for c in result.cells] == [(1, 0.2), (1, 0.5), (2, 0.2)]
+    assert all(cell.timings.keys() == {m.name for m in result.models} for cell in result.cells)
+    assert eager.feature_error is None
+    assert bf16.feature_error is not None
+    assert 1e-4 < bf16.feature_error < 0.1
+    assert bf16.bytes_on_disk < 0.6 * eager.bytes_on_disk
+    assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.head_width or 0)
+    assert released.macs == eager.macs == macs(dataclasses.replace(TINY, head_width=None), 160_000)
+    assert {"front end", "attention", "feed-forward", "positional convolution"} <= eager.stages.keys()
+    paths = profile.write(result, tmp_path)
+    content = json.loads(paths[0].read_text())
+    assert [cell["timings"][eager.name]["median"] for cell in content["cells"]] == [
+        cell.timings[eager.name].median for cell in result.cells
+    ]
+    assert len(list(csv.DictReader(paths[1].open()))) == 9
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_ratio_is_that_of_the_medians():
+    cell = profile.Cell(1, 1.0, {"a": Timing(1.0, 0.9, 2.0), "b": Timing(3.0, 2.0, 9.0)})
+    assert cell.speedup("a", "b") == 3.0
+
+
+def test_stages_cover_the_pass(student):
+    model = ARMHuBERT.from_pretrained(student)
+    parts = profile.stages(model, torch.zeros(1, 8000), repeats=1)
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_of_its_own(student):
+    config = profile.ProfileConfig(student, device="cpu")
+    small = profile.peak_memory(config, student, "eager", 1, 1.0)
+    large = profile.peak_memory(config, student, "eager", 8, 10.0)
+    assert 0 < small < large
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modes": ("fast",)}, "mode must be one of"),
+        ({"baselines": ("hubert-base:eagr",)}, "no model at 'hubert-base:eagr'"),
+        ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"seconds": (-1.0,)}, "seconds must be above 0"),
+        ({"seconds": (), "batch_sizes": ()}, "nothing would be timed"),
+        ({"device": "tpu"}, "device must be auto"),
+    ],
+)
+def test_bad_settings_are_one_line(student, change, message):
+    with pytest.raises(ArmhubertError, match=message) as caught:
+        list(profile.profile(profile.ProfileConfig(student, **{"seconds": (0.1,), "batch_sizes": (), **change})))
+    assert "\n" not in str(caught.value)
+
+
+def test_features_do_not_need_a_student(tmp_path):
+    """A teacher is profiled like a student."""
+    teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", head_width=None))
+    assert profile.stages(teacher.eval(), torch.zeros(1, 4000), 1)["attention"] > 0
