@@ -201,9 +201,7 @@ tags: [speech, self-supervised, distillation, feature-extraction]
 ---
 # ARMHuBERT student
 
-{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern `{
-        config.pattern
-    }`, maps read as \
+{config.layers} layers, {config.sizes}; reuse pattern `{config.pattern}`, maps read as \
 `{config.attention_mode}`; {count.total:,} parameters, {
         count.without_heads:,} without the distillation heads. Input: 16 kHz mono{
         ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""

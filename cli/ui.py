@@ -209,7 +209,7 @@ def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") ->
     rows: dict[str, Any] = {
         "model": source,
         "parameters": f"{count.total:,}, without heads {count.without_heads:,}",
-        "layers": f"{config.layers} of width {config.width}, {config.heads} heads, FFN {config.ffn}",
+        "layers": f"{config.layers} of {config.sizes}",
         "pattern": f"{config.pattern}, maps read as {config.attention_mode}",
         "frames": f"one every {config.hop} samples of 16 kHz",
     }
