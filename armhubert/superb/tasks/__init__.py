@@ -3,8 +3,14 @@
 from armhubert.errors import ArmhubertError, nearest
 from armhubert.superb.task import Task
 from armhubert.superb.tasks.asr import SpeechRecognition
+from armhubert.superb.tasks.asv import SpeakerVerification
+from armhubert.superb.tasks.er import EmotionRecognition
+from armhubert.superb.tasks.ic import IntentClassification
 from armhubert.superb.tasks.ks import KeywordSpotting
 from armhubert.superb.tasks.pr import PhonemeRecognition
+from armhubert.superb.tasks.qbe import QueryByExample
+from armhubert.superb.tasks.sd import SpeakerDiarization
+from armhubert.superb.tasks.sf import SlotFilling
 from armhubert.superb.tasks.sid import SpeakerIdentification
 
 TASKS: dict[str, Task] = {
@@ -13,7 +19,13 @@ TASKS: dict[str, Task] = {
         PhonemeRecognition(),
         SpeechRecognition(),
         KeywordSpotting(),
+        QueryByExample(),
         SpeakerIdentification(),
+        SpeakerVerification(),
+        SpeakerDiarization(),
+        IntentClassification(),
+        SlotFilling(),
+        EmotionRecognition(),
     )
 }
 
