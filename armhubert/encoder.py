@@ -243,7 +243,7 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.config = config
         channels = config.conv_layers[-1][0]
-        self.front_end = FrontEnd(config)
+        self.front_end = FrontEnd(config, impl=impl)
         self.feature_scale = nn.Parameter(torch.ones(channels)) if config.feature_scale else None
         self.feature_norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_projection = nn.Linear(channels, config.width) if config.feature_projection else nn.Identity()

@@ -1,7 +1,21 @@
 """The public ops, nothing else."""
 
+from armhubert.kernels.conv_frontend import Convolution, Moments, Norm, conv_frontend, window_moments
 from armhubert.kernels.masked_distillation import Distance, distillation_loss
 from armhubert.kernels.reuse_attention import AttentionMap, Setting, attend, reattend
 from armhubert.kernels.runtime import Impl
 
-__all__ = ["AttentionMap", "Distance", "Impl", "Setting", "attend", "distillation_loss", "reattend"]
+__all__ = [
+    "AttentionMap",
+    "Convolution",
+    "Distance",
+    "Impl",
+    "Moments",
+    "Norm",
+    "Setting",
+    "attend",
+    "conv_frontend",
+    "distillation_loss",
+    "reattend",
+    "window_moments",
+]
