@@ -3,7 +3,7 @@
 The two-layer HuBERT without its prediction heads, as in the Hugging Face model made from it. s3prl's upstream returns
 six states: projected frames, the two layers' outputs, the heads' predictions of teacher layers 4, 8 and 12. Ours are
 the input of the first layer and the two layers' outputs; the heads are listed as ignored.
-Source: Chang et al., DistilHuBERT (arXiv 2110.01900); heads serve training only (section 2.3).
+Source: Chang et al., DistilHuBERT (arXiv 2110.01900); the heads serve its training only.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build, parse_conv_layers
-from armhubert.convert import released
+from armhubert.config import EncoderConfig, build
+from armhubert.convert import fairseq
 from armhubert.convert.tensors import tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
-_CONV_LAYERS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 _HEADS = ("output_layer.", "task_embedding.")
 
 
@@ -40,7 +39,7 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     config = build(EncoderConfig, _settings(section, encoder, path), f"Config in {path}")
     try:
-        state = released.rename(encoder, config)
+        state = fairseq.rename(encoder, config)
     except KeyError as error:
         raise ArmhubertError(f"{path} lacks {error.args[0]}: its weights do not fit its Config") from None
     others = {str(key) for key in content} - {"Config", "Distiller"}
@@ -48,28 +47,19 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
 
 
 def _settings(section: Mapping[str, Any], encoder: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """EncoderConfig's fields from the `distiller` section; absent keys have s3prl's defaults."""
+    """EncoderConfig's fields from the `distiller` section: fairseq's names, s3prl's defaults."""
     for key, supported in (
-        ("extractor_mode", ("default",)),
-        ("activation_fn", ("gelu",)),
         ("attention_type", ("original",)),
         # the others make the encoder's input or width depend on the predicted layer
         ("task_emb_type", ("expand-last", "self-hidden", "none")),
     ):
         if (value := section.get(key, supported[0])) not in supported:
-            raise ArmhubertError(f"{path}: {key} must be {' or '.join(map(repr, supported))}, got {value!r}")
-    return {
-        "conv_layers": parse_conv_layers(str(section.get("extractor_conv_feature_layers", _CONV_LAYERS))),
-        "width": section.get("encoder_embed_dim", 768),
-        "layers": section.get("encoder_layers", 1),
-        "heads": section.get("encoder_attention_heads", 12),
-        "ffn": section.get("encoder_ffn_embed_dim", 3072),
+            raise ArmhubertError(f"{path}: {key} must be {' or '.join(map(repr, supported))}, got {value!r:.100}")
+    theirs = {"encoder_layers": 1, **section}
+    if "extractor_conv_feature_layers" in section:
+        theirs["conv_feature_layers"] = section["extractor_conv_feature_layers"]
+    return fairseq.settings_of(theirs, encoder, str(path)) | {
         "feature_norm": False,
-        "feature_projection": "post_extract_proj.weight" in encoder,
-        "mask_embedding": False,
-        "norm_first": section.get("layer_norm_first", False),
-        "position_kernel": section.get("conv_pos", 128),
-        "position_groups": section.get("conv_pos_groups", 16),
         "dropout": section.get("dropout", 0.1),
         "attention_dropout": section.get("attention_dropout", 0.1),
         "activation_dropout": section.get("activation_dropout", 0.1),

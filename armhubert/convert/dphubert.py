@@ -3,7 +3,7 @@
 Pruning took away convolution channels, attention heads, feed-forward units and whole blocks, each layer its own; what
 it kept of the last convolution's channels it scales (`dummy_weight`). DPHuBERT's own `extract_features` returns the
 projected frames first, then each layer's output; here the first hidden state is the input of layer 0, as everywhere.
-Source: Peng et al., DPHuBERT (arXiv 2305.17651), section 2; format: its repository's prune.py.
+Source: Peng et al., DPHuBERT (arXiv 2305.17651); the format is that of its repository's prune.py.
 """
 
 import dataclasses
