@@ -44,15 +44,10 @@ def profile(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and .png here.")] = None,
 ) -> None:
     """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
-    import torch
-
     from armhubert.profile import Building, Measuring, Profile, ProfileConfig, write
     from armhubert.profile import profile as measure
 
-    if threads is not None:
-        if threads < 1:
-            raise ArmhubertError(f"threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    ui.set_threads(threads)
     config = ProfileConfig(
         model=model,
         baselines=tuple(baseline) if baseline else ("hubert-base", "distilhubert", "released"),

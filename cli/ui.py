@@ -11,11 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from armhubert.errors import ArmhubertError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from armhubert.config import EncoderConfig
     from armhubert.distill import Finished, Report, Started
+    from armhubert.extract import Finished as ExtractFinished
+    from armhubert.extract import Report as ExtractReport
+    from armhubert.extract import Started as ExtractStarted
     from armhubert.student import ParameterCount
 
 _out = Console(highlight=False, emoji=False, soft_wrap=True)
@@ -62,6 +67,21 @@ def progress() -> Iterator[Callable[[str, float, float | None], None]]:
     with Progress(*columns, console=_err, transient=True) as bars:
         task = bars.add_task("", total=None)
         yield lambda what, done, total: bars.update(task, description=_plain(what), completed=done, total=total)
+
+
+def set_threads(count: int | None) -> None:
+    """PyTorch's CPU threads of this command; None: as they are.
+
+    Raises:
+        ArmhubertError: fewer than one.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise ArmhubertError(f"--threads must be at least 1, got {count}")
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def _plain(text: str) -> str:
@@ -224,6 +244,75 @@ def show_features(audio: Path, seconds: float, features: "Tensor", elapsed: floa
     _out.print(
         f"{audio.name}: {seconds:.2f} s -> features {list(features.shape)}, mean {features.mean():.3f}, "
         f"deviation {features.std():.3f}, in {elapsed * 1e3:.0f} ms"
+    )
+
+
+def show_extraction(reports: "Iterator[ExtractReport]") -> None:
+    """Consume an extraction's reports: a bar on a terminal; elsewhere lines at the start, every 10 s, the end."""
+    from armhubert import extract
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    live = _out.is_terminal
+    shown = -10.0
+    with Progress(*columns, console=_out, disable=not live) as bar:
+        task = bar.add_task("examine audio", total=None, detail="")
+        for report in reports:
+            if isinstance(report, extract.Scanning):
+                bar.update(task, completed=report.done, total=report.total)
+            elif isinstance(report, extract.Started):
+                bar.remove_task(task)
+                say(_extraction_plan(report, live))
+                task = bar.add_task("extract", total=report.recordings, detail="")
+            elif isinstance(report, extract.Progress):
+                bar.update(task, completed=report.done, detail=f"{report.rate:.0f} h of audio an hour")
+                if not live and report.seconds - shown >= 10:
+                    shown = report.seconds
+                    say(
+                        f"extract done={report.done} of={report.recordings} audio_seconds={report.audio_seconds:.1f} "
+                        f"hours_an_hour={report.rate:.1f}"
+                    )
+            else:
+                bar.stop()
+                say(_extraction_end(report, live))
+
+
+def _extraction_plan(report: "ExtractStarted", live: bool) -> str:
+    skipped, before = sum(report.skipped.values()), report.finished
+    if not live:
+        return (
+            f"start model={shlex.quote(report.config.model)} parameters={report.parameters} "
+            f"features={','.join(report.features)} width={report.width} recordings={report.recordings} "
+            f"seconds={report.seconds:.1f} finished_before={before} long={report.long} skipped={skipped} "
+            f"padding={report.padding_waste:.3f} out={shlex.quote(report.config.out)}"
+        )
+    names = report.features if len(report.features) < 4 else (report.features[0], "...", report.features[-1])
+    text = f"{', '.join(names)} of {report.recordings} recordings, {_duration(report.seconds)}, on {report.device}"
+    if before:
+        text += f"; {before} were finished before"
+    if report.long:
+        text += f"; {report.long} longer than {report.config.chunk_seconds:g} s pass in windows"
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.skipped.items())
+        text += f"; skipped: {kinds}, listed in {report.skipped_report}"
+    return text
+
+
+def _extraction_end(report: "ExtractFinished", live: bool) -> str:
+    if not live:
+        return (
+            f"finished recordings={report.recordings} finished_before={report.finished_before} "
+            f"skipped={report.skipped} audio_seconds={report.audio_seconds:.1f} seconds={report.seconds:.1f} "
+            f"bytes={report.bytes} out={shlex.quote(str(report.out))}"
+        )
+    return (
+        f"{report.recordings} recordings, {_duration(report.audio_seconds)} of audio, in {_duration(report.seconds)}: "
+        f"{report.bytes / 1e6:.1f} MB in {report.out}"
     )
 
 

@@ -1,0 +1,61 @@
+"""`armhubert plan`: a budget -> students within it -> a configuration for distill."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from armhubert.cli import ui
+from armhubert.cli.app import app
+from armhubert.errors import ArmhubertError
+
+
+@app.command()
+def plan(
+    teacher: Annotated[str, typer.Argument(help="As for distill: mini, a folder, a hub id, a torchaudio pipeline.")],
+    params: Annotated[str | None, typer.Option(help="Most parameters without heads: 20M.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Most multiply-accumulates for 10 s of audio: 15G.")] = None,
+    latency: Annotated[str | None, typer.Option(help="Longest time for 10 s of audio, measured here: 200ms.")] = None,
+    device: Annotated[str, typer.Option(help="Where latency is measured: auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs of each proposal.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a configuration for distill --config here.")
+    ] = None,
+    choose: Annotated[int, typer.Option(help="Which proposal to write, counted from 1.")] = 1,
+) -> None:
+    """Propose students of a teacher for a budget of parameters, operations or latency."""
+    from rich.table import Table
+
+    from armhubert.plan import Budget, Searching, parse_amount, write
+    from armhubert.plan import plan as search
+
+    given = {"parameters": params, "macs": macs, "latency": latency}
+    asked = [(kind, text) for kind, text in given.items() if text is not None]
+    if len(asked) != 1:
+        raise ArmhubertError(f"give one budget, --params, --macs or --latency, got {len(asked)}")
+    if min(choose, repeats) < 1:
+        raise ArmhubertError(f"--choose and --repeats must be at least 1, got {choose} and {repeats}")
+    ((kind, text),) = asked
+    budget = Budget(kind, parse_amount(text, kind))  # type: ignore[arg-type]
+    ui.set_threads(threads)
+    with ui.progress() as show:
+        for report in search(teacher, budget, device=device, repeats=repeats):
+            if isinstance(report, Searching):
+                show(f"size: {report.kind}", 0, None)
+            else:
+                proposals = report
+    if choose > len(proposals):
+        raise ArmhubertError(f"--choose must be at most {len(proposals)}, the proposals found, got {choose}")
+    table = Table("", "student", "width", "FFN", "layers", "pattern", "parameters", "GMACs 10 s", "10 s takes")
+    for number, p in enumerate(proposals, start=1):
+        s = p.student
+        table.add_row(
+            str(number), p.kind, str(s.width), str(s.ffn), str(s.layers), s.pattern, f"{p.parameters:,}",
+            f"{p.macs / 1e9:.1f}", f"{p.latency.median * 1e3:.0f} ms ({p.latency.low * 1e3:.0f}-"
+            f"{p.latency.high * 1e3:.0f})",
+        )  # fmt: skip
+    ui.draw(table)
+    if out is not None:
+        write(proposals[choose - 1], out)
+        ui.say(f"wrote {out}: armhubert distill DATA --config {out}")
