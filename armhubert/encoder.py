@@ -292,12 +292,15 @@ class SpeechEncoder(nn.Module):
         """Everything before the mask: [B, S], valid samples [B] -> frames [B, T, D], valid frames [B] (None: all)."""
         if self.config.normalize_input:
             waveforms = normalize_waveform(waveforms, lengths)
-        x = self.front_end(waveforms.to(self.norm.weight.dtype), lengths)
+        x = self.project(self.front_end(waveforms.to(self.norm.weight.dtype), lengths))
+        return x, None if lengths is None else self.config.frames(lengths)
+
+    def project(self, x: Tensor) -> Tensor:
+        """From the convolutions' channels to the width: [B, T, C] -> [B, T, D]."""
         if self.feature_scale is not None:
             x = x * self.feature_scale
         x = self.feature_projection(self.feature_norm(x))
-        x = F.dropout(x, self.config.input_dropout, self.training)
-        return x, None if lengths is None else self.config.frames(lengths)
+        return F.dropout(x, self.config.input_dropout, self.training)
 
     def layer_inputs(self, x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
         """Mask embedding, zeroed padding, positional embedding: the input of layer 0, [B, T, D]."""

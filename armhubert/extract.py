@@ -1,0 +1,589 @@
+"""Features of folders of audio, one file a recording: what a user of a student does all day.
+
+    discover, scan -> batches by length -> model -> one .npy or .safetensors a recording
+
+The folder of the features also holds
+
+    features.json    the model's fingerprint and everything else that the numbers depend on
+    index.jsonl      a line a finished file: audio_filepath, features, samples, frames (itself a manifest of the audio)
+    skipped.tsv      files that could not be used, and why
+    scan.json        what the scan found, so that the next run need not decode everything again
+
+A file appears whole or not at all, and a second run computes what is missing. Padding never changes features
+(`armhubert.encoder`), so neither does the batch that a recording happens to be in, nor whether a run was resumed.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armhubert.audio import SAMPLE_RATE
+from armhubert.config import EncoderConfig, read_mapping
+from armhubert.data import Crop, Scan, Utterance, batches, discover, plan_epoch, scan, write_skipped
+from armhubert.distributed import device_name, pick_device
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.files import open_atomic, write_atomic
+from armhubert.long_recordings import check_windows, open_recording, windows
+from armhubert.student import ARMHuBERT
+from armhubert.teacher import fingerprint
+
+Format = Literal["npy", "safetensors"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_WRITERS = 4
+_SETTINGS = "features.json"
+_INDEX = "index.jsonl"
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """One extraction.
+
+    Raises:
+        ArmhubertError: a setting breaks a rule; the message names the rule, the value and the remedy.
+    """
+
+    model: str
+    """A student or a teacher: whatever `ARMHuBERT.from_pretrained` takes."""
+    data: tuple[str, ...]
+    """Folders (searched recursively), audio files, TSV or JSONL manifests."""
+    out: str
+    """Folder of the features; it mirrors the folders of the data."""
+    layers: str = "last"
+    """`last`; `all`; numbers such as `3,6` (0: the input of layer 0); `weighted`: the mean of all;
+    `weighted:0.1,0.2,...`: their sum with these weights, one a tensor of `all`."""
+    heads: bool = False
+    """Outputs of the distillation heads instead of hidden states; layers count from 1."""
+    format: Format = "npy"
+    """`npy`: one array [T, D], or [N, T, D] for several layers; `safetensors`: one tensor [T, D] a layer."""
+    dtype: Precision = "fp32"
+    """Of the files; bf16 for safetensors only."""
+    precision: Precision = "fp32"
+    """Of the model."""
+    batch_seconds: float = 60.0
+    """Padded audio of a batch; on a GPU, more is faster until its memory is full."""
+    chunk_seconds: float = 60.0
+    """Longer recordings pass the Transformer in windows of this length: see `armhubert.long_recordings`."""
+    context_seconds: float = 5.0
+    """Of a window's ends that is computed and dropped."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Processes that read audio ahead; 0: read in between."""
+    force: bool = False
+    """Compute everything anew, whatever `out` holds."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ArmhubertError("data must be given: name a folder, audio files or a manifest")
+        if self.dtype == "bf16" and self.format == "npy":
+            raise ArmhubertError("npy has no bf16: write --format safetensors, or --dtype fp16 or fp32")
+        if not 0 < self.batch_seconds < float("inf"):
+            raise ArmhubertError(f"batch_seconds must be above 0, got {self.batch_seconds}")
+        if self.workers < 0:
+            raise ArmhubertError(f"workers must be 0 or more, got {self.workers}")
+        check_windows(self.chunk_seconds, self.context_seconds)
+
+
+# ---- reports ---------------------------------------------------------------
+
+
+class Scanning(NamedTuple):
+    """Files examined so far."""
+
+    done: int
+    total: int
+
+
+class Started(NamedTuple):
+    """What is to be done."""
+
+    config: ExtractConfig
+    parameters: int
+    features: tuple[str, ...]
+    """Names of the tensors: `last_hidden_state`, `hidden_states.3`, ..."""
+    width: int
+    device: str
+    recordings: int
+    """To compute now."""
+    seconds: float
+    """Their audio."""
+    finished: int
+    """Finished by an earlier run."""
+    long: int
+    """Recordings that pass in windows."""
+    padding_waste: float
+    skipped: Mapping[str, int]
+    """Skipped files by kind."""
+    skipped_report: Path
+
+
+class Progress(NamedTuple):
+    """Recordings written so far."""
+
+    done: int
+    recordings: int
+    audio_seconds: float
+    seconds: float
+    """Since `Started`."""
+
+    @property
+    def rate(self) -> float:
+        """Hours of audio an hour."""
+        return self.audio_seconds / self.seconds
+
+
+class Finished(NamedTuple):
+    """The end."""
+
+    out: Path
+    recordings: int
+    finished_before: int
+    skipped: int
+    audio_seconds: float
+    seconds: float
+    bytes: int
+    """Written by this run."""
+
+
+Report = Scanning | Started | Progress | Finished
+
+
+# ---- which features --------------------------------------------------------
+
+
+class Selection(NamedTuple):
+    """Which hidden states become features, and under which names."""
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    """Hidden states to compute, 0 to L, ascending for a weighted sum."""
+    weights: tuple[float, ...] | None
+    """Of a weighted sum; None: the states themselves."""
+    heads: bool
+    stacked: bool
+    """Several layers: an npy file holds [N, T, D]."""
+
+
+def select(spec: str, config: EncoderConfig, *, heads: bool = False) -> Selection:
+    """Read `ExtractConfig.layers` for a model.
+
+    Raises:
+        ArmhubertError: not a specification, a layer that the model does not have, weights of another number than
+            there are layers, heads that the model does not have.
+    """
+    if heads and config.head_width is None:
+        raise ArmhubertError("this model has no distillation heads: leave out --heads")
+    available = tuple(range(1 if heads else 0, config.layers + 1))
+    rule = f"layers must be last, all, numbers within {available[0]}..{available[-1]} such as 3,6, or weighted"
+    kind, colon, rest = spec.strip().partition(":")
+    prefix = "projections" if heads else "hidden_states"
+    if kind == "weighted":
+        weights = (1 / len(available),) * len(available)
+        if colon:
+            try:
+                weights = tuple(float(word) for word in rest.split(","))
+            except ValueError:
+                raise ArmhubertError(f"weights must be numbers, as in weighted:0.1,0.2, got {spec!r}") from None
+            if len(weights) != len(available) or not all(np.isfinite(weights)):
+                raise ArmhubertError(
+                    f"weighted: needs {len(available)} finite weights, one for each of layers "
+                    f"{available[0]}..{available[-1]}, got {rest}"
+                )
+        return Selection(("weighted",), available, weights, heads, False)
+    if spec.strip() == "last":
+        name = f"{prefix}.{config.layers}" if heads else "last_hidden_state"
+        return Selection((name,), available[-1:], None, heads, False)
+    if spec.strip() == "all":
+        numbers = available
+    else:
+        words = spec.replace(" ", "").split(",")
+        if not all(word.isdecimal() and len(word) < 6 for word in words):
+            raise ArmhubertError(f"{rule}, got {spec!r}")
+        numbers = tuple(sorted({int(word) for word in words}))
+        if not set(numbers) <= set(available):
+            raise ArmhubertError(f"{rule}, got {spec!r}")
+    return Selection(tuple(f"{prefix}.{n}" for n in numbers), numbers, None, heads, len(numbers) > 1)
+
+
+@torch.inference_mode()
+def layer_features(model: SpeechEncoder, inputs: Tensor, frames: Tensor | None, selection: Selection) -> Tensor:
+    """The selected features of a batch; no layer past the last one needed runs.
+
+    Args:
+        model: in eval mode; an `ARMHuBERT` with heads where the selection asks for them.
+        inputs: input of layer 0, [B, T, D].
+        frames: valid frames [B]; None: all.
+        selection: from `select`.
+
+    Returns:
+        [N, B, T, D], or D_t of the heads; N is 1 for a weighted sum.
+    """
+    wanted = dict(zip(selection.numbers, selection.weights or (None,) * len(selection.numbers), strict=True))
+    picked: list[Tensor] = []
+    for number, hidden in enumerate(itertools.chain((inputs,), model.layer_outputs(inputs, frames))):
+        if number in wanted:
+            weight = wanted[number]
+            if selection.heads:
+                assert isinstance(model, ARMHuBERT)
+                assert model.heads is not None, "checked by select"
+                hidden = F.linear(hidden, model.heads.weight[number - 1], model.heads.bias[number - 1])
+            elif selection.names == ("last_hidden_state",) and model.config.norm_first:
+                hidden = model.norm(hidden)
+            if weight is None:
+                picked.append(hidden)
+            elif picked:
+                picked[0] = picked[0].add_(hidden.float(), alpha=weight)
+            else:
+                picked = [hidden.float() * weight]
+        if number == selection.numbers[-1]:
+            break
+    return torch.stack(picked)
+
+
+# ---- the run ---------------------------------------------------------------
+
+
+def extract(config: ExtractConfig) -> Iterator[Report]:
+    """Compute what is missing of a folder of features; reports tell how far it is.
+
+    Interrupted at any time, the folder holds whole files only, and the same call goes on from there.
+
+    Raises:
+        ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings.
+    """
+    device = pick_device(config.device)
+    out = Path(config.out)
+    paths = discover(config.data)
+    names = output_names(config.data, paths, "." + config.format)
+    model = ARMHuBERT.from_pretrained(
+        config.model, heads=config.heads, dtype=_DTYPES[config.precision], device=device
+    ).requires_grad_(False)
+    selection = select(config.layers, model.config, heads=config.heads)
+    width = model.config.head_width if config.heads and model.config.head_width else model.config.width
+    settings = _settings(config, model, selection, width)
+    known = {} if config.force else _earlier(out, settings)
+    write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    scanned = yield from _scan(paths, model.config.receptive_field, out, config.workers)
+    skipped_report = out / "skipped.tsv"
+    write_skipped(scanned, skipped_report)
+    scanned.require_utterances(skipped_report)
+    missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), u, names[u.path])]
+    long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]
+    short = [u for u in missing if u.samples <= config.chunk_seconds * SAMPLE_RATE]
+    plan = plan_epoch(
+        short, batch_seconds=config.batch_seconds, max_seconds=None, seed=0, epoch=0, shuffle=False
+    ) if short else []  # fmt: skip
+    padded = sum(len(batch) * max(crop.count for crop in batch) for batch in plan)
+    finished = len(scanned.utterances) - len(missing)
+    yield Started(
+        config,
+        sum(p.numel() for p in model.parameters()),
+        selection.names,
+        width,
+        device_name(device),
+        len(missing),
+        sum(u.samples for u in missing) / SAMPLE_RATE,
+        finished,
+        len(long),
+        1 - sum(u.samples for u in short) / padded if padded else 0.0,
+        scanned.skipped_by_kind,
+        skipped_report,
+    )
+
+    run = _Run(config, model, device, selection, width, out, names)
+    started = time.perf_counter()
+    done, samples, size = 0, 0, 0
+    index = {name: row for name, row in known.items() if (out / name).is_file()}
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(out / _INDEX, "a" if known else "w", encoding="utf-8"))
+        writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
+        steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
+        for rows in _ahead(steps):
+            for row, count in rows:
+                index[row["features"]] = row
+                log.write(json.dumps(row) + "\n")
+                done, samples, size = done + 1, samples + row["samples"], size + count
+            log.flush()
+            yield Progress(done, len(missing), samples / SAMPLE_RATE, time.perf_counter() - started)
+    write_atomic(out / _INDEX, "".join(json.dumps(index[name]) + "\n" for name in sorted(index)))
+    yield Finished(
+        out, done, finished, len(scanned.skipped), samples / SAMPLE_RATE, time.perf_counter() - started, size
+    )
+
+
+_Row = tuple[dict[str, Any], int]
+"""A line of the index, and the bytes of its file."""
+
+
+class _Run:
+    """The model and where its features go."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        model: ARMHuBERT,
+        device: torch.device,
+        selection: Selection,
+        width: int,
+        out: Path,
+        names: Mapping[str, str],
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
+        self.selection, self.width, self.out, self.names = selection, width, out, names
+        self.dtype = _DTYPES[config.dtype]
+
+    def steps(
+        self,
+        short: Sequence[Utterance],
+        plan: Sequence[Sequence[Crop]],
+        long: Sequence[Utterance],
+        writers: ThreadPoolExecutor,
+    ) -> Iterator[list[Future[_Row]]]:
+        """Everything, in the order that shows soonest whether memory suffices: the longest batch first."""
+        yield from self._batched(short, plan, writers)
+        yield from self._windowed(long)
+
+    def _batched(
+        self, utterances: Sequence[Utterance], plan: Sequence[Sequence[Crop]], writers: ThreadPoolExecutor
+    ) -> Iterator[list[Future[_Row]]]:
+        """Batches in the order of the plan; audio is read ahead, and files are written behind."""
+        if not plan:
+            return
+        audio = batches(utterances, plan, workers=self.config.workers, pin_memory=self.device.type == "cuda")
+        with contextlib.closing(audio):  # type: ignore[type-var]
+            for batch in audio:
+                features, frames = self._compute(batch.waveforms, batch.lengths)
+                yield [
+                    writers.submit(self._write, utterances[index], features[:, row, :count])
+                    for row, (index, count) in enumerate(zip(batch.indices.tolist(), frames.tolist(), strict=True))
+                ]
+
+    def _windowed(self, utterances: Sequence[Utterance]) -> Iterator[list[Future[_Row]]]:
+        """Recordings that are too long for one pass, one after the other, written window by window."""
+        for utterance in utterances:
+            written: Future[_Row] = Future()
+            written.set_result(self._write_long(utterance))
+            yield [written]
+
+    def _compute(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """-> features [N, B, T, D] in host memory, valid frames [B]."""
+        frames = self.model.config.frames(lengths)
+        try:
+            features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
+        except torch.OutOfMemoryError:
+            raise ArmhubertError(
+                f"a batch of {list(waveforms.shape)} samples does not fit the GPU's memory: lower --batch-seconds "
+                f"({self.config.batch_seconds:g}); what is finished is kept"
+            ) from None
+        return features.to(self.dtype).cpu(), frames
+
+    @torch.inference_mode()
+    def _forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        x, frames = self.model.embed(waveforms, lengths)
+        return layer_features(self.model, self.model.layer_inputs(x, frames, None), frames, self.selection)
+
+    def _write(self, utterance: Utterance, features: Tensor) -> _Row:
+        """Features [N, T, D] -> a file."""
+        header, _ = self._header(features.shape[1])
+        data = header + _bytes(features)
+        write_atomic(self.out / self.names[utterance.path], data)
+        return self._row(utterance, features.shape[1]), len(data)
+
+    def _write_long(self, utterance: Utterance) -> _Row:
+        frames = self.model.config.frames(utterance.samples)
+        header, offsets = self._header(frames)
+        row_bytes = self.width * self.dtype.itemsize
+        read = open_recording(utterance.path, utterance.samples)
+        with open_atomic(self.out / self.names[utterance.path]) as file:
+            file.write(header)
+            for window in windows(
+                self.model,
+                read,
+                utterance.samples,
+                chunk_seconds=self.config.chunk_seconds,
+                context_seconds=self.config.context_seconds,
+            ):
+                features = layer_features(self.model, window.inputs, None, self.selection)[:, 0, window.keep]
+                for offset, layer in zip(offsets, features.to(self.dtype).cpu(), strict=True):
+                    file.seek(offset + window.start * row_bytes)
+                    file.write(_bytes(layer))
+        return self._row(utterance, frames), len(header) + len(offsets) * frames * row_bytes
+
+    def _row(self, utterance: Utterance, frames: int) -> dict[str, Any]:
+        return {
+            "audio_filepath": utterance.path,
+            "features": self.names[utterance.path],
+            "samples": utterance.samples,
+            "frames": frames,
+        }
+
+    def _header(self, frames: int) -> tuple[bytes, list[int]]:
+        """What precedes the numbers in a file, and where each layer's [T, D] begins."""
+        size = frames * self.width * self.dtype.itemsize
+        count = len(self.selection.names)
+        if self.config.format == "npy":
+            stream = io.BytesIO()
+            shape = (count, frames, self.width) if self.selection.stacked else (frames, self.width)
+            descr = {torch.float32: "<f4", torch.float16: "<f2"}[self.dtype]
+            np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+            header = stream.getvalue()
+        else:
+            # safetensors has no writer for tensors that come in parts; the format is a length, JSON and the data
+            kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+            table: dict[str, Any] = {"__metadata__": {"format": "pt", "hop": str(self.model.config.hop)}}
+            for i, name in enumerate(self.selection.names):
+                table[name] = {
+                    "dtype": kind,
+                    "shape": [frames, self.width],
+                    "data_offsets": [i * size, (i + 1) * size],
+                }
+            text = json.dumps(table).encode()
+            text += b" " * (-len(text) % 8)
+            header = len(text).to_bytes(8, "little") + text
+        return header, [len(header) + i * size for i in range(count)]
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _ahead(steps: Iterator[list[Future[_Row]]], depth: int = 2) -> Iterator[list[_Row]]:
+    """Results of each step once `depth` more are under way: bounded memory, and disks do not hold up the model."""
+    waiting: list[list[Future[_Row]]] = []
+    for futures in steps:
+        waiting.append(futures)
+        while len(waiting) > depth:
+            yield [future.result() for future in waiting.pop(0)]
+    for futures in waiting:
+        yield [future.result() for future in futures]
+
+
+def _scan(paths: Sequence[Path], shortest: int, out: Path, workers: int) -> Generator[Scanning, None, Scan]:
+    scanning = scan(paths, min_samples=shortest, cache=out / "scan.json", workers=max(1, workers))
+    while True:
+        try:
+            done, total = next(scanning)
+        except StopIteration as end:
+            return end.value
+        yield Scanning(done, total)
+
+
+# ---- names, and what an earlier run left -----------------------------------
+
+
+def output_names(sources: Sequence[str], paths: Sequence[Path], suffix: str) -> dict[str, str]:
+    """Where the features of each recording go, relative to the output folder.
+
+    One folder of data is mirrored from its inside; several, or files and manifests, from the folder that holds all of
+    them. Recordings that differ in their ending only keep it: `a.wav.npy`, `a.flac.npy`.
+    """
+    folders = [os.path.normpath(os.path.abspath(source)) for source in sources if os.path.isdir(source)]
+    files = {str(path): os.path.normpath(path) for path in paths}
+    alone = [os.path.dirname(file) for file in files.values() if not any(file.startswith(f + os.sep) for f in folders)]
+    root = os.path.commonpath([*folders, *alone])
+    stems = Counter(os.path.splitext(file)[0] for file in files.values())
+    names = {}
+    for path, file in files.items():
+        stem = os.path.splitext(file)[0]
+        name = os.path.relpath(stem if stems[stem] == 1 else file, root)
+        names[path] = Path(name + suffix).as_posix()
+    return names
+
+
+def _settings(config: ExtractConfig, model: SpeechEncoder, selection: Selection, width: int) -> dict[str, Any]:
+    from armhubert import __version__
+
+    return {
+        "armhubert_version": __version__,
+        "model": config.model,
+        "fingerprint": fingerprint(model),
+        "encoder": json.loads(json.dumps(dataclasses.asdict(model.config))),
+        "precision": config.precision,
+        "features": list(selection.names),
+        "weights": None if selection.weights is None else list(selection.weights),
+        "width": width,
+        "hop": model.config.hop,
+        "sample_rate": SAMPLE_RATE,
+        "format": config.format,
+        "dtype": config.dtype,
+        "chunk_seconds": config.chunk_seconds,
+        "context_seconds": config.context_seconds,
+    }
+
+
+def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Lines of the index of an earlier run, by the features' names; none where the folder is new.
+
+    Raises:
+        ArmhubertError: the folder holds something else, or features that these settings would not give.
+    """
+    if not out.exists():
+        return {}
+    if not out.is_dir():
+        raise ArmhubertError(f"{out} is a file: --out must name a folder")
+    path = out / _SETTINGS
+    if not path.is_file():
+        if any(out.iterdir()):
+            raise ArmhubertError(
+                f"{out} is not empty and holds no features of an earlier run: choose another --out, or add --force"
+            )
+        return {}
+    found = read_mapping(path)
+    for key, value in settings.items():
+        if key in ("armhubert_version", "model") or found.get(key) == value:
+            continue
+        if key in ("fingerprint", "encoder"):
+            difference = f"of another model ({found.get('model')!r} then, {settings['model']!r} now)"
+        else:
+            difference = f"with another {key} ({_short(found.get(key))} then, {_short(value)} now)"
+        raise ArmhubertError(f"{out} holds features {difference}: choose another --out, or --force to compute all anew")
+    rows = {}
+    with contextlib.suppress(OSError):
+        for line in (out / _INDEX).read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a run that was killed
+                row = json.loads(line)
+                rows[str(row["features"])] = row
+    return rows
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _is_finished(out: Path, row: Mapping[str, Any] | None, utterance: Utterance, name: str) -> bool:
+    """Whether the features of a recording are there and no older than it.
+
+    Raises:
+        ArmhubertError: the features under this name are another recording's.
+    """
+    if row is None:
+        return False
+    try:
+        newer = os.stat(out / name).st_mtime_ns >= os.stat(utterance.path).st_mtime_ns
+    except OSError:
+        return False
+    if row.get("audio_filepath") != utterance.path:
+        raise ArmhubertError(
+            f"{out / name} holds the features of {row.get('audio_filepath')!r}, not of {utterance.path!r}: "
+            "choose another --out for other data"
+        )
+    return newer and row.get("samples") == utterance.samples
