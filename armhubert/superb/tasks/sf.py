@@ -121,14 +121,14 @@ def decode(tokens: Sequence[str]) -> str:
     return " ".join(text.split())
 
 
-_VALUE = re.compile(r"B-(\S+) (.+?) E-\1(?!\S)")
+_VALUE = re.compile(r"B-(\S+) (.+?) E-\1")
 _OPEN, _CLOSE = re.compile(r"B-\S+ "), re.compile(r" E-\S+")
 
 
 def parse_slots(text: str) -> Slots:
     """Values of each slot in a decoded text; what is never closed is none, and tokens inside a value are dropped.
 
-    As s3prl's `get_slot_dict`, but that a slot's name must match whole.
+    As s3prl's `get_slot_dict`: a value also ends at the end of a slot whose name merely begins with this slot's.
     """
     found: dict[str, list[str]] = {}
     for slot, value in _VALUE.findall(text):
