@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError
-
-SAMPLE_RATE = 16_000
-"""Samples a second of everything this package computes on."""
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 """File name endings, in lower case, taken for audio in a folder."""

@@ -21,6 +21,9 @@ AttentionMode = Literal["exact", "resoftmax"]
 
 _T = TypeVar("_T")
 
+SAMPLE_RATE = 16_000
+"""Samples a second of everything this package computes on."""
+
 MAX_LAYERS = 1000
 MAX_SIZE = 2**20
 """Far above any encoder; beyond them a configuration is damaged, and its shapes would overflow."""

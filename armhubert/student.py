@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from armhubert.audio import SAMPLE_RATE
-from armhubert.config import AttentionMode, EncoderConfig
+from armhubert.config import SAMPLE_RATE, AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
 from armhubert.errors import ArmhubertError
