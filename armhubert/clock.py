@@ -5,7 +5,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,11 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
+
+
+def summarize(seconds: Sequence[float]) -> Timing:
+    """Median, lowest and highest of repeated measurements."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds))
 
 
 def interleave(
@@ -48,7 +53,7 @@ def interleave(
     for _ in range(repeats):
         for name, run in candidates.items():
             seconds[name].append(timed(run))
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+    return {name: summarize(values) for name, values in seconds.items()}
 
 
 def conditions(device: torch.device) -> dict[str, str]:

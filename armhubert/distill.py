@@ -662,12 +662,16 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
     return copied
 
 
+def bundled_speech() -> str:
+    """The folder of speech that comes with the package."""
+    return str(resources.files("armhubert") / "assets" / "speech")
+
+
 def _prepare_data(
     config: DistillConfig, out: Path, min_samples: int, processes: World
 ) -> Generator[Report, None, _Data]:
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
-    bundled = resources.files("armhubert") / "assets" / "speech"
-    sources = config.data or (str(bundled),)
+    sources = config.data or (bundled_speech(),)
     cache = out.absolute().parent / SCAN_CACHE
     if not processes.leads:
         processes.wait()

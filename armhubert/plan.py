@@ -172,7 +172,7 @@ def _latencies(students: dict[str, EncoderConfig], device: torch.device, repeats
     with torch.random.fork_rng([]):
         for name, config in students.items():
             model = ARMHuBERT(config).to(device).eval().requires_grad_(False)
-            runs[name] = lambda model=model: model(waveforms)  # type: ignore[misc]
+            runs[name] = lambda model=model: model(waveforms)
     with torch.no_grad():
         return interleave(runs, repeats=repeats, device=device)
 

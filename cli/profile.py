@@ -19,7 +19,10 @@ N = TypeVar("N", int, float)
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="A student's folder, a released .ckpt, or any model as for distill.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A student's folder, a released .ckpt, or any model; with --training the teacher."),
+    ],
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,13 +45,24 @@ def profile(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and .png here.")] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Profile steps of distilling MODEL as the teacher instead.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="With --training: settings as for distill (student, batches, precision).")
+    ] = None,
 ) -> None:
     """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
     from armhubert.profile import Building, Measuring, Profile, ProfileConfig, write
     from armhubert.profile import profile as measure
 
     ui.set_threads(threads)
-    config = ProfileConfig(
+    if training:
+        _training(model, config, device, repeats, warmup, out)
+        return
+    if config is not None:
+        raise ArmhubertError(f"--config belongs to --training, got {config} without it: leave it out")
+    settings = ProfileConfig(
         model=model,
         baselines=tuple(baseline) if baseline else ("hubert-base", "distilhubert", "released"),
         modes=tuple(mode or ("eager",)),
@@ -62,7 +76,7 @@ def profile(
         memory=memory,
     )
     with ui.progress() as show:
-        for report in measure(config):
+        for report in measure(settings):
             if isinstance(report, Building):
                 show(f"load {report.name}", 0, None)
             elif isinstance(report, Measuring):
@@ -150,3 +164,41 @@ def render(result: "Profile") -> None:
 
 def _spread(timing: "Timing") -> str:
     return f"{timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})"
+
+
+def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup: int, out: Path | None) -> None:
+    """Parts of a distillation step, as a table and training.json."""
+    import json
+
+    from rich.table import Table
+
+    from armhubert.config import build, read_mapping
+    from armhubert.distill_config import DistillConfig
+    from armhubert.files import write_atomic
+    from armhubert.training_profile import Step, profile_training
+
+    given = {**(read_mapping(file) if file else {}), "teacher": teacher, "device": device}
+    with ui.progress() as show:
+        for report in profile_training(
+            build(DistillConfig, given, str(file or "the options")), steps=repeats, warmup=warmup
+        ):
+            if isinstance(report, Step):
+                show("measure a step", report.done, report.total)
+            else:
+                result = report
+    table = Table("part", "milliseconds", "of the step", title="a step of distillation", title_justify="left")
+    for part, timing in {**result.parts, "step": result.step}.items():
+        share = "beside it" if part == "data" else f"{timing.median / result.step.median:.0%}"
+        spread = f"{timing.median * 1e3:.0f} ({timing.low * 1e3:.0f}-{timing.high * 1e3:.0f})"
+        table.add_row(part, spread, share)
+    ui.draw(table)
+    ui.say(
+        f"{result.batch_seconds:.1f} s of audio a step, {result.batch_seconds / result.step.median:.1f} s of audio a "
+        f"second; one reading process delivers {result.loader_rate:.0f} times real time; peak memory "
+        f"{result.peak_memory / 2**20:.0f} MiB; {', '.join(f'{k} {v}' for k, v in result.conditions.items())}"
+    )
+    if out is not None:
+        timings = {name: timing._asdict() for name, timing in {**result.parts, "step": result.step}.items()}
+        content = {**result._asdict(), "step": timings.pop("step"), "parts": timings}
+        write_atomic(out / "training.json", json.dumps(content, indent=1) + "\n")
+        ui.say(f"wrote {out / 'training.json'}")
