@@ -99,7 +99,7 @@ class ARMHuBERT(SpeechEncoder):
         """
         weights = load_weights(source)
         if attention_mode is not None:
-            weights = weights.with_config(attention_mode=attention_mode)
+            weights = weights.read_as(attention_mode)
         if not heads:
             weights = weights.without_heads()
         return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)
@@ -181,7 +181,7 @@ class ParameterCount(NamedTuple):
     without_heads: int
 
 
-def count_parameters(model: SpeechEncoder) -> ParameterCount:
+def count_parameters(model: nn.Module) -> ParameterCount:
     """Count as the papers do: every parameter, and every one but the heads'."""
     heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("heads."))
     total = sum(p.numel() for p in model.parameters())

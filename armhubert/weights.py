@@ -1,11 +1,12 @@
 """Weights on their way into a model: a configuration and the tensors that belong to it, under our names."""
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig
+from armhubert.config import AttentionMode, EncoderConfig
 
 
 class Weights(NamedTuple):
@@ -24,6 +25,21 @@ class Weights(NamedTuple):
     def with_config(self, **changes: Any) -> "Weights":
         """The same tensors under a changed configuration."""
         return self._replace(config=dataclasses.replace(self.config, **changes))
+
+    def read_as(self, mode: AttentionMode) -> "Weights":
+        """With reusing layers that read their maps as `mode`, whatever is recorded.
+
+        Warns:
+            UserWarning: the maps were read through a second softmax in training, and `exact` leaves it out.
+        """
+        if mode == "exact" and self.config.attention_mode == "resoftmax" and "R" in self.config.pattern:
+            warnings.warn(
+                f"{self.source} was trained with maps that pass through the softmax twice (resoftmax), close to mean "
+                "pooling in reusing layers; read as exact, its features are others than the published ones: "
+                "fine-tune it before you use them",
+                stacklevel=3,
+            )
+        return self.with_config(attention_mode=mode)
 
     def without_heads(self) -> "Weights":
         """Without the distillation heads, if there are any."""

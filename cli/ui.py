@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from armhubert.config import EncoderConfig
+    from armhubert.convert.folder import Converted
     from armhubert.distill import Finished, Report, Started
     from armhubert.extract import Finished as ExtractFinished
     from armhubert.extract import Report as ExtractReport
@@ -237,6 +238,26 @@ def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") ->
     for name, value in rows.items():
         table.add_row(name, str(value))
     _out.print(table)
+
+
+def show_conversion(report: "Converted") -> None:
+    """What became of a source's tensors: one line an ignored group, and the settings nobody stated."""
+    config, count = report.config, report.parameters
+    say(
+        f"mapped {len(report.mapped)} tensors, {count.total} parameters ({count.without_heads} without heads): "
+        f"{config.layers} layers of width {config.width}, pattern {config.pattern}, "
+        f"maps read as {config.attention_mode}"
+    )
+    say("missing none")
+    groups: dict[str, int] = {}
+    for name in report.ignored:
+        group = ".".join(name.split(".")[:2])
+        groups[group] = groups.get(group, 0) + 1
+    listed = ", ".join(f"{group} ({n})" if n > 1 else group for group, n in groups.items())
+    say(f"ignored {len(report.ignored)}" + (f": {listed}" if listed else ""))
+    if report.inferred:
+        say(f"not stated by the source, taken from published models of this size: {', '.join(report.inferred)}")
+    say(f"wrote {report.out}, read back equal")
 
 
 def show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:

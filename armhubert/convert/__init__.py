@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from armhubert.config import read_mapping
 from armhubert.convert import distilhubert, dphubert, fairseq, huggingface, native, released, torchaudio, wavlm
 from armhubert.convert.pickles import read_pickle
+from armhubert.convert.tensors import is_safetensors, read_file
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -44,8 +45,13 @@ def load_weights(source: str | Path) -> Weights:
 
     Args:
         source: `mini` (the bundled teacher); a folder with config.json and weights, ours or Hugging Face's (hubert,
-            wav2vec2, wavlm); a released `student.ckpt` with its `.yaml` beside it; a torchaudio pipeline's name
-            (HUBERT_BASE, ...); a hub id (org/name), downloaded and cached by huggingface_hub.
+            wav2vec2, wavlm); a checkpoint file: a released `student.ckpt` with its `.yaml` beside it, fairseq's `.pt`
+            (HuBERT, wav2vec 2.0, fine-tuned for CTC or not) and s3prl's conversions, Microsoft's WavLM, DistilHuBERT,
+            DPHuBERT, a torchaudio state dict (settings that its shapes do not tell in a `.yaml` beside it, where the
+            sizes are of no published model); a torchaudio pipeline's name (HUBERT_BASE, ...); a hub id (org/name),
+            downloaded and cached by huggingface_hub.
+
+    Nothing in a file is imported, called or built: see `armhubert.convert.pickles`.
 
     Raises:
         ArmhubertError: nothing there, an unsupported architecture, or files that are damaged.
@@ -62,7 +68,7 @@ def load_weights(source: str | Path) -> Weights:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_folder(huggingface.download(name))
     raise ArmhubertError(
-        f"no model at {name!r}: it must be 'mini', a folder with config.json, a released .ckpt file, "
+        f"no model at {name!r}: it must be 'mini', a folder with config.json, a checkpoint file, "
         "a torchaudio pipeline such as HUBERT_BASE, or a hub id such as facebook/hubert-base-ls960"
     )
 
@@ -78,11 +84,12 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _from_file(path: Path) -> Weights:
-    content = read_pickle(path, stand_ins=True)
+    content = read_file(path) if is_safetensors(path) else read_pickle(path, stand_ins=True)
     if isinstance(content, Mapping):
         for kind in FILE_FORMATS:
             if kind.recognise(content):
                 return kind.load(content, path)
     raise ArmhubertError(
-        f"{path} holds no model that is known here: it must be a {', '.join(kind.name for kind in FILE_FORMATS)}"
+        f"{path} holds no model that is known here: it must be a {', '.join(kind.name for kind in FILE_FORMATS)}; "
+        "of Hugging Face's weights give the folder, with config.json"
     )

@@ -101,12 +101,8 @@ def read_pickle(path: Path, *, stand_ins: bool = False) -> Any:
 
 def fields(value: Any) -> Mapping[Any, Any]:
     """One level of a configuration object as a mapping: a dict, argparse's Namespace, a dataclass, a DictConfig."""
-    if isinstance(value, StandIn):
-        value = value.state
-        if isinstance(value, tuple) and value and isinstance(value[0], Mapping):  # (__dict__, __slots__)
-            value = value[0]
-        if isinstance(value, Mapping) and "_content" in value:
-            value = value["_content"]
+    if isinstance(value := scalar(value), StandIn):
+        value = _state(value).get("_content", _state(value))
     return value if isinstance(value, Mapping) else {}
 
 
@@ -115,14 +111,18 @@ def scalar(value: Any) -> Any:
     for _ in range(4):
         if not isinstance(value, StandIn):
             break
-        state = fields(value)
-        if "_val" in state:
-            value = state["_val"]
-        elif isinstance(value.args, tuple) and len(value.args) == 1:
+        if "_val" in _state(value):
+            value = _state(value)["_val"]
+        elif value.state is None and isinstance(value.args, tuple) and len(value.args) == 1:
             value = value.args[0]
         else:
             break
     return value
+
+
+def _state(made: StandIn) -> Mapping[Any, Any]:
+    state = made.state[0] if isinstance(made.state, tuple) and made.state else made.state  # (__dict__, __slots__)
+    return state if isinstance(state, Mapping) else {}
 
 
 # ---- the machine -----------------------------------------------------------
@@ -183,9 +183,11 @@ class _Machine(pickle._Unpickler):
     """Python's own pickle machine, with every instruction that calls, builds or hashes replaced by a harmless one."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: _Bytes, data: mmap.mmap, storages: Mapping[str, tuple[int, int]] | None) -> None:
-        super().__init__(file, encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+        super().__init__(file, encoding="utf-8", errors="replace")
         self.data, self.storages = data, storages
         self.foreign: list[str] = []
         self.declared: dict[str, tuple[torch.dtype, int]] = {}
@@ -367,7 +369,7 @@ _INSTRUCTIONS = (
     *((code, _Machine._refuse) for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)),
 )
 for _code, _method in _INSTRUCTIONS:
-    _Machine.dispatch[_code[0]] = _method  # type: ignore[assignment]
+    _Machine.dispatch[_code[0]] = _method
 
 _REBUILD = {
     Name("collections", "OrderedDict"): "dict",
@@ -387,7 +389,7 @@ _REBUILD = {
 
 
 def _read_zip(data: mmap.mmap) -> _Machine:
-    archive = zipfile.ZipFile(_Bytes(data, 0, len(data), MAX_DIRECTORY))  # type: ignore[arg-type]
+    archive = zipfile.ZipFile(_Bytes(data, 0, len(data), MAX_DIRECTORY))
     entries = {info.filename: info for info in archive.infolist()}
     main = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(main) != 1:

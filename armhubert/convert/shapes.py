@@ -1,8 +1,8 @@
 """An encoder's settings from its tensors alone, for files without configuration: torchaudio's state dicts.
 
-Shapes tell widths, kernels, depth and which norms there are. They do not tell strides, heads, where the Transformer's norms
-sit or whether the input was normalised: these are those of the published models of that size, or are read from a file of
-the same name ending in .yaml or .json, beside the weights, with EncoderConfig's field names.
+Shapes tell widths, kernels, depth and which norms there are. They do not tell strides, heads, where the Transformer's
+norms sit or whether the input was normalised: these are those of the published models of that size, or are read from a
+file of the same name ending in .yaml or .json, beside the weights, with EncoderConfig's field names.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
 
-_STRIDES = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}
+_STRIDES: dict[tuple[int, ...], tuple[int, ...]] = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}
 _HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 _FFN = "encoder.layers.0.feed_forward.intermediate_dense.weight"
 

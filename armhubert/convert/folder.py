@@ -1,0 +1,130 @@
+"""Other people's weights -> a folder of ours, written whole and read back."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from armhubert.config import AttentionMode, EncoderConfig
+from armhubert.convert import load_weights
+from armhubert.errors import ArmhubertError
+from armhubert.student import ARMHuBERT, ParameterCount, count_parameters
+from armhubert.weights import Weights
+
+
+class Converted(NamedTuple):
+    """What became of a source's tensors; a tensor that is missing is an error instead."""
+
+    source: str
+    out: Path
+    config: EncoderConfig
+    parameters: ParameterCount
+    mapped: tuple[str, ...]
+    """Our names of the tensors written."""
+    ignored: tuple[str, ...]
+    """The source's names of what has no place in an encoder."""
+    inferred: tuple[str, ...]
+    """`name=value` of settings that the source does not state."""
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    attention_mode: AttentionMode | None = None,
+    heads: bool = True,
+    force: bool = False,
+) -> Converted:
+    """Write `source` as a folder that `ARMHuBERT.from_pretrained` and `load_teacher` read, and read it back.
+
+    The folder is written under a temporary name beside `out` and renamed when it is complete and checked. Where `out`
+    exists (`force`), the files of ours in it are replaced one by one and no other is touched.
+
+    Args:
+        source: as for `armhubert.convert.load_weights`.
+        out: the folder; it must not exist, be empty, or come with `force`.
+        attention_mode: read the maps in another way than recorded; None: as recorded.
+        heads: keep the distillation heads, if there are any.
+        force: replace our files in a folder that holds something.
+
+    Raises:
+        ArmhubertError: nothing usable at `source`, `out` is taken or cannot be written; `out` is as it was.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ArmhubertError(f"{folder} is a file: give a folder")
+    if folder.exists() and Path(source).exists() and folder.samefile(source):
+        raise ArmhubertError(f"{folder} is the source itself: give another folder")
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not force:
+        raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
+    weights = load_weights(source)
+    if attention_mode is not None:
+        weights = weights.read_as(attention_mode)
+    if not heads:
+        weights = weights.without_heads()
+    model = ARMHuBERT.from_weights(weights)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ArmhubertError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    try:
+        # mkdtemp's folders are private; a model is not
+        temporary.chmod(folder.parent.stat().st_mode & 0o777)
+        model.save_pretrained(temporary, card=_card(weights))
+        _check(temporary, model)
+        if taken:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise ArmhubertError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Converted(
+        weights.source,
+        folder,
+        weights.config,
+        count_parameters(model),
+        tuple(weights.state),
+        weights.ignored,
+        weights.inferred,
+    )
+
+
+def _check(folder: Path, model: ARMHuBERT) -> None:
+    again, written = load_weights(folder), model.state_dict()
+    same = again.config == model.config and again.state.keys() == written.keys()
+    if not same or not all(torch.equal(again.state[name], value) for name, value in written.items()):
+        raise RuntimeError("a model did not read back as it was written: memory or the disk is at fault")
+
+
+def _card(weights: Weights) -> str:
+    config = weights.config
+    inferred = f"\nSettings that the source does not state, taken from published models of this size: \
+{', '.join(weights.inferred)}.\n"
+    return f"""---
+library_name: armhubert
+tags: [speech, self-supervised, feature-extraction]
+---
+# {Path(weights.source).name}, converted
+
+{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern \
+`{config.pattern}`, maps read as `{config.attention_mode}`. Input: 16 kHz mono{
+        ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""
+    }; one frame every {config.hop} samples.
+
+```python
+from armhubert import ARMHuBERT
+
+model = ARMHuBERT.from_pretrained("this-folder")
+features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
+```
+{inferred if weights.inferred else ""}
+The weights are the source's, under its licence and conditions.
+"""

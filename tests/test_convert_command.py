@@ -1,0 +1,106 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import GOLDEN, needs_golden, transformers_model
+from test_convert_files import fairseq_state, model_settings
+from typer.testing import CliRunner
+
+from armhubert import ARMHuBERT, ArmhubertError, load_teacher
+from armhubert.cli.app import app
+from armhubert.convert import load_weights
+from armhubert.convert.folder import convert
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:armhubert")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("fairseq") / "hubert.pt"
+    state = fairseq_state(transformers_model("Hubert"), layer_norm=False) | {"final_proj.weight": torch.zeros(2, 2)}
+    torch.save({"cfg": {"model": model_settings(large=False), "task": {"normalize": False}}, "model": state}, path)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        assert isinstance(result.exception, ArmhubertError), result.exception
+        return 2, result.stdout, str(result.exception)  # what `main` prints and exits with
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_checkpoint_becomes_a_folder_with_the_same_tensors(checkpoint, tmp_path):
+    code, out, _ = run(checkpoint, tmp_path / "a" / "b")
+    assert code == 0
+    assert "missing none" in out
+    assert "ignored 1: final_proj.weight" in out
+    assert "read back equal" in out
+    folder = tmp_path / "a" / "b"
+    assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert os.listdir(tmp_path / "a") == ["b"]
+    before, after = load_weights(checkpoint), load_weights(folder)
+    assert before.config == after.config
+    assert all(torch.equal(after.state[name], value) for name, value in before.state.items())
+    x = torch.randn(1, 2000)
+    with torch.no_grad():
+        assert torch.equal(load_teacher(folder)(x).last_hidden_state, load_teacher(checkpoint)(x).last_hidden_state)
+    assert "licence" in (folder / "README.md").read_text()
+
+
+def test_a_folder_that_holds_something_is_left_alone_unless_forced(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run(checkpoint, out)[0] == 0  # empty
+    (out / "notes.txt").write_text("mine")
+    (out / "config.json").write_text("{}")
+    code, _, message = run(checkpoint, out)
+    assert code == 2
+    assert "--force" in message
+    assert (out / "config.json").read_text() == "{}"
+    assert run(checkpoint, out, "--force")[0] == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == "armhubert"
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("")
+    assert "is a file" in run(checkpoint, tmp_path / "file", "--force")[2]
+    assert "is the source itself" in run(out, out, "--force")[2]
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_nothing_is_written_when_the_source_is_bad(checkpoint, tmp_path, force):
+    (tmp_path / "torn.pt").write_bytes(checkpoint.read_bytes()[:20000])
+    for source in (tmp_path / "torn.pt", tmp_path / "absent.pt"):
+        code, _, message = run(source, tmp_path / "out", *force)
+        assert code == 2
+        assert "\n" not in message.strip()
+    assert "--attention-mode must be" in run(checkpoint, tmp_path / "out", "--attention-mode", "soft")[2]
+    assert [file.name for file in tmp_path.iterdir()] == ["torn.pt"]
+
+
+def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def full(*args, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArmhubertError, match="No space left"):
+        convert(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_golden
+def test_a_released_student_keeps_its_setting_or_warns(tmp_path):
+    source = GOLDEN / "reuse-2by2" / "student.ckpt"
+    assert run(source, tmp_path / "as-released")[0] == 0
+    assert ARMHuBERT.from_pretrained(tmp_path / "as-released").config.attention_mode == "resoftmax"
+    code, out, err = run(source, tmp_path / "exact", "--attention-mode", "exact", "--no-heads")
+    assert code == 0
+    assert "warning:" in err
+    assert "fine-tune it" in err
+    student = ARMHuBERT.from_pretrained(tmp_path / "exact")
+    assert student.config.attention_mode == "exact"
+    assert student.heads is None
+    assert "ignored" in out
+    assert "teacher_model" in out
