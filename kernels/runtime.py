@@ -76,7 +76,8 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as torch.autocast hands them to a matrix product; float64 and None are left alone."""
     kind = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # is_autocast_available says the same of meta, but PyTorch 2.11 cannot trace it
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
