@@ -4,29 +4,44 @@
 
 - released: eager PyTorch as in the released code: bmm, softmax, bmm, the map stored; a reusing layer puts the stored
   map through the softmax again ("resoftmax") or not ("exact"); the loss is linear, where, mse layer by layer, float32
-  distances as autocast makes them.
+  distances as autocast makes them; convolution, group norm and GELU as passes of their own.
 - sdpa: PyTorch's fused attention on the shared q and k.
 - flex: FlexAttention, compiled.
 - compiled: torch.compile of the PyTorch twin.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.config import EncoderConfig, armhubert
+from armhubert.frontend import FrontEnd
 from armhubert.kernels import AttentionMap, Distance, Impl, Setting, attend, costs, distillation_loss, reattend
 
 Forward = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+HUBERT_BASE = EncoderConfig(
+    conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
+    width=768,
+    layers=12,
+    heads=12,
+    ffn=3072,
+    feature_projection=True,
+)
+STACKS = {"student": armhubert(), "teacher": HUBERT_BASE}
 
 
 class Cell(NamedTuple):
     """One benchmark case. Widths default to the preset `armhubert`."""
 
     op: str
-    """attend, reattend, pair (a computing and a reusing layer) or loss."""
+    """attend, reattend, pair (a computing and a reusing layer), loss or conv (the waveform stack)."""
     B: int
     T: int
     H: int = 12
@@ -37,6 +52,8 @@ class Cell(NamedTuple):
     L: int = 12
     Dt: int = 768
     distance: Distance = "mse"
+    stack: str = "student"
+    """Of conv: that of the preset `armhubert` or, "teacher", of HuBERT Base."""
     slow: bool = False
     """Also against baselines that must be compiled first."""
 
@@ -48,9 +65,15 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """What tables call it."""
-        detail = {"loss": self.distance, "attend": ""}.get(self.op, self.setting)
-        widths = f"H{self.H} d{self.d}" if self.op != "loss" else f"L{self.L} {self.D}-{self.Dt}"
+        detail = {"loss": self.distance, "attend": "", "conv": self.stack}.get(self.op, self.setting)
+        widths = {"loss": f"L{self.L} {self.D}-{self.Dt}", "conv": ""}.get(self.op, f"H{self.H} d{self.d}")
         return " ".join(p for p in (self.op, detail, f"B{self.B} T{self.T}", widths, "ragged" * self.ragged) if p)
+
+    @property
+    def samples(self) -> int:
+        """Of a waveform that gives T frames."""
+        config = STACKS[self.stack]
+        return (self.T - 1) * config.hop + config.receptive_field
 
     def floor(self, gpu: costs.Gpu | None, *, backward: bool) -> float | None:
         """Seconds that no implementation in 16-bit beats, of the forward pass or of forward and backward."""
@@ -67,6 +90,8 @@ class Cell(NamedTuple):
         B, T, H, d = self.B, self.T, self.H, self.d
         parts = []
         for back in (False, True)[: 1 + backward]:
+            if self.op == "conv":
+                parts.append(_conv_cost(STACKS[self.stack], B, self.samples, backward=back))
             if self.op == "loss":
                 parts.append(costs.distillation(self.L, B, T, self.D, self.Dt, backward=back))
             if self.op in ("attend", "pair"):
@@ -74,6 +99,18 @@ class Cell(NamedTuple):
             if self.op in ("reattend", "pair"):
                 parts.append(costs.reattend(B, T, H, d, self.D, backward=back))
         return parts
+
+
+def _conv_cost(config: EncoderConfig, B: int, samples: int, *, backward: bool, itemsize: int = 2) -> costs.Cost:
+    """Samples in, frames out, and every map but the widest first written and read once; backward twice the products."""
+    moved, operations, channels, frames = float(4 * B * samples), 0.0, 1, samples
+    for layer, (outputs, kernel, stride) in enumerate(config.conv_layers):
+        frames = (frames - kernel) // stride + 1
+        operations += 2.0 * B * frames * outputs * channels * kernel
+        moved += itemsize * outputs * (channels * kernel + (2 * B * frames if layer else 0))
+        channels = outputs
+    moved -= itemsize * B * frames * channels  # nothing here reads the last
+    return costs.Cost(2 * moved, 2 * operations) if backward else costs.Cost(moved, operations)
 
 
 class Candidate(NamedTuple):
@@ -148,8 +185,8 @@ def sdpa_attend(
     mask = None
     if lengths is not None:
         mask = (torch.arange(q.shape[1], device=q.device) < lengths[:, None])[:, None, None]
-    heads = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+    q_heads, k_heads, v_heads = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2), AttentionMap(q, k, None, lengths)
 
 
@@ -182,29 +219,48 @@ def released_loss(
     return torch.stack(sums)
 
 
+def released_front_end(front_end: FrontEnd, waveforms: Tensor) -> Tensor:
+    """[B, S] -> [B, T, C]: each convolution, norm and GELU a pass of its own, padding inside the group norm."""
+    x = waveforms[:, None]
+    for layer in (front_end.first, *front_end.rest):
+        x = layer.conv(x)
+        if isinstance(layer.norm, torch.nn.GroupNorm):
+            x = layer.norm(x)
+        elif layer.norm is not None:
+            x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
+        x = F.gelu(x)
+    return x.transpose(1, 2)
+
+
 def _flex(lengths: Tensor | None, T: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask = None
     if lengths is not None:
-        block_mask = create_block_mask(lambda b, h, i, j: j < lengths[b], len(lengths), None, T, T, device=device.type)  # type: ignore[no-untyped-call]
+        block_mask = create_block_mask(lambda b, h, i, j: j < lengths[b], len(lengths), None, T, T, device=device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask)
-        return out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+        return out.transpose(1, 2).flatten(2)
 
     return run
 
 
 # ---- building a cell --------------------------------------------------------
 
+Makers = dict[str, Callable[[], Candidate]]
+SLOW = ("compiled", "compiled released", "flex")
+"""Candidates that are compiled first, in cells that are marked `slow`."""
+_COMPILED: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
 
-def build(
-    cell: Cell, device: torch.device, dtype: torch.dtype, *, impl: Impl = "auto", grad: bool = False
-) -> dict[str, Candidate]:
-    """The candidates of a cell by name, "ours" first; each with leaves of its own that share their values."""
-    return _loss(cell, device, dtype, impl, grad) if cell.op == "loss" else _attention(cell, device, dtype, impl, grad)
+
+def build(cell: Cell, device: torch.device, dtype: torch.dtype, *, impl: Impl = "auto", grad: bool = False) -> Makers:
+    """What makes each candidate of a cell, "ours" first: apart, so that one that cannot be made costs no other.
+
+    Candidates have leaves of their own, with one set of values.
+    """
+    return {"loss": _loss, "conv": _conv}.get(cell.op, _attention)(cell, device, dtype, impl, grad)
 
 
 def lengths_of(cell: Cell, device: torch.device) -> Tensor | None:
@@ -214,7 +270,7 @@ def lengths_of(cell: Cell, device: torch.device) -> Tensor | None:
     return torch.linspace(cell.T, max(1, cell.T // 2), cell.B, dtype=torch.float64).long().to(device)
 
 
-def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> dict[str, Candidate]:
+def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
     B, T, H, d, D = cell.B, cell.T, cell.H, cell.d, cell.D
     generator = torch.Generator(device).manual_seed(0)
 
@@ -222,65 +278,60 @@ def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl,
         t = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale
         return t.to(dtype)
 
-    qkv = draw(B, T, 3, H, d)
-    x, weight, bias = draw(B, T, D), draw(H * d, D, scale=D**-0.5), draw(H * d)
+    values = *draw(B, T, 3, H, d).unbind(2), draw(B, T, D), draw(H * d, D, scale=D**-0.5), draw(H * d)
     lengths = lengths_of(cell, device)
 
-    def leaves(*values: Tensor) -> list[Tensor]:
-        return [t.detach().requires_grad_(grad) for t in values]
-
-    def ways(name: str, make_map: Callable[..., Any], reuse: Callable[..., Tensor]) -> tuple[str, Candidate]:
+    def by(make_map: Callable[..., Any], reuse: Callable[..., Tensor]) -> Candidate:
         """The cell's op by one pair of functions; a lone reusing layer starts from a finished map."""
-        q, k, v, inner, W, b = leaves(*qkv.unbind(2), x, weight, bias)
-        options: dict[str, Any] = {"setting": cell.setting, "impl": impl}
-        if name.startswith("released"):
-            options["lengths"] = lengths
+        q, k, v, x, weight, bias = leaves = [t.detach().requires_grad_(grad) for t in values]
         if cell.op == "attend":
-            return name, Candidate(lambda: make_map(q, k, v, lengths, impl=impl)[0], [q, k, v])
+            return Candidate(lambda: make_map(q, k, v, lengths)[0], [q, k, v])
         if cell.op == "pair":
 
             def both() -> tuple[Tensor, Tensor]:
-                out, kept = make_map(q, k, v, lengths, impl=impl)
-                return out, reuse(kept, inner, W, b, **options)
+                out, kept = make_map(q, k, v, lengths)
+                return out, reuse(kept, x, weight, bias)
 
-            return name, Candidate(both, [q, k, v, inner, W, b])
+            return Candidate(both, leaves)
         with torch.no_grad():
-            kept = make_map(q, k, v, lengths, impl=impl)[1]
+            kept = make_map(q, k, v, lengths)[1]
         if isinstance(kept, Tensor):
-            (kept,) = leaves(kept)
-            return name, Candidate(lambda: reuse(kept, inner, W, b, **options), [kept, inner, W, b])
+            stored = kept.detach().requires_grad_(grad)
+            return Candidate(lambda: reuse(stored, x, weight, bias), [stored, x, weight, bias])
         handle = kept._replace(queries=q, keys=k)
-        return name, Candidate(lambda: reuse(handle, inner, W, b, **options), [q, k, inner, W, b])
+        return Candidate(lambda: reuse(handle, x, weight, bias), [q, k, x, weight, bias])
 
-    found = dict([ways("ours", attend, reattend), ways("released", released_attend, released_reattend)])
+    def compiled() -> Candidate:
+        twin = by(partial(attend, impl="torch"), partial(reattend, setting=cell.setting, impl="torch"))
+        return twin._replace(forward=torch.compile(twin.forward, **_COMPILED))
+
+    def flex() -> Candidate:
+        attention = _flex(lengths, T, device)
+
+        def make_map(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
+            out = v if cell.op == "reattend" else attention(q, k, v)
+            return out, AttentionMap(q, k, None, lengths)
+
+        def reuse(kept: AttentionMap, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return attention(kept.queries, kept.keys, F.linear(x, weight, bias).view(kept.queries.shape))
+
+        return by(make_map, reuse)
+
+    makers: Makers = {
+        "ours": lambda: by(partial(attend, impl=impl), partial(reattend, setting=cell.setting, impl=impl)),
+        "released": lambda: by(released_attend, partial(released_reattend, setting=cell.setting, lengths=lengths)),
+    }
     exact = cell.setting == "exact" or cell.op == "attend"
     if exact:
-        found |= [ways("sdpa", sdpa_attend, sdpa_reattend)]
+        makers["sdpa"] = lambda: by(sdpa_attend, sdpa_reattend)
     if cell.slow:
-        options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
-
-        def twin_attend(*args: Any, impl: Impl) -> Any:
-            return attend(*args, impl="torch")
-
-        def twin_reattend(*args: Any, impl: Impl, setting: Setting) -> Tensor:
-            return reattend(*args, setting=setting, impl="torch")
-
-        name, twin = ways("compiled", twin_attend, twin_reattend)
-        found[name] = twin._replace(forward=torch.compile(twin.forward, **options))
+        makers["compiled"] = compiled
         if exact:
-            attention = _flex(lengths, T, device)
-
-            def flex_attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, impl: Impl) -> Any:
-                return attention(q, k, v), AttentionMap(q, k, None, lengths)
-
-            def flex_reattend(kept: AttentionMap, x: Tensor, W: Tensor, b: Tensor, **_: Any) -> Tensor:
-                return attention(kept.queries, kept.keys, F.linear(x, W, b).view(kept.queries.shape))
-
-            found |= [ways("flex", flex_attend, flex_reattend)]
-    return found
+            makers["flex"] = flex
+    return makers
 
 
-def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> dict[str, Candidate]:
+def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
     L, B, T, D, Dt = cell.L, cell.B, cell.T, cell.D, cell.Dt
     generator = torch.Generator(device).manual_seed(0)
 
@@ -293,18 +344,37 @@ def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad
     mask = torch.rand(B, T, generator=generator, device=device) < 0.7
     lengths = lengths_of(cell, device)
 
-    def way(run: Callable[..., Tensor], **options: Any) -> Candidate:
-        leaves = [t.detach().requires_grad_(grad) for t in (weight, bias, *hidden)]
-        W, b, *h = leaves
-        forward = lambda: run(h, W, b, clean, masked, mask, lengths, distance=cell.distance, **options)  # noqa: E731
-        return Candidate(forward, leaves)
+    def by(run: Callable[..., Tensor]) -> Candidate:
+        W, b, *h = leaves = [t.detach().requires_grad_(grad) for t in (weight, bias, *hidden)]
+        return Candidate(lambda: run(h, W, b, clean, masked, mask, lengths, distance=cell.distance), leaves)
 
-    found = {"ours": way(distillation_loss, impl=impl), "released": way(released_loss)}
+    makers: Makers = {
+        "ours": lambda: by(partial(distillation_loss, impl=impl)),
+        "released": lambda: by(released_loss),
+    }
     if cell.slow:
-        options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
-        found["compiled"] = way(torch.compile(distillation_loss, **options), impl="torch")
-        found["compiled released"] = way(torch.compile(released_loss, **options))
-    return found
+        makers["compiled"] = lambda: by(torch.compile(partial(distillation_loss, impl="torch"), **_COMPILED))
+        makers["compiled released"] = lambda: by(torch.compile(released_loss, **_COMPILED))
+    return makers
+
+
+def _conv(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        front_end = FrontEnd(STACKS[cell.stack], impl=impl).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    waveforms = torch.randn(cell.B, cell.samples, generator=generator, device=device).to(dtype)
+    lengths = lengths_of(cell, device)
+    samples = None if lengths is None else (lengths - 1) * STACKS[cell.stack].hop + STACKS[cell.stack].receptive_field
+
+    def by(run: Callable[..., Tensor], *options: Any) -> Candidate:
+        own = copy.deepcopy(front_end).requires_grad_(grad)
+        return Candidate(lambda: run(own, waveforms, *options), list(own.parameters()))
+
+    makers: Makers = {"ours": lambda: by(FrontEnd.forward, samples), "released": lambda: by(released_front_end)}
+    if cell.slow:
+        makers["compiled released"] = lambda: by(torch.compile(released_front_end, **_COMPILED))
+    return makers
 
 
 # ---- the cells --------------------------------------------------------------
@@ -316,6 +386,7 @@ def gpu_cells() -> Iterator[Cell]:
     yield Cell("loss", 16, 499, slow=True)
     yield Cell("pair", 16, 499, slow=True)
     yield Cell("attend", 16, 499, slow=True)
+    yield Cell("conv", 16, 499, slow=True)
     yield Cell("reattend", 16, 499, setting="resoftmax", slow=True)
     yield Cell("reattend", 16, 499, ragged=True, slow=True)
     for B, T in ((1, 499), (64, 250), (1, 50), (4, 1499), (64, 499), (1, 3000), (16, 100), (64, 50), (4, 200)):
@@ -329,6 +400,9 @@ def gpu_cells() -> Iterator[Cell]:
     yield Cell("loss", 16, 499, distance="l1")
     yield Cell("loss", 16, 499, ragged=True)
     yield Cell("loss", 16, 499, d=36)
+    for B, T in ((1, 499), (64, 249), (16, 1499)):
+        yield Cell("conv", B, T)
+    yield Cell("conv", 16, 499, stack="teacher")
     yield Cell("attend", 16, 499, d=36)
     yield Cell("reattend", 16, 499, d=36)
     yield Cell("pair", 16, 499, setting="resoftmax")
@@ -346,6 +420,8 @@ def cpu_cells() -> Iterator[Cell]:
     yield Cell("reattend", 4, 499)
     yield Cell("attend", 4, 499)
     yield Cell("pair", 4, 499, ragged=True)
+    yield Cell("conv", 1, 499)
+    yield Cell("conv", 4, 249, ragged=True)
     yield Cell("loss", 4, 199)
     yield Cell("loss", 1, 499, distance="l1")
 
@@ -357,5 +433,6 @@ def rehearsal_cells() -> Iterator[Cell]:
         yield Cell(op, **small, slow=op == "reattend")
     yield Cell("pair", **small, setting="resoftmax", ragged=True)
     yield Cell("reattend", **small, ragged=True)
-    yield Cell("loss", **small, L=2, Dt=24, slow=True)
+    yield Cell("loss", **small, L=2, Dt=24)
+    yield Cell("conv", 1, 9, ragged=True)
     yield Cell("loss", **small, L=2, Dt=24, distance="l1", ragged=True)

@@ -7,6 +7,8 @@ kernels under the interpreter.
 """
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from armhubert.bench.cases import HUBERT_BASE
 from armhubert.config import EncoderConfig, preset
+from armhubert.frontend import FrontEnd
 from armhubert.kernels import Impl, attend, distillation_loss, reattend
 from armhubert.kernels import reuse_attention as attention_module
 from armhubert.kernels.runtime import INTERPRET, frame_mask
@@ -61,7 +65,7 @@ def judge(names: list[str], got: list[Tensor], low: list[Tensor], high: list[Ten
         ratio = error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
         if ratio > worst:
             worst, at = ratio, f"{name}: {error:.2e}, allowed {allowed:.2e}"
-    return {"ok": worst <= 1, "ratio": round(worst, 4), "at": at}
+    return {"ok": worst <= 1, "ratio": round(worst, 4) if worst < 1e9 else None, "at": at}
 
 
 def verdict(ok: bool, at: str, ratio: float | None = None) -> dict[str, Any]:
@@ -103,7 +107,8 @@ class Pair(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Pair":
         """In another precision."""
-        return Pair(*(t.to(dtype) for t in self[:5]), self.lengths)
+        qkv, x, weight, bias, g = (t.to(dtype) for t in self[:5])
+        return Pair(qkv, x, weight, bias, g, self.lengths)
 
     def run(self, impl: Impl, setting: Any, *, heads_first: bool = False, **options: Any) -> list[Tensor]:
         """Outputs on valid frames, and every gradient."""
@@ -246,13 +251,17 @@ def check_padding(device: str, dtype: str, setting: str) -> dict[str, Any]:
 
 def check_rerun(device: str, dtype: str, op: str) -> dict[str, Any]:
     """Outputs and gradients of two runs, bit for bit."""
+    impl = kernels_of(device)
     if op == "loss":
-        inputs = loss_inputs(device, dtype, 3, 4, 257, 240, 200)
-        return same(loss_names(3), *(inputs.run(kernels_of(device), "mse") for _ in range(2)))
-    inputs = pair(device, dtype, 4, 257, 4, 40, 160, True)
-    options = {"dropout": 0.1, "seed": 3} if op == "dropout" else {}
+        run = partial(loss_inputs(device, dtype, 3, 4, 257, 240, 200).run, impl, "mse")
+        return same(loss_names(3), run(), run())
+    if op == "conv":
+        inputs = front_end_inputs(device, dtype, "mini", 3, 0.7)
+        return same(inputs.names, *(inputs.run(impl, DTYPES[dtype]) for _ in range(2)))
+    options: dict[str, Any] = {"dropout": 0.1, "seed": 3} if op == "dropout" else {}
     setting = "resoftmax" if op == "resoftmax" else "exact"
-    return same(PAIR, *(inputs.run(kernels_of(device), setting, **options) for _ in range(2)))
+    run = partial(pair(device, dtype, 4, 257, 4, 40, 160, True).run, impl, setting, **options)
+    return same(PAIR, run(), run())
 
 
 def check_compile(device: str, op: str) -> dict[str, Any]:
@@ -265,20 +274,29 @@ def check_compile(device: str, op: str) -> dict[str, Any]:
         setting = "resoftmax" if op == "resoftmax" else "exact"
         return (out + reattend(kept, x, weight, setting=setting, impl=impl)).float().square().mean()  # type: ignore[arg-type]
 
-    compiled = torch.compile(distillation_loss if op == "loss" else run, fullgraph=True, dynamic=True)
+    def frames(module: FrontEnd, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        return module(waveforms, lengths).float().square().mean()
+
+    ways: dict[str, Callable[..., Any]] = {"loss": distillation_loss, "conv": frames}
+    way = ways.get(op, run)
+    compiled = torch.compile(way, fullgraph=True, dynamic=True)
     worst = 0.0
     for T in (67, 150):
         if op == "loss":
             inputs = loss_inputs(device, "fp32", 2, 2, T, 48, 40)
-            eager, traced = (inputs.run(impl, "mse", call=call) for call in (distillation_loss, compiled))
+            eager, traced = (inputs.run(impl, "mse", call=call) for call in (way, compiled))
         else:
-            leaves = [draw(device, 2, T, 3, 40, seed=s).requires_grad_() for s in range(3)]
-            leaves += [draw(device, 2, T, 120).requires_grad_(), (draw(device, 120, 120) / 11).requires_grad_()]
-            lengths = torch.tensor([T, T // 2], device=device)
-            eager, traced = (
-                [loss.detach(), *torch.autograd.grad(loss, leaves)]
-                for loss in (call(*leaves, lengths) for call in (run, compiled))
-            )
+            if op == "conv":
+                waves = front_end_inputs(device, "fp32", "mini", 2, T / 100)
+                waves.module.impl = impl
+                leaves: list[Tensor] = list(waves.module.parameters())
+                arguments: list[Any] = [waves.module, waves.waveforms, waves.lengths]
+            else:
+                leaves = [draw(device, 2, T, 3, 40, seed=s).requires_grad_() for s in range(3)]
+                leaves += [draw(device, 2, T, 120).requires_grad_(), (draw(device, 120, 120) / 11).requires_grad_()]
+                arguments = [*leaves, torch.tensor([T, T // 2], device=device)]
+            losses = [call(*arguments) for call in (way, compiled)]
+            eager, traced = ([loss.detach(), *torch.autograd.grad(loss, leaves)] for loss in losses)
         worst = max(
             [worst, *(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(traced, eager, strict=True))]
         )
@@ -289,14 +307,19 @@ def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
     """Captured in a CUDA graph and replayed on new values: bitwise what eager gives; dropout draws anew each replay."""
     if device != "cuda":
         return verdict(True, "no CUDA device: not tried")
-    impl = kernels_of(device)
+    impl, names = kernels_of(device), PAIR
+    run: Callable[[], list[Tensor]]
     if op == "loss":
-        inputs: Any = loss_inputs(device, dtype, 3, 2, 150, 96, 72)
-        fresh: Any = loss_inputs(device, dtype, 3, 2, 150, 96, 72, seed=50)
-        run = partial(inputs.run, impl, "mse")
+        losses, other = (loss_inputs(device, dtype, 3, 2, 150, 96, 72, seed=seed) for seed in (0, 50))
+        targets, sources, names = losses.tensors(), other.tensors(), loss_names(3)
+        run = partial(losses.run, impl, "mse")
+    elif op == "conv":
+        waves = front_end_inputs(device, dtype, "mini", 3, 0.7)
+        targets, sources, names = [waves.waveforms], [waves.waveforms.flip(1)], waves.names
+        run = partial(waves.run, impl, DTYPES[dtype])
     else:
-        inputs, fresh = (pair(device, dtype, 2, t, 3, 40, 120, True) for t in (150, 150))
-        fresh = fresh._replace(qkv=fresh.qkv.flip(0), x=fresh.x.flip(1))
+        inputs = pair(device, dtype, 2, 150, 3, 40, 120, True)
+        targets, sources = [inputs.qkv, inputs.x], [inputs.qkv.flip(0), inputs.x.flip(1)]
         options: dict[str, Any] = {"dropout": 0.2} if op == "dropout" else {}
         run = partial(inputs.run, impl, "resoftmax" if op == "resoftmax" else "exact", **options)
     stream = torch.cuda.Stream()
@@ -308,10 +331,8 @@ def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()
-    for target, source in zip(
-        inputs.tensors() if op == "loss" else inputs[:5], fresh.tensors() if op == "loss" else fresh[:5], strict=True
-    ):
-        target.detach().copy_(source)
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
     graph.replay()
     torch.cuda.synchronize()
     first = [t.clone() for t in outputs]
@@ -319,7 +340,23 @@ def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
         graph.replay()
         torch.cuda.synchronize()
         return verdict(not torch.equal(first[0], outputs[0]), "another mask at each replay")
-    return same(loss_names(3) if op == "loss" else PAIR, first, run())
+    return same(names, first, run())
+
+
+def check_tf32(device: str) -> dict[str, Any]:
+    """float32 products in tf32, where the caller allows it: relative error of a few thousandths."""
+    if device != "cuda":
+        return verdict(True, "no CUDA device: not tried")
+    inputs = pair(device, "fp32", 2, 300, 2, 40, 80, True)
+    high = inputs.to(torch.float64).run("torch", "exact")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        got = inputs.run("triton", "exact")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, high, strict=True))
+    return verdict(worst < 3e-3, f"largest relative error {worst:.1e}", worst / 3e-3)
 
 
 def check_autocast(device: str, dtype: str) -> dict[str, Any]:
@@ -346,13 +383,13 @@ def check_checkpointing(device: str) -> dict[str, Any]:
         out, kept = attend(q, q, q, dropout=0.3, impl=impl)
         return out + reattend(kept, x, weight, impl=impl)
 
-    grads = []
+    grads: list[Tensor] = []
     for run in (both, lambda *a: checkpoint(both, *a, use_reentrant=False)):
         torch.manual_seed(5)
         grads += torch.autograd.grad(run(q, x).square().mean(), q)
     with torch.inference_mode():
         finite = bool(torch.isfinite(both(q, x)).all())
-    return verdict(torch.equal(*grads) and finite, "gradients bitwise equal, inference_mode finite")
+    return verdict(torch.equal(grads[0], grads[1]) and finite, "gradients bitwise equal, inference_mode finite")
 
 
 def check_large(device: str, op: str) -> dict[str, Any]:
@@ -460,15 +497,70 @@ def check_loss(
     return judge(loss_names(L), got, low, inputs.to(torch.float64).run("torch", distance))
 
 
+# ---- front end --------------------------------------------------------------
+
+STACKS: dict[str, EncoderConfig] = {
+    "student": preset("armhubert"),
+    "teacher": HUBERT_BASE,
+    "layer norms": dataclasses.replace(HUBERT_BASE, conv_norm="layer", conv_bias=True),
+    "mini": preset("mini"),
+}
+
+
+class FrontEndInputs(NamedTuple):
+    """A front end with random weights and norms, and waveforms."""
+
+    module: FrontEnd
+    waveforms: Tensor
+    lengths: Tensor
+    g: Tensor
+    valid: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        """Of what `run` returns."""
+        return ["out", *(name for name, _ in self.module.named_parameters())]
+
+    def run(self, impl: Impl, dtype: torch.dtype) -> list[Tensor]:
+        """Frames and every gradient."""
+        module = copy.deepcopy(self.module).to(dtype)
+        module.impl = impl
+        out = module(self.waveforms.to(dtype), self.lengths) * self.valid
+        return [out.detach(), *torch.autograd.grad(out, list(module.parameters()), self.g.to(dtype))]
+
+
+def front_end_inputs(device: str, dtype: str, stack: str, B: int, seconds: float) -> FrontEndInputs:
+    """Everything as `dtype` holds it."""
+    config, samples = STACKS[stack], int(seconds * 16_000)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        module = FrontEnd(config)
+        for name, parameter in module.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.1)
+    module = module.to(device, DTYPES[dtype])
+    lengths = torch.tensor([max(config.receptive_field, samples * (B - b) // B) for b in range(B)], device=device)
+    frames = config.frames(samples)
+    g = draw(device, B, frames, config.conv_layers[-1][0], dtype=DTYPES[dtype], seed=5)
+    valid = frame_mask(config.frames(lengths), frames)[..., None]
+    waveforms = (0.1 * draw(device, B, samples, seed=6) + 0.01).to(DTYPES[dtype])
+    return FrontEndInputs(module, waveforms, lengths, g * valid, valid)
+
+
+def check_conv(device: str, dtype: str, stack: str, B: int, seconds: float) -> dict[str, Any]:
+    """The waveform stack, frames and every gradient, ragged."""
+    inputs = front_end_inputs(device, dtype, stack, B, seconds)
+    got, low = (inputs.run(impl, DTYPES[dtype]) for impl in (kernels_of(device), "torch"))
+    return judge(inputs.names, got, low, inputs.run("torch", torch.float64))
+
+
 # ---- the student ------------------------------------------------------------
 
 
 def check_student(device: str, name: str, mode: str, dtype: str, seconds: float) -> dict[str, Any]:
     """Whole student, forward and backward through the heads: kernels against twins and float64, ragged batch."""
-    config = preset(name)
-    settings = {f: getattr(config, f) for f in config.__dataclass_fields__}
-    zero = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
-    settings |= {**zero, "attention_mode": mode}
+    zero: dict[str, Any] = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
+    config = dataclasses.replace(preset(name), **zero, attention_mode=mode)  # type: ignore[arg-type]
     samples = int(16000 * seconds)
     waveforms = draw(device, 3, samples, dtype=torch.float64) * 0.1
     lengths = torch.tensor([samples, samples * 2 // 3, samples // 2], device=device)
@@ -477,7 +569,7 @@ def check_student(device: str, name: str, mode: str, dtype: str, seconds: float)
     for impl, kind in ((kernels_of(device), DTYPES[dtype]), ("torch", DTYPES[dtype]), ("torch", torch.float64)):
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            model = ARMHuBERT(EncoderConfig(**settings), impl=impl)  # type: ignore[arg-type]
+            model = ARMHuBERT(config, impl=impl)
         if state is None:
             state = {key: value.to(DTYPES[dtype]).double() for key, value in model.state_dict().items()}
         model.load_state_dict(state)
@@ -485,10 +577,12 @@ def check_student(device: str, name: str, mode: str, dtype: str, seconds: float)
         output = model(waveforms.to(DTYPES[dtype]).to(kind), lengths)
         valid = frame_mask(output.lengths, output.last_hidden_state.shape[1])[..., None]
         last = output.last_hidden_state * valid
-        first = model.layers[0].attention.qkv.weight
-        value = next(m for m in model.layers if not hasattr(m.attention, "qkv")).attention.value.weight
-        loss = sum((p * valid).double().square().mean() for p in output.projections)
-        results.append([last.detach(), *torch.autograd.grad(loss, [first, value, model.heads.weight])])
+        named = dict(model.named_parameters())
+        watched = [
+            named[key] for key in ("layers.0.attention.qkv.weight", "layers.1.attention.value.weight", "heads.weight")
+        ]
+        loss = torch.stack([(p * valid).double().square().mean() for p in output.projections or ()]).sum()
+        results.append([last.detach(), *torch.autograd.grad(loss, watched)])
         del model, output
     return judge(["last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"], *results)
 
@@ -501,9 +595,11 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "compile": check_compile,
     "graph": check_graph,
     "autocast": check_autocast,
+    "tf32": check_tf32,
     "checkpointing": check_checkpointing,
     "large": check_large,
     "loss": check_loss,
+    "conv": check_conv,
     "student": check_student,
 }
 
@@ -535,6 +631,11 @@ def _quick_jobs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "autocast", {"dtype": "bf16"}
     yield "checkpointing", {}
     yield "large", {"op": "attention"}
+    yield "tf32", {}
+    for stack in ("mini", "layer norms"):
+        yield "conv", {"dtype": "fp32", "stack": stack, "B": 2, "seconds": 0.06}
+    yield "rerun", {"dtype": "fp32", "op": "conv"}
+    yield "graph", {"dtype": "fp32", "op": "conv"}
     yield "student", {"name": "mini", "mode": "exact", "dtype": "fp32", "seconds": 0.2}
 
 
@@ -547,14 +648,17 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
             yield "attention", {"dtype": dtype, "setting": setting, **full, "variant": "inside"}
         yield "loss", {"dtype": dtype, "distance": "mse", "L": 12, "B": 4, "T": 499, "D": 480, "Dt": 768}
         yield "dropout", {"dtype": dtype, "B": 2, "T": 200, "H": 3, "d": 40, "p": 0.1}
+        for stack in ("student", "teacher", "layer norms", "mini"):
+            yield "conv", {"dtype": dtype, "stack": stack, "B": 3, "seconds": 1.3}
         yield "rerun", {"dtype": dtype, "op": "dropout"}
         yield "graph", {"dtype": dtype, "op": "exact"}
-    for op in ("exact", "resoftmax", "loss"):
+    for op in ("exact", "resoftmax", "loss", "conv"):
         yield "compile", {"op": op}
     for dtype in ("bf16", "fp32", "fp16"):
-        for op in ("resoftmax", "dropout", "loss"):
+        for op in ("resoftmax", "dropout", "loss", "conv"):
             yield "graph", {"dtype": dtype, "op": op}
-        for op in ("exact", "resoftmax", "loss"):
+        yield "conv", {"dtype": dtype, "stack": "student", "B": 1, "seconds": 0.025}
+        for op in ("exact", "resoftmax", "loss", "conv"):
             yield "rerun", {"dtype": dtype, "op": op}
         for setting in ("exact", "resoftmax"):
             yield "padding", {"dtype": dtype, "setting": setting}
@@ -577,6 +681,7 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
     for dtype in ("bf16", "fp16"):
         yield "autocast", {"dtype": dtype}
     yield "checkpointing", {}
+    yield "tf32", {}
     for mode in ("exact", "resoftmax"):
         for dtype in ("bf16", "fp32"):
             yield "student", {"name": "armhubert", "mode": mode, "dtype": dtype, "seconds": 6.0}

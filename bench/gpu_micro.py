@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from armhubert.bench.cases import Candidate, Cell, build, gpu_cells, rehearsal_cells
+from armhubert.bench.cases import SLOW, Cell, Makers, build, gpu_cells, rehearsal_cells
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
 from armhubert.kernels import costs
 from armhubert.kernels import reuse_attention as attention_module
@@ -34,36 +34,34 @@ def gpu_rates(device: torch.device) -> costs.Gpu | None:
 
 
 def jobs(device: str, quick: bool) -> list[Job]:
-    """Every cell, forward and then forward and backward."""
+    """Every cell, forward and then forward and backward; last, and again, those with baselines to be compiled."""
     cells = list(rehearsal_cells() if quick else gpu_cells())
-    return [Job(cell, device, backward, 3 if quick else 30) for cell in cells for backward in (False, True)]
+    ordered = [*(cell._replace(slow=False) for cell in cells), *(cell for cell in cells if cell.slow)]
+    return [Job(cell, device, backward, 3 if quick else 30) for cell in ordered for backward in (False, True)]
 
 
 def work(job: Job) -> dict[str, Any]:
     """Time one cell -> its row."""
     device = torch.device(job.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    candidates = build(job.cell, device, dtype, grad=job.backward)
+    torch._dynamo.reset()  # or the ninth shape of a function would no longer be compiled
+    makers = build(job.cell, device, dtype, grad=job.backward)
     if job.compile_only:
-        candidates = {name: c for name, c in candidates.items() if name in ("compiled", "compiled released", "flex")}
-    runs, failed = _prepare(candidates, device, job.backward)
+        makers = {name: make for name, make in makers.items() if name in SLOW}
+    runs, failed = _prepare(makers, device, job.backward)
     if job.compile_only:
         return {"compiled": sorted(runs), "failed": failed}
-    context = torch.enable_grad() if job.backward else torch.no_grad()
-    with context:
+    moved, operations = job.cell.cost(backward=job.backward)
+    with torch.enable_grad() if job.backward else torch.no_grad():
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
-        graphs: dict[str, Any] = {}
-        moved, operations = job.cell.cost(backward=job.backward)
+        replays = {}
         if moved < GRAPHS_UP_TO_BYTES:
-            for name, run in runs.items():
-                try:
-                    graphs[name] = captured(run, device)
-                except Exception as error:
-                    failed[f"{name}, graph"] = _brief(error)
-            replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
-        else:
-            replays = {}
+            try:
+                graphs = {name: captured(run, device) for name, run in runs.items()}
+                replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
+            except Exception as error:  # the times above are worth keeping
+                failed["as graphs"] = _brief(error)
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
         "cell": {**job.cell._asdict(), "label": job.cell.label},
@@ -84,15 +82,14 @@ def work(job: Job) -> dict[str, Any]:
     }
 
 
-def _prepare(
-    candidates: dict[str, Candidate], device: torch.device, backward: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _prepare(makers: Makers, device: torch.device, backward: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Each candidate as a callable that has run; those that cannot, with why."""
     runs: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for name, candidate in candidates.items():
+    for name, make in makers.items():
         try:
             with torch.enable_grad() if backward else torch.no_grad():
+                candidate = make()
                 run = candidate.forward_backward() if backward else candidate.forward
                 warm(run, device)
             runs[name] = run
@@ -164,7 +161,7 @@ def variant_work(job: VariantJob) -> dict[str, Any]:
     runs = {}
     with torch.no_grad():
         for name, inside in (("inside", True), ("outside", False)):
-            candidate = build(cell, device, torch.float32 if device.type == "cpu" else torch.bfloat16)["ours"]
+            candidate = build(cell, device, torch.float32 if device.type == "cpu" else torch.bfloat16)["ours"]()
             with mock.patch.object(attention_module, "project_inside", return_value=inside):
                 warm(candidate.forward, device)
                 runs[name] = captured(candidate.forward, device)

@@ -6,17 +6,15 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert import encoder as encoder_module
 from armhubert.baselines import ReleasedWay, baseline
-from armhubert.bench.cases import released_loss, sdpa_attend, sdpa_reattend
+from armhubert.bench.cases import HUBERT_BASE, released_front_end, released_loss, sdpa_attend, sdpa_reattend
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
-from armhubert.bench.teacher_views import HUBERT_BASE
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import SpeechEncoder
-from armhubert.frontend import ChannelNormConv, valid_mask
+from armhubert.frontend import FrontEnd, valid_mask
 from armhubert.kernels import Impl
 from armhubert.losses import Objective, layer_weights
 from armhubert.student import ARMHuBERT
@@ -56,16 +54,15 @@ def work(job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def with_sdpa() -> Iterator[None]:
-    """Run our modules with PyTorch's attention and the first layer's convolution and group norm apart."""
+    """Run our modules with PyTorch's attention and with convolutions, group norm and GELU apart."""
 
-    def first_layer(self: ChannelNormConv, waveforms: Tensor, frames: Tensor | None) -> Tensor:
-        x = F.conv1d(waveforms[:, None], self.conv.weight, None, self.conv.stride)
-        return F.group_norm(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+    def front_end(self: FrontEnd, waveforms: Tensor, *_: Any, **__: Any) -> Tensor:
+        return released_front_end(self, waveforms)
 
     with (
         mock.patch.object(encoder_module, "attend", sdpa_attend),
         mock.patch.object(encoder_module, "reattend", sdpa_reattend),
-        mock.patch.object(ChannelNormConv, "forward", first_layer),
+        mock.patch.object(FrontEnd, "forward", front_end),
     ):
         yield
 
@@ -123,7 +120,8 @@ def _inference(job: Job) -> dict[str, Any]:
                 runs[name] = run
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
+        # a graph's memory is set aside when it is captured
+        memory = {name: None if "graph" in name else peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=3 if job.quick else 30, seconds=8)
     hours = waveforms.numel() / 16_000 / 3600
     return {
@@ -164,10 +162,10 @@ def _distillation(job: Job) -> dict[str, Any]:
     mask = (torch.arange(student_config.frames(samples), device=device) % 14 < 10).expand(job.B, -1).contiguous()
     weights = layer_weights(student_config.layers, 0.1).to(device)
 
-    def training(impl: Impl, sums: Callable[[ARMHuBERT], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    def training(impl: Impl, sums: Callable[[ARMHuBERT, Impl], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         student = _model(student_config, ARMHuBERT, impl, device).train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-        compute = sums(student)
+        compute = sums(student, impl)
 
         def step() -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -180,16 +178,17 @@ def _distillation(job: Job) -> dict[str, Any]:
 
         return step
 
-    def ours(student: ARMHuBERT) -> Callable[[], Tensor]:
-        objective = Objective(student, {"masking": 1.0}, "mse", student.layers[0].attention.impl)
+    def ours(student: ARMHuBERT, impl: Impl) -> Callable[[], Tensor]:
+        objective = Objective(student, {"masking": 1.0}, "mse", impl)
 
         def compute() -> Tensor:
             targets = teacher_targets(teacher, waveforms, lengths, mask, layers)
-            return objective(waveforms, lengths, mask, targets)[0]
+            sums: Tensor = objective(waveforms, lengths, mask, targets)
+            return sums[0]
 
         return compute
 
-    def straightforward(student: ARMHuBERT) -> Callable[[], Tensor]:
+    def straightforward(student: ARMHuBERT, _: Impl) -> Callable[[], Tensor]:
         valid = valid_mask(frames, mask.shape[1])
 
         def compute() -> Tensor:
@@ -200,9 +199,8 @@ def _distillation(job: Job) -> dict[str, Any]:
                 output = student(waveforms, lengths, mask, projections=False)
             assert student.heads is not None
             inputs = list(student.head_inputs(output.hidden_states))
-            heads = student.heads.weight, student.heads.bias
-            views = ([h[i] for i in layers] for h in (clean, masked))
-            return released_loss(inputs, *heads, *views, mask & valid, frames)
+            seen, unseen = ([h[i] for i in layers] for h in (clean, masked))
+            return released_loss(inputs, student.heads.weight, student.heads.bias, seen, unseen, mask & valid, frames)
 
         return compute
 

@@ -13,20 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from armhubert.bench.cases import HUBERT_BASE
 from armhubert.clock import conditions, interleave, write_results
-from armhubert.config import EncoderConfig
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.teacher import teacher_targets
-
-HUBERT_BASE = EncoderConfig(
-    conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
-    width=768,
-    layers=12,
-    heads=12,
-    ffn=3072,
-    feature_projection=True,
-)
 
 
 def measure(device: torch.device, *, batch: int, seconds: float, repeats: int) -> dict[str, Any]:
