@@ -339,20 +339,44 @@ def preset(name: str) -> EncoderConfig:
 # ---- strict reading --------------------------------------------------------
 
 
+MAX_JSON, MAX_YAML = 2**24, 2**18
+"""Bytes of a configuration file; PyYAML takes seconds for the latter."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Without what makes a small file large or slow: aliases (through `<<` they multiply), numbers without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read: write the values out")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if len(node.value) > 100:
+            raise yaml.YAMLError("a number of more than 100 digits")
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds (safe parsers only).
+    """The mapping that a YAML or JSON file holds (safe parsers only; YAML without aliases).
 
     Raises:
-        ArmhubertError: unreadable, not YAML or JSON, or not a mapping.
+        ArmhubertError: unreadable, too large, not YAML or JSON, or not a mapping.
     """
     try:
-        text = path.read_text("utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        size, most = path.stat().st_size, MAX_JSON if path.suffix == ".json" else MAX_YAML
+        text = path.read_text("utf-8") if size <= most else ""
+        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ArmhubertError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from None
+        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
+    if size > most:
+        raise ArmhubertError(f"{path} must have at most {most} bytes of settings, got {size}")
     if not isinstance(data, dict):
         raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     return data

@@ -1,5 +1,6 @@
 """Other people's weights -> ours. One module a format; each returns `Weights`, none builds a model."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -57,11 +58,11 @@ def load_weights(source: str | Path) -> Weights:
         ArmhubertError: nothing there, an unsupported architecture, or files that are damaged.
     """
     name, path = str(source), Path(source)
-    if name == BUNDLED and not path.exists():
+    if name == BUNDLED and not os.path.lexists(path):
         path = Path(str(resources.files("armhubert"))) / "assets" / "teacher-mini"
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, these answer False for names that no file system takes
         return _from_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path)
     if torchaudio.is_pipeline(name):
         return torchaudio.load(name)

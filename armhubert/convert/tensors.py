@@ -79,9 +79,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
         raise ArmhubertError(f"{index} must hold a weight_map from tensor names to files")
     state: dict[str, Tensor] = {}
     for name in sorted({str(shard) for shard in shards.values()}):
-        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
+        if not re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", name, re.ASCII):
             raise ArmhubertError(
-                f"{index} names {name!r}: shards must be .safetensors or .bin files in the same folder"
+                f"{index} names {name!r:.100}: shards must be .safetensors or .bin files in the same folder"
             )
         if not (folder / name).is_file():
             raise ArmhubertError(f"{folder} lacks {name}, which its index names")
