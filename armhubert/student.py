@@ -150,15 +150,15 @@ class ARMHuBERT(SpeechEncoder):
             ArmhubertError: offline, no or a wrong token, or a repository that may not be written.
         """
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub.errors import HFValidationError, HTTPError
 
         if constants.HF_HUB_OFFLINE:
             raise ArmhubertError(f"cannot upload to {repo_id!r}: HF_HUB_OFFLINE is set; unset it to reach the hub")
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, card=card or model_card(self, source=repo_id))
             try:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                self.save_pretrained(folder, card=card or model_card(self, source=repo_id))
                 commit = api.upload_folder(
                     repo_id=repo_id,
                     folder_path=folder,
@@ -166,7 +166,7 @@ class ARMHuBERT(SpeechEncoder):
                     revision=revision,
                     create_pr=create_pr,
                 )
-            except (HTTPError, OSError, ValueError) as error:  # no network, refused by the hub, no repository's name
+            except (HTTPError, OSError, HFValidationError) as error:  # refused by the hub, no network, no such name
                 reason = " ".join(str(error).split())[:200]
                 raise ArmhubertError(
                     f"cannot upload to {repo_id!r}: {reason}; check the name, the network and the token (hf auth login)"

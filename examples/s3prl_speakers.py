@@ -55,4 +55,4 @@ if __name__ == "__main__":
     config["prepare_data"] = {"dataset_root": args.data}
     config["target_dir"] = args.out
     config["train"].update(total_steps=args.steps, eval_step=args.steps, save_step=args.steps, log_step=10)
-    problem.run(**config, device=args.device)
+    problem.run(**config, device=args.device, num_workers=0)

@@ -17,9 +17,9 @@ def load(folder: Path, config: dict[str, Any]) -> Weights:
     if "transformers_version" in config:  # its own settings, and those of fine-tuning, stand among ours
         known = {field.name for field in dataclasses.fields(EncoderConfig)}
         settings = {k: v for k, v in settings.items() if k in known}
-    state = read_folder(folder)
+    parsed, state = build(EncoderConfig, settings, str(folder / "config.json")), read_folder(folder)
     ignored: tuple[str, ...] = ()
     if any(name.startswith(_PREFIX) for name in state):
         ignored = tuple(sorted(name for name in state if not name.startswith(_PREFIX)))
         state = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
-    return Weights(build(EncoderConfig, settings, str(folder / "config.json")), state, str(folder), ignored)
+    return Weights(parsed, state, str(folder), ignored)

@@ -1,0 +1,400 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from armhubert import ARMHuBERT, ArmhubertError
+from armhubert.config import preset
+
+transformers = pytest.importorskip("transformers")
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+)
+from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
+
+from armhubert.huggingface import ARMHuBERTConfig, ARMHuBERTForCTC, ARMHuBERTModel  # noqa: E402
+
+SPEECH = Path(__file__).resolve().parents[1] / "armhubert/assets/speech"
+LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+
+
+def small(**settings) -> ARMHuBERT:
+    torch.manual_seed(0)
+    return ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR", **settings)).eval()
+
+
+@pytest.fixture(scope="module")
+def student() -> ARMHuBERT:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def folder(student, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("student")
+    student.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Waveforms [2, 8000] and their mask; the second has 5,000 samples."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(2, 8000, dtype=torch.long)
+    mask[1, 5000:] = 0
+    return torch.randn(2, 8000, generator=generator) * mask, mask
+
+
+def same_state(a: nn.Module, b: nn.Module) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# loading and saving
+
+
+def test_our_folder_is_an_auto_model_with_the_same_outputs(student, folder, batch):
+    model = AutoModel.from_pretrained(folder)
+    assert type(model) is ARMHuBERTModel
+    assert not model.training
+    same_state(model.armhubert, student)
+    waves, mask = batch
+    with torch.no_grad():
+        want = student(waves, mask.sum(-1))
+        got = model(input_values=waves, attention_mask=mask, output_hidden_states=True)
+    assert isinstance(got, BaseModelOutput)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    assert len(got.hidden_states) == len(want.hidden_states) == 5
+    assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True))
+    plain = model(waves, mask, return_dict=False)
+    assert isinstance(plain, tuple)
+    assert len(plain) == 1
+
+
+@pytest.mark.parametrize("size", ["10GB", "300KB"], ids=["whole", "sharded"])
+def test_round_trips_both_ways_lose_nothing(student, folder, tmp_path, size):
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (size == "300KB")
+    same_state(AutoModel.from_pretrained(tmp_path / "theirs"), model)
+    ours = ARMHuBERT.from_pretrained(tmp_path / "theirs")
+    assert ours.config == student.config
+    same_state(ours, student)
+    ours.save_pretrained(tmp_path / "ours")
+    same_state(AutoModel.from_pretrained(tmp_path / "ours"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_at_loading_and_on_disk(folder, batch, tmp_path, dtype):
+    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    with torch.no_grad():
+        got = model(*batch).last_hidden_state
+        want = AutoModel.from_pretrained(folder)(*batch).last_hidden_state
+    assert got.dtype == dtype
+    assert float((got - want).norm() / want.norm()) < 0.05
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.dtype == dtype
+    same_state(again, model)
+    half = ARMHuBERT.from_pretrained(tmp_path, dtype=dtype)
+    same_state(half, model.armhubert)
+
+
+@pytest.mark.parametrize("placement", ["cpu", "auto"])
+def test_device_map(student, folder, batch, placement):
+    pytest.importorskip("accelerate")
+    if placement == "auto" and torch.cuda.is_available():
+        pytest.skip("auto would take the GPU")
+    model = AutoModel.from_pretrained(folder, device_map=placement)
+    same_state(model.armhubert, student)
+    with torch.no_grad():
+        assert torch.equal(model(*batch).last_hidden_state, student(batch[0], batch[1].sum(-1)).last_hidden_state)
+
+
+def test_a_model_from_a_configuration_draws_the_students_own_weights(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is ARMHuBERTConfig
+    assert config.encoder == ARMHuBERT.from_pretrained(folder).config
+    assert (config.hidden_size, config.num_hidden_layers, config.inputs_to_logits_ratio) == (160, 4, 320)
+    torch.manual_seed(3)
+    model = AutoModel.from_config(config)
+    torch.manual_seed(3)
+    same_state(model.armhubert, ARMHuBERT(config.encoder))
+    assert AutoModel.from_config(config, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_configurations_names_and_defaults():
+    assert ARMHuBERTConfig().encoder == preset("armhubert")
+    config = ARMHuBERTConfig(hidden_size=432, intermediate_size=816, hidden_dropout=0.2)
+    assert (config.width, config.ffn, config.dropout) == (432, 816, 0.2)
+    assert (config.conv_kernel[0], config.conv_stride[0]) == (10, 5)
+    with pytest.raises(ArmhubertError, match="channels and width is 432"):
+        ARMHuBERTModel(config)
+    with pytest.raises(ArmhubertError, match=r"layerdrop must be 0, got 0\.1"):
+        ARMHuBERTModel(ARMHuBERTConfig(layerdrop=0.1))
+
+
+def test_settings_at_loading_reach_the_encoder(folder):
+    model = AutoModel.from_pretrained(folder, hidden_dropout=0.3, head_width=None, attn_implementation="eager")
+    assert model.armhubert.config.dropout == 0.3
+    assert model.armhubert.heads is None
+    assert {layer.attention.impl for layer in model.armhubert.layers} == {"torch"}
+    default = AutoModel.from_pretrained(folder)
+    assert {layer.attention.impl for layer in default.armhubert.layers} == {"auto"}
+    assert default.config._attn_implementation == "sdpa"
+
+
+def test_an_encoder_that_lacks_tensors_is_an_error(student, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    del state["layers.1.up.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ArmhubertError, match=r"lacks 1 tensors of its encoder, such as armhubert\.layers\.1\.up"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_unknown_keys_stay_errors_in_our_own_folders(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"widht": 3}))
+    with pytest.raises(ArmhubertError, match="did you mean 'width'"):
+        ARMHuBERT.from_pretrained(tmp_path)
+
+
+def test_the_feature_extractor_leaves_normalising_to_the_model(folder):
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    assert type(extractor) is Wav2Vec2FeatureExtractor
+    waves = [torch.randn(3000).numpy() * 5 + 2, torch.randn(2000).numpy()]
+    inputs = extractor(waves, sampling_rate=16_000, padding=True, return_tensors="pt")
+    assert torch.equal(inputs["input_values"][0], torch.from_numpy(waves[0]))
+    assert inputs["attention_mask"].sum(-1).tolist() == [3000, 2000]
+
+
+# running
+
+
+def test_padding_changes_no_features(folder, batch):
+    model = AutoModel.from_pretrained(folder)
+    waves, mask = batch
+    with torch.no_grad():
+        alone = model(waves[1:, :5000]).last_hidden_state
+        padded = model(waves, mask).last_hidden_state[1:, : alone.shape[1]]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+    assert model._get_feat_extract_output_lengths(mask.sum(-1)).tolist() == [24, 15]
+
+
+def test_given_mask_indices_are_the_students_mask(student, folder, batch):
+    model = AutoModel.from_pretrained(folder)
+    indices = torch.zeros(2, 24, dtype=torch.bool)
+    indices[:, 3:9] = True
+    with torch.no_grad():
+        got = model(batch[0], mask_time_indices=indices).last_hidden_state
+        assert torch.equal(got, student(batch[0], mask=indices).last_hidden_state)
+    with pytest.raises(ArmhubertError, match=r"mask_time_indices must be \[2, 24\]"):
+        model(batch[0], mask_time_indices=indices[:, 1:])
+
+
+def test_spec_augment_acts_in_training_only_and_as_configured(folder, batch):
+    def difference(**settings) -> float:
+        model = AutoModel.from_pretrained(folder, **settings)
+        with torch.no_grad():
+            quiet = model(*batch).last_hidden_state
+            return float((model.train()(*batch).last_hidden_state - quiet).abs().max())
+
+    assert difference(mask_time_prob=0.0) == 0  # the student has no dropout
+    assert difference(apply_spec_augment=False, mask_time_prob=0.5, mask_feature_prob=0.5) == 0
+    assert difference(mask_time_prob=0.3) > 0.01
+    assert difference(mask_time_prob=0.0, mask_feature_prob=0.3) > 0.01
+
+
+def test_what_does_not_fit_is_one_line(folder, batch):
+    model = AutoModel.from_pretrained(folder)
+    waves, mask = batch
+    for call, message in (
+        (lambda: model(waves, mask[:, 1:]), "attention_mask must have the shape of input_values"),
+        (lambda: model(waves, mask.flip(1)), "pad right"),
+        (lambda: model(waves, output_attentions=True), "attention maps are not returned"),
+        (lambda: model(waves[:, :100]), "at least 400 samples"),
+    ):
+        with pytest.raises(ArmhubertError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_class", [AutoModel, AutoModelForCTC])
+def test_checkpointed_gradients_are_equal(folder, batch, model_class):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = model_class.from_pretrained(folder, hidden_dropout=0.1, mask_time_prob=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+            assert model.armhubert.gradient_checkpointing
+        torch.manual_seed(1)
+        model(*batch)[0].square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    assert len(plain) > 40
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, checkpointed[name]), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph(folder, batch, backend):
+    model = AutoModel.from_pretrained(folder)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        want = model(*batch, output_hidden_states=True)
+        got = compiled(*batch, output_hidden_states=True)
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_transformers_is_imported_only_when_asked_for():
+    code = "import sys, armhubert, armhubert.cli; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# CTC
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_the_ctc_loss_is_that_of_hubert_on_the_same_logits(folder, batch, reduction, zero_infinity, monkeypatch):
+    settings = {"vocab_size": 10, "ctc_loss_reduction": reduction, "ctc_zero_infinity": zero_infinity}
+    model = AutoModelForCTC.from_pretrained(folder, **settings)
+    assert type(model) is ARMHuBERTForCTC
+    waves, mask = batch
+    labels = torch.tensor([[3, 4, 4, 9, 0], [5, 6, -100, -100, -100]])
+    theirs = HubertForCTC(
+        HubertConfig(
+            **settings, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            num_conv_pos_embedding_groups=2, conv_dim=(8,) * 7,
+        )
+    )  # fmt: skip
+    features = BaseModelOutput(last_hidden_state=model(waves, mask).logits.detach())
+    monkeypatch.setattr(theirs.hubert, "forward", lambda *_, **__: features)
+    theirs.lm_head, theirs.dropout = nn.Identity(), nn.Identity()
+    for attention_mask in (mask, None):
+        got = model(waves, attention_mask, labels=labels)
+        features.last_hidden_state = got.logits.detach()
+        want = theirs(waves, attention_mask=attention_mask, labels=labels).loss
+        torch.testing.assert_close(got.loss.detach(), want)
+    too_many = torch.arange(1, 10).repeat(1, 3)[:, :27].expand(2, -1)  # more labels than frames
+    loss = model(waves, mask, labels=too_many).loss
+    assert bool(loss.isfinite()) == zero_infinity
+    with pytest.raises(ArmhubertError, match="labels must be below vocab_size 10, got 10"):
+        model(waves, mask, labels=labels + 1)
+
+
+def test_freezing_and_the_folder_of_a_ctc_model(student, folder, batch, tmp_path):
+    model = AutoModelForCTC.from_pretrained(folder, vocab_size=10)
+    assert model.armhubert.heads is None
+    model.freeze_feature_encoder()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"armhubert.front_end.{name}" for name, _ in student.front_end.named_parameters()}
+    model.freeze_base_model()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"lm_head.weight", "lm_head.bias"}
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModelForCTC.from_pretrained(tmp_path)
+    same_state(again, model)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(*batch).logits, model(*batch).logits)
+    bare = ARMHuBERT.from_pretrained(tmp_path)
+    assert bare.heads is None
+    same_state(bare, ARMHuBERT.from_pretrained(folder, heads=False))
+    same_state(AutoModel.from_pretrained(tmp_path).armhubert, bare)
+
+
+def utterances(seconds: float) -> list[tuple[torch.Tensor, str]]:
+    found: list[tuple[torch.Tensor, str]] = []
+    for transcript in sorted(SPEECH.rglob("*.trans.txt")):
+        for line in transcript.read_text().splitlines():
+            name, text = line.split(" ", 1)
+            wave, rate = soundfile.read(transcript.parent / f"{name}.opus", dtype="float32")
+            assert rate == 16_000
+            found.append((torch.from_numpy(wave), text))
+            if sum(len(w) for w, _ in found) > seconds * 16_000:
+                return found
+    return found
+
+
+def test_trainer_fine_tunes_and_the_pipeline_transcribes(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(LETTERS)}))
+    tokenizer = Wav2Vec2CTCTokenizer(tmp_path / "vocab.json", unk_token="<pad>", pad_token="<pad>")
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    processor = transformers.Wav2Vec2Processor(extractor, tokenizer)
+    model = AutoModelForCTC.from_pretrained(
+        folder,
+        vocab_size=len(LETTERS),
+        ctc_loss_reduction="mean",
+        ctc_zero_infinity=True,
+        mask_time_prob=0.05,
+        layerdrop=0.0,
+    )
+    model.freeze_feature_encoder()
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        inputs = extractor(
+            [r["wave"] for r in rows],
+            sampling_rate=16_000,
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        text = tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
+        labels = text["input_ids"].masked_fill(text["attention_mask"] == 0, -100)
+        return {**inputs, "labels": labels}
+
+    rows = [{"wave": wave.numpy(), "text": text} for wave, text in utterances(60)]
+    assert sum(len(row["wave"]) for row in rows) >= 60 * 16_000
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=8,
+            per_device_train_batch_size=4,
+            learning_rate=2e-3,
+            logging_steps=1,
+            save_steps=8,
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0]
+    saved = tmp_path / "run/checkpoint-8"
+    assert type(AutoModelForCTC.from_pretrained(saved)) is ARMHuBERTForCTC
+    transcribe = transformers.pipeline("automatic-speech-recognition", model=str(saved), device="cpu")
+    wave = rows[0]["wave"]
+    assert isinstance(transcribe(wave)["text"], str)
+    chunked = transcribe(wave, chunk_length_s=4, stride_length_s=1, return_timestamps="char")
+    assert set(chunked) == {"text", "chunks"}
