@@ -324,4 +324,4 @@ class XVector(Head):
 
     def predict(self, batch: Batch) -> list[Tensor]:
         """Embeddings, [512] each."""
-        return list(self.embeddings(batch).float().cpu())
+        return list(self.embeddings(batch).detach().float().cpu())

@@ -119,10 +119,10 @@ def _read_iemocap(root: Path, options: Options) -> Corpus:
     splits: dict[SplitName, list[Item]] = {"train": [], "dev": [], "test": []}
     rest: list[Item] = []
     missing = []
-    for session in range(1, FOLDS + 1):
-        folder = base / f"Session{session}"
-        if not folder.is_dir():
-            raise ArmhubertError(f"IEMOCAP has 5 sessions, but {folder} is missing: complete the data")
+    folders = {session: base / f"Session{session}" for session in range(1, FOLDS + 1)}
+    if absent := [folder.name for folder in folders.values() if not folder.is_dir()]:
+        raise ArmhubertError(f"IEMOCAP has 5 sessions, but {root} lacks {', '.join(absent)}: complete the data")
+    for session, folder in folders.items():
         lists = sorted((folder / "dialog" / "EmoEvaluation").glob("Ses*.txt"))
         if not lists:
             raise ArmhubertError(f"the labels of IEMOCAP are missing: expected {folder}/dialog/EmoEvaluation/Ses*.txt")

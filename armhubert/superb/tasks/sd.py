@@ -311,7 +311,7 @@ class FrameActivity(Head):
 
     def predict(self, batch: Batch) -> list[Activity]:
         """Probabilities of each recording's frames."""
-        rows = self.logits(batch).sigmoid().float().cpu()
+        rows = self.logits(batch).detach().sigmoid().float().cpu()
         seconds = batch.hop / SAMPLE_RATE
         return [
             Activity(row[:length].numpy(), seconds) for row, length in zip(rows, batch.lengths.tolist(), strict=True)
