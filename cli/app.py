@@ -31,4 +31,4 @@ def options(
 
 
 # Each module adds its command to `app`.
-from armhubert.cli import convert, distill, extract, info, plan, profile  # noqa: E402, F401
+from armhubert.cli import convert, distill, evaluate, export, extract, info, plan, profile  # noqa: E402, F401

@@ -7,6 +7,7 @@ from armhubert.superb.tasks.asv import SpeakerVerification
 from armhubert.superb.tasks.er import EmotionRecognition
 from armhubert.superb.tasks.ic import IntentClassification
 from armhubert.superb.tasks.ks import KeywordSpotting
+from armhubert.superb.tasks.mini import MiniPhonemes
 from armhubert.superb.tasks.pr import PhonemeRecognition
 from armhubert.superb.tasks.qbe import QueryByExample
 from armhubert.superb.tasks.sd import SpeakerDiarization
@@ -30,8 +31,13 @@ TASKS: dict[str, Task] = {
 }
 
 
+MINI: dict[str, Task] = {task.name: task for task in (MiniPhonemes(),)}
+"""What stands for SUPERB in `--suite mini`."""
+
+
 def find(name: str) -> Task:
     """The task called `name`; an unknown name is an ArmhubertError that names the nearest."""
-    if name not in TASKS:
-        raise ArmhubertError(f"unknown task {name!r}{nearest(name, TASKS)}")
-    return TASKS[name]
+    known = TASKS | MINI
+    if name not in known:
+        raise ArmhubertError(f"unknown task {name!r}{nearest(name, known)}")
+    return known[name]

@@ -39,6 +39,7 @@ class KeywordSpotting(Task):
     name = "ks"
     title = "Keyword spotting"
     data = "Speech Commands v1 (folders of words, validation_list.txt, testing_list.txt), or any folders of words"
+    folders = ("speech_commands_v0.01", "speech_commands", "SpeechCommands", "keywords")
     metrics = (Metric("accuracy", "Accuracy", True),)
     defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=5_000, balanced=True)
 

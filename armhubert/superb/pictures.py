@@ -1,0 +1,99 @@
+"""What a result looks like: confusion matrix, learned layer weights, errors by phone, DET curve, training. As PNG."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from armhubert import figures
+from armhubert.superb import metrics
+
+MOST_CLASSES = 60
+"""A confusion matrix of more has no readable labels; it is drawn without."""
+
+
+def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
+    """Every picture that a result has data for, by name."""
+    details = result["details"]
+    found = {
+        "training": _training(result) if result.get("history") else None,
+        "layers": layer_weights({result["model"]["source"]: result["layer_weights"]})
+        if len(result.get("layer_weights") or ()) > 1
+        else None,
+        "confusion": confusion(details["confusion"]) if details["confusion"] else None,
+        "labels": errors_by_label(details["by_label"]) if details["by_label"] else None,
+        "det": det({result["model"]["source"]: details["detection"]}) if details["detection"] else None,
+    }
+    return {name: picture for name, picture in found.items() if picture is not None}
+
+
+def _training(result: Mapping[str, Any]) -> bytes | None:
+    name = next(iter(result["dev"]))
+    figure, (left, right) = figures.panels(2)
+    rows = result["history"]
+    for axes, kind, key in ((left, "train", "loss"), (right, "dev", name)):
+        points = [(row["step"], row[key]) for row in rows if row["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o" if kind == "dev" else None, markersize=3)
+        axes.set(xlabel="step", ylabel="training loss" if kind == "train" else f"{name} on dev")
+    right.axvline(result["best_step"], color="gray", linestyle=":", label=f"chosen: step {result['best_step']}")
+    return figures.png(figure)
+
+
+def layer_weights(by_model: Mapping[str, Sequence[float]]) -> bytes:
+    """Softmax weights of the layers, one line a model; 0 is the input of the first layer."""
+    figure, (axes,) = figures.panels()
+    for (name, weights), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
+        axes.plot(range(len(weights)), weights, marker="o", color=color, label=name)
+    axes.set(xlabel="layer", ylabel="weight", ylim=(0, None))
+    return figures.png(figure)
+
+
+def confusion(matrix: Mapping[str, Any]) -> bytes:
+    """Shares of each true class (rows) taken for each class (columns)."""
+    counts = np.asarray(matrix["counts"], float)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    labels, size = matrix["labels"], len(matrix["labels"])
+    side = min(16.0, max(4.5, 0.28 * size + 2))
+    figure, (axes,) = figures.panels(width=side + 1, height=side)
+    axes.grid(visible=False)
+    picture = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the true class")
+    if size <= MOST_CLASSES:
+        axes.set_xticks(range(size), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(size), labels, fontsize=7)
+    axes.set(xlabel="predicted", ylabel="true")
+    return figures.png(figure)
+
+
+def errors_by_label(by_label: Mapping[str, Sequence[int]]) -> bytes:
+    """Substitutions and deletions of each token, in percent of its occurrences, the worst first."""
+    shares = sorted(
+        ((100 * wrong / max(1, total), total, name) for name, (wrong, total) in by_label.items()), reverse=True
+    )
+    figure, (axes,) = figures.panels(width=max(figures.WIDTH, 0.22 * len(shares) + 2))
+    axes.bar([name for _, _, name in shares], [share for share, _, _ in shares], color=figures.shades(3)[1])
+    axes.tick_params(axis="x", labelsize=7, labelrotation=90)
+    axes.margins(x=0.01)
+    axes.set(ylabel="substituted or deleted, %")
+    return figures.png(figure)
+
+
+def det(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Detection error trade-off: misses against false alarms, both axes in normal deviates."""
+    from statistics import NormalDist
+
+    ticks = (0.1, 0.5, 1, 2, 5, 10, 20, 40)
+    deviate = NormalDist().inv_cdf
+    figure, (axes,) = figures.panels(width=figures.HEIGHT + 1.2, height=figures.HEIGHT + 0.6)
+    for (name, trials), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
+        curve = metrics.detection_curve(trials["targets"], trials["scores"])
+        alarm, miss = (np.clip(np.asarray(rate, float), 5e-4, 1 - 5e-4) for rate in (curve.false_alarms, curve.misses))
+        label = f"{name}, EER {metrics.equal_error_rate(curve):.2f} %"
+        axes.plot([deviate(x) for x in alarm], [deviate(x) for x in miss], color=color, label=label)
+    places = [deviate(tick / 100) for tick in ticks]
+    axes.set_xticks(places, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(places, [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel="false alarms, %", ylabel="misses, %")
+    axes.set(xlim=(deviate(5e-4), deviate(0.6)), ylim=(deviate(5e-4), deviate(0.6)))
+    return figures.png(figure)

@@ -1,0 +1,253 @@
+"""Several models on several tasks: what the data root has, SUPERB's table, its published rows and its two scores."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from armhubert.config import build
+from armhubert.errors import ArmhubertError
+from armhubert.superb import runner
+from armhubert.superb.config import EvaluateConfig
+from armhubert.superb.runner import Report
+from armhubert.superb.task import Options, Task
+from armhubert.superb.tasks import MINI, TASKS
+from armhubert.superb.tasks.mini import bundled_speech
+from armhubert.superb.upstream import load_upstream
+
+
+class Column(NamedTuple):
+    """One of the 11 numbers of SUPERB's table."""
+
+    title: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    scale: float = 1.0
+    """Factor to percent: QbE's MTWV is printed plain and counted times 100."""
+
+
+COLUMNS = (
+    Column("PER", "pr", "per", False),
+    Column("WER", "asr", "wer", False),
+    Column("KS", "ks", "accuracy", True),
+    Column("QbE", "qbe", "mtwv", True, 100.0),
+    Column("SID", "sid", "accuracy", True),
+    Column("ASV", "asv", "eer", False),
+    Column("SD", "sd", "der", False),
+    Column("IC", "ic", "accuracy", True),
+    Column("SF F1", "sf", "slot_f1", True),
+    Column("SF CER", "sf", "slot_cer", False),
+    Column("ER", "er", "accuracy", True),
+)
+MINI_COLUMNS = (Column("PER", "mini-pr", "per", False),)
+
+Row = tuple[float | None, ...]
+"""A model's numbers in the order of the columns; None: not measured."""
+
+PUBLISHED: dict[str, Row] = {
+    "HuBERT Base": (5.41, 6.42, 96.30, 0.0736, 81.42, 5.11, 5.88, 98.34, 88.53, 25.20, 64.92),
+    "ARMHuBERT 960h": (7.72, 9.96, 96.88, 0.0635, 65.03, 5.68, 7.10, 97.07, 87.59, 26.06, 62.86),
+    "ARMHuBERT-S 960h": (8.63, 10.82, 96.82, 0.0720, 63.76, 5.58, 7.01, 97.02, 86.34, 29.02, 62.96),
+    "ARMwavLM-S 960h": (7.42, 10.03, 97.01, 0.0741, 71.29, 5.99, 7.11, 97.76, 87.41, 26.97, 64.54),
+    "MaskHuBERT 960h": (7.30, 9.77, 96.36, 0.0664, 62.83, 5.38, 6.79, 97.05, 87.31, 27.10, 62.37),
+    "STaRHuBERT-L": (7.97, 8.91, 96.56, 0.0677, 78.66, 5.45, 5.83, 97.50, 88.01, 25.36, 63.48),
+    "DPHuBERT": (9.67, 10.47, 96.36, 0.0693, 76.83, 5.84, 5.92, 97.92, 86.86, 28.26, 63.16),
+    "DistilHuBERT": (16.27, 13.37, 95.98, 0.0511, 73.54, 8.55, 6.19, 94.99, 82.57, 35.59, 63.02),
+}
+"""As published (arXiv 2305.11685, 2312.09040), by models fed with whole training sets: not measured here."""
+
+FBANK: Row = (82.01, 23.18, 41.38, 0.0058, 20.06, 9.56, 10.05, 9.65, 69.64, 52.94, 48.24)
+SOTA: Row = (3.53, 3.62, 96.66, 0.0736, 90.33, 5.11, 5.62, 98.76, 89.81, 21.76, 67.62)
+"""The leaderboard's rows that SUPERB_s is relative to."""
+
+
+def overall(row: Row) -> float | None:
+    """Mean of the 11 numbers, errors as 100 - x, MTWV times 100; None where one is missing."""
+    points = [
+        (column.scale * value if column.higher_is_better else 100 - value)
+        for column, value in zip(COLUMNS, row, strict=True)
+        if value is not None
+    ]
+    return sum(points) / len(COLUMNS) if len(points) == len(COLUMNS) else None
+
+
+def superb_score(row: Row) -> float | None:
+    """SUPERB_s: 1000 times the mean over the 10 tasks of (s - FBANK) / (SOTA - FBANK), SF's two metrics averaged."""
+    by_task: dict[str, list[float]] = {}
+    for column, value, low, high in zip(COLUMNS, row, FBANK, SOTA, strict=True):
+        assert low is not None
+        assert high is not None
+        if value is None:
+            return None
+        by_task.setdefault(column.task, []).append((value - low) / (high - low))
+    return 1000 * sum(sum(shares) / len(shares) for shares in by_task.values()) / len(by_task)
+
+
+def row_of(results: Mapping[str, Mapping[str, Any]], columns: Sequence[Column] = COLUMNS) -> Row:
+    """A model's row from its result.json by task."""
+    return tuple(
+        results[column.task]["metrics"][column.metric] if column.task in results else None for column in columns
+    )
+
+
+# ---- running ---------------------------------------------------------------
+
+
+class SuitePlanned(NamedTuple):
+    """What will be run, and why the rest will not."""
+
+    configs: tuple[EvaluateConfig, ...]
+    skipped: Mapping[str, str]
+    """Reason by task."""
+
+
+class TaskBegun(NamedTuple):
+    """One model on one task, of so many."""
+
+    number: int
+    total: int
+    config: EvaluateConfig
+
+
+class SuiteFinished(NamedTuple):
+    """All that was run."""
+
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """result.json by model and task."""
+    columns: tuple[Column, ...]
+    reason: str
+    """done or stopped."""
+    out: Path
+
+
+def label(source: str) -> str:
+    """A model's name in tables and folders: the last part of its path."""
+    return Path(source).name.replace(":", ".") or source
+
+
+def plan_suite(
+    suite: str,
+    models: Sequence[str],
+    data: str,
+    out: str,
+    settings: Mapping[str, Any],
+    per_task: Mapping[str, Mapping[str, Any]],
+) -> SuitePlanned:
+    """Which tasks the data root has, with the settings of each.
+
+    Args:
+        suite: superb or mini.
+        models: what to evaluate.
+        data: the root; below it each task's data, in the folder that its download unpacks to, or itself.
+        out: folder of all runs.
+        settings: of `EvaluateConfig`, for all tasks.
+        per_task: the same, for single tasks; `data` among them names a task's own root.
+
+    Raises:
+        ArmhubertError: two models of one name, unknown tasks or settings, or data for no task at all.
+    """
+    tasks = TASKS if suite == "superb" else MINI
+    if suite == "mini":
+        data = data or str(bundled_speech())
+    names = [label(model) for model in models]
+    if len(set(names)) < len(names):
+        raise ArmhubertError(f"models must differ in the last part of their names, got {', '.join(models)}")
+    if unknown := sorted(set(per_task) - set(tasks)):
+        raise ArmhubertError(f"unknown task {unknown[0]!r} in the settings; known: {', '.join(tasks)}")
+    configs, skipped = [], {}
+    for task in tasks.values():
+        own = dict(per_task.get(task.name, {}))
+        root = own.pop("data", None)
+        try:
+            found = Path(root) if root else find_data(task, Path(data), settings, own)
+        except ArmhubertError as error:
+            skipped[task.name] = str(error)
+            continue
+        configs += [
+            build(
+                EvaluateConfig,
+                {**settings, **own, "model": model, "task": task.name, "data": str(found),
+                 "out": str(Path(out) / label(model) / task.name)},
+                f"the settings of {task.name}",
+            )
+            for model in models
+        ]  # fmt: skip
+    if not configs:
+        raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; pr: {skipped.get('pr')}")
+    configs.sort(key=lambda config: models.index(config.model))  # a model is loaded once
+    return SuitePlanned(tuple(configs), skipped)
+
+
+def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
+    """The folder of a task's data: the first of its usual names below the root, or the root, that it can read.
+
+    Raises:
+        ArmhubertError: none can be read; what the first that is there lacks.
+    """
+    if not root.is_dir():
+        raise ArmhubertError(f"data root {str(root)!r} does not exist")
+    given = {**settings, **own}
+    options = Options(
+        lexicon=given.get("lexicon"),
+        **{name: tuple(given.get(name) or ()) for name in ("train", "dev", "test")},
+        seed=given.get("seed") or 0,
+    )
+    errors = []
+    for folder in [*(root / name for name in task.folders if (root / name).is_dir()), root]:
+        try:
+            task.read(folder, options)
+        except ArmhubertError as error:
+            errors.append(error)
+        else:
+            return folder
+    raise errors[0]
+
+
+def run_suite(
+    plan: SuitePlanned, out: Path, *, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[Report | TaskBegun | SuiteFinished]:
+    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated."""
+    results: dict[str, dict[str, Mapping[str, Any]]] = {}
+    upstream, loaded = None, None
+    for number, config in enumerate(plan.configs, start=1):
+        yield TaskBegun(number, len(plan.configs), config)
+        begun = Path(config.out) / runner.CONFIG_FILE
+        same = begun.is_file() and runner.load_run_config(Path(config.out), {}) == config
+        if same and (Path(config.out) / runner.RESULT_FILE).is_file():
+            last: Report = next(iter(runner.evaluate(config, resume=True)))
+        else:
+            if loaded != (config.model, config.features, config.device):
+                device = runner.pick_device(config.device)
+                upstream = load_upstream(config.model, features=config.features, device=device)
+                loaded = (config.model, config.features, config.device)
+            for last in runner.evaluate(
+                config, resume=same, force=not same, upstream=upstream, should_stop=should_stop
+            ):
+                yield last
+        assert isinstance(last, runner.Finished)
+        if last.reason == "stopped":
+            yield SuiteFinished(results, _columns(plan), "stopped", out)
+            return
+        results.setdefault(label(config.model), {})[config.task] = last.result
+    yield SuiteFinished(results, _columns(plan), "done", out)
+
+
+def _columns(plan: SuitePlanned) -> tuple[Column, ...]:
+    return MINI_COLUMNS if plan.configs[0].task in MINI else COLUMNS
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A settings file's common part and its `tasks` part.
+
+    Raises:
+        ArmhubertError: `tasks` is not a mapping of mappings.
+    """
+    common = dict(config)
+    per_task = common.pop("tasks", {})
+    if not isinstance(per_task, dict) or not all(isinstance(value, dict) for value in per_task.values()):
+        raise ArmhubertError("tasks in the settings must map task names to their settings")
+    known = {field.name for field in dataclasses.fields(EvaluateConfig)}
+    if wrong := sorted({"task", "model", "out"} & common.keys()):
+        raise ArmhubertError(f"a suite's settings name no {', '.join(wrong)}: known are {', '.join(sorted(known))}")
+    return common, {str(name): dict(value) for name, value in per_task.items()}
