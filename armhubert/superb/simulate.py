@@ -82,12 +82,12 @@ def mixtures(speakers: Speakers, number: int, seed: int, split: str) -> list[Ite
     plans = []
     for _ in range(number):
         pair = [names[place] for place in draw.choice(len(names), 2, replace=False)]
-        paths = [speakers[name][draw.integers(len(speakers[name]))] for name in pair]
+        paths = [speakers[name][int(draw.integers(len(speakers[name])))] for name in pair]
         plans.append((pair, paths, draw.uniform(*_LEVELS_DB, size=2), draw.random()))
     used = sorted({path for _, paths, _, _ in plans for path in paths})
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="mixtures") as pool:
         talks = dict(zip(used, pool.map(_listen, used), strict=True))
-    items = []
+    items: list[Item] = []
     for pair, paths, levels, where in plans:
         first, second = (talks[path] for path in paths)
         if not (first.spoken and second.spoken):

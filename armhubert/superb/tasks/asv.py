@@ -82,8 +82,8 @@ class SpeakerVerification(Task):
             splits = speaker_splits(root, options)
             trials = draw_trials(splits.test, root, options.seed)
             test = _trial_split(splits.test, root, trials)
-            notes = (*splits.notes, f"no trial list: {len(trials)} trials drawn from {len(splits.test)} test speakers")
-            splits = splits._replace(notes=notes)
+            drawn = f"no trial list: {len(trials)} trials drawn from {len(splits.test)} test speakers"
+            splits = splits._replace(notes=(*splits.notes, drawn))
         for name in ("dev", "test"):
             if shared := splits.train.keys() & getattr(splits, name).keys():
                 raise ArmhubertError(
@@ -126,7 +126,8 @@ class SpeakerVerification(Task):
         """EER and minDCF of the trials' cosines."""
         place = {item.key: number for number, item in enumerate(split.items)}
         unit = F.normalize(torch.stack(list(predictions)).double(), dim=1)
-        left, right = (torch.tensor([place[trial[side]] for trial in split.trials]) for side in (0, 1))
+        left = torch.tensor([place[one] for one, _, _ in split.trials])
+        right = torch.tensor([place[other] for _, other, _ in split.trials])
         cosine = (unit[left] * unit[right]).sum(1).tolist()
         targets = [same for _, _, same in split.trials]
         curve = metrics.detection_curve(targets, cosine)
@@ -198,7 +199,7 @@ def _with_list(root: Path, listed: Path, options: Options) -> tuple[SpeakerSplit
     bases = [path for path in (root / "test" / "wav", root / "test", root / "wav", root) if path.is_dir()]
     files: dict[str, Path] = {}
     missing = []
-    for name in dict.fromkeys(name for trial in trials for name in trial[:2]):
+    for name in dict.fromkeys(name for one, other, _ in trials for name in (one, other)):
         path = next((base / name for base in bases if (base / name).is_file()), None)
         if path is None:
             missing.append(name)
@@ -247,7 +248,7 @@ def _training(root: Path, options: Options) -> Mapping[str, Sequence[Path]]:
 
 
 def _trial_split(speakers: Speakers, root: Path, trials: Trials) -> Split:
-    used = {key for trial in trials for key in trial[:2]}
+    used = {key for one, other, _ in trials for key in (one, other)}
     items = []
     for name in sorted(speakers):
         for path in speakers[name]:

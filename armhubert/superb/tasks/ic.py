@@ -183,7 +183,7 @@ def _labelled(source: Path, name: str, entry: object, path: Path) -> Labelled:
     texts = (entry.get("intent"), text, entry.get("speaker"), entry.get("split"))
     if not isinstance(texts[0], str) or not all(value is None or isinstance(value, str) for value in texts):
         raise ArmhubertError(f"{rule}, got {str(entry)[:60]!r}")
-    split = {"valid": "dev", "validation": "dev", "eval": "test"}.get(texts[3], texts[3])
+    split = texts[3] and {"valid": "dev", "validation": "dev", "eval": "test"}.get(texts[3], texts[3])
     if split is not None and split not in SPLITS:
         raise ArmhubertError(f"{source}: the split of {name!r} must be train, dev or test, got {split!r}")
     clean = {slot: " ".join(value.split()) for slot, value in slots.items()}
@@ -211,14 +211,15 @@ def split_utterances(
             splits[utterance.split or "train"].append(place)
         return splits, []
     by_speaker = all(utterance.speaker is not None for utterance in labelled)
-    groups = sorted({utterance.speaker or "" for utterance in labelled}) if by_speaker else range(len(labelled))
+    group = [utterance.speaker if by_speaker else place for place, utterance in enumerate(labelled)]
+    groups = sorted(set(group), key=str)
     draw = generator(seed, "split").permutation(len(groups)).tolist()
     tenth = max(1, len(groups) // 10)
     kind = {
         groups[g]: "dev" if rank < tenth else "test" if rank < 2 * tenth else "train" for rank, g in enumerate(draw)
     }
-    for place, utterance in enumerate(labelled):
-        splits[kind[utterance.speaker if by_speaker else place]].append(place)  # type: ignore[index]
+    for place, of in enumerate(group):
+        splits[kind[of]].append(place)
     known = set().union(*(values[place] for place in splits["train"]))
     moved = 0
     for name in ("dev", "test"):

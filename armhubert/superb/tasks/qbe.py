@@ -291,7 +291,8 @@ def _simulate(root: Path, options: Options) -> Corpus:
         word: frozenset(item.key for item, spoken in zip(documents, searched, strict=True) if word in spoken.words)
         for word in words
     }
-    splits, relevant = {}, {}
+    splits: dict[SplitName, Split] = {}
+    relevant: dict[SplitName, dict[str, frozenset[str]]] = {}
     for split, chosen in (("dev", shuffled[::2]), ("test", shuffled[1::2])):
         queries = []
         relevant[split] = {}
