@@ -171,7 +171,8 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         Raises:
             ArmhubertError: tensors of the encoder are missing.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(name for name in info["missing_keys"] if name.startswith("armhubert.")):
             raise ArmhubertError(
                 f"{model.name_or_path} lacks {len(missing)} tensors of its encoder, such as {missing[0]}: its weights "
@@ -243,14 +244,15 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
             return x, mask
         if not augment or config.mask_time_prob <= 0 or self.armhubert.mask_embedding is None:
             return x, None
-        mask = _compute_mask_indices(
+        valid: Any = None if frames is None else valid_mask(frames, size).long()
+        drawn = _compute_mask_indices(
             (batch, size),
             config.mask_time_prob,
             config.mask_time_length,
-            attention_mask=None if frames is None else valid_mask(frames, size).long(),
+            attention_mask=valid,
             min_masks=config.mask_time_min_masks,
         )
-        return x, torch.from_numpy(mask).to(x.device)
+        return x, torch.from_numpy(drawn).to(x.device)
 
 
 class ARMHuBERTModel(ARMHuBERTPreTrainedModel):
@@ -376,7 +378,7 @@ def _lengths(attention_mask: Tensor, input_values: Tensor) -> Tensor:
     return lengths
 
 
-def _as_dict(config: ARMHuBERTConfig, return_dict: bool | None) -> bool:
+def _as_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
