@@ -58,9 +58,10 @@ def match_document(queries: Queries, document: Tensor) -> Tensor:
         low, high = cost.amin(1, keepdim=True), cost.amax(1, keepdim=True)
         cost = (cost - low) / (high - low).clamp(min=_FLOOR)
         if i:
-            best = total[:active].clone()
-            best[:, 1:] = torch.minimum(best[:, 1:], total[:active, :-1])
-            best[:, 2:] = torch.minimum(best[:, 2:], total[:active, :-2])
+            before = total[:active]
+            best = before.clone()
+            torch.minimum(best[:, 1:], before[:, :-1], out=best[:, 1:])
+            torch.minimum(best[:, 2:], before[:, :-2], out=best[:, 2:])
             cost += best
         total = cost
         for place in range(active - 1, -1, -1):

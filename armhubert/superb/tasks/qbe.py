@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,54 +84,40 @@ class QueryByExample(Task):
     ) -> Iterator[tuple[int, int] | Mapping[SplitName, Scores]]:
         """SUPERB's search: frames are normalised over queries and documents; see `armhubert.superb.dtw` for the rest.
 
-        Documents are gone through twice, one at a time: for the means and deviations of the features, then to match
-        the queries of dev and test in every layer. Scores are standardised for each query.
+        Documents pass by one at a time, three times: for the means and deviations of their features, to match dev's
+        queries in every layer, and to match test's in the layer that was best. Scores are standardised for each query.
         """
-        documents = [item.key for item in corpus.splits["dev"].items if item.label == DOCUMENT]
         names = {split: [i.key for i in corpus.splits[split].items if i.label == QUERY] for split in ("dev", "test")}
-        done, total = 0, sum(map(len, names.values())) + 2 * len(documents)
-
-        moments = _Moments()
+        documents = [item.key for item in corpus.splits["dev"].items if item.label == DOCUMENT]
+        done, total = 0, sum(map(len, names.values())) + 3 * len(documents)
         queries: dict[SplitName, list[Tensor]] = {"dev": [], "test": []}
-        for features in states("test"):
-            queries["test"].append(features)
-            done += 1
-            yield done, total
-            if len(queries["test"]) == len(names["test"]):
-                break
-        for place, features in enumerate(states("dev")):
-            if place < len(names["dev"]):
-                queries["dev"].append(features)
-            else:
-                moments.add(features)
-            done += 1
-            yield done, total
-        scales, prepared = {}, {}
-        for split, found in queries.items():
-            scale = moments.with_queries(found)
-            scales[split] = scale
-            normal = [scale.apply(features) for features in found]
-            prepared[split] = [prepare_queries([query[layer] for query in normal]) for layer in range(len(scale.mean))]
-        layers = len(prepared["dev"])
-        scores = {split: np.zeros((layers, len(names[split]), len(documents))) for split in names}
-        for place, features in enumerate(states("dev")):
-            number = place - len(names["dev"])
-            if number < 0:
-                continue
-            for split, ready in prepared.items():
-                normal_features = scales[split].apply(features)
-                for layer in range(layers):
-                    scores[split][layer, :, number] = match_document(ready[layer], normal_features[layer]).numpy()
-            done += 1
-            yield done, total
-
-        values = [_mtwv(of_layer, names["dev"], documents, "dev", corpus.extra) for of_layer in scores["dev"]]
-        best = int(np.argmax(values))
-        test = _mtwv(scores["test"][best], names["test"], documents, "test", corpus.extra)
-        yield {
-            "dev": Scores({"mtwv": values[best], "layer": best}),
-            "test": Scores({"mtwv": test, "layer": best}),
-        }
+        moments = _Moments()
+        for split, count in (("test", len(names["test"])), ("dev", len(names["dev"]) + len(documents))):
+            for place, features in enumerate(islice(states(split), count)):
+                if place < len(names[split]):
+                    queries[split].append(features)
+                else:
+                    moments.add(features)
+                done += 1
+                yield done, total
+        best, values = 0, {}
+        for split in ("dev", "test"):
+            scale = moments.with_queries(queries[split])
+            normal = [scale.apply(features) for features in queries[split]]
+            layers = list(range(len(scale.mean))) if split == "dev" else [best]
+            prepared = {layer: prepare_queries([query[layer] for query in normal]) for layer in layers}
+            scores = {layer: np.zeros((len(normal), len(documents))) for layer in layers}
+            for number, features in enumerate(islice(states(split), len(normal), None)):
+                document = scale.apply(features)
+                for layer in layers:
+                    scores[layer][:, number] = match_document(prepared[layer], document[layer]).numpy()
+                done += 1
+                yield done, total
+            found = [_mtwv(scores[layer], names[split], documents, split, corpus.extra) for layer in layers]
+            values[split] = max(found)
+            if split == "dev":
+                best = int(np.argmax(found))
+        yield {split: Scores({"mtwv": value, "layer": best}) for split, value in values.items()}
 
 
 def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
