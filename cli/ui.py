@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from armhubert.config import EncoderConfig
     from armhubert.convert.folder import Converted
     from armhubert.distill import Finished, Report, Started
+    from armhubert.export import Report as ExportReport
     from armhubert.extract import Finished as ExtractFinished
     from armhubert.extract import Report as ExtractReport
     from armhubert.extract import Started as ExtractStarted
@@ -335,6 +336,30 @@ def _extraction_end(report: "ExtractFinished", live: bool) -> str:
         f"{report.recordings} recordings, {_duration(report.audio_seconds)} of audio, in {_duration(report.seconds)}: "
         f"{report.bytes / 1e6:.1f} MB in {report.out}"
     )
+
+
+def show_export(reports: "Iterator[ExportReport]") -> None:
+    """Consume an export's reports: its stages as progress, then what was written and what the check found."""
+    from armhubert import export
+
+    with progress() as show:
+        for report in reports:
+            if isinstance(report, export.Stage):
+                show(report.name, 0, None)
+    assert isinstance(report, export.Exported), "the last report tells the end"
+    table = Table("batch", "longest", "largest difference", box=None, padding=(0, 2, 0, 0))
+    for check in report.checks:
+        table.add_row(str(check.utterances), f"{check.samples / 16_000:.3f} s", f"{check.difference:.1e}")
+    draw(table)
+    if report.quantised is not None:
+        int8 = report.quantised
+        before, after = int8.float_time.median, int8.time.median
+        say(
+            f"int8: {int8.float_bytes / report.bytes:.2f}x smaller, {before / after:.2f}x as fast ({before:.3f} -> "
+            f"{after:.3f} s for 10 s here, medians of interleaved runs), feature error {int8.error:.2%}, "
+            f"of another batch {int8.padding:.2%}"
+        )
+    say(f"{report.path}: {report.bytes / 1e6:.1f} MB, {', '.join(report.inputs)} -> {', '.join(report.outputs)}")
 
 
 def _duration(seconds: float) -> str:

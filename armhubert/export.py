@@ -1,0 +1,365 @@
+"""A model as one file for other runtimes: ONNX, or a torch.export program; checked before it gets its name.
+
+Inputs `waveforms` [B, S] float32 at 16 kHz and `lengths` [B] int64, the valid samples of each; B and S are free, S at
+least two frames (720 samples). Outputs, in this order:
+
+    last_hidden_state   [B, T, D]
+    hidden_states       [L + 1, B, T, D]    where asked for
+    projections         [L, B, T, D_t]      with heads
+    frames              [B]                 valid frames; rows past them are unspecified
+
+As in the model itself, features do not depend on padding or on the rest of the batch, and the check is against each
+utterance computed alone. int8 in ONNX is the exception: its activations are quantised with one scale a batch, so that
+padding moves features by about the quantisation error; int8 in torch has a scale a frame and stays independent.
+
+A `.pt2` file is a program: load files of strangers as `model.safetensors` instead, which cannot carry code.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from armhubert.audio import SAMPLE_RATE
+from armhubert.clock import Timing, interleave
+from armhubert.convert import load_weights
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
+from armhubert.student import ARMHuBERT
+
+Format = Literal["onnx", "torch"]
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of a float32 export, where outputs have a root mean square of 1 or less."""
+
+CASES = ((1, 0.0), (4, 1.0), (2, 3.3), (3, 7.77), (1, 15.0))
+"""(utterances, seconds of the longest) of the check; 0: two frames."""
+
+_SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+_ONNX_LIMIT = 2**31 - 2**20  # a protobuf message ends there
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export.
+
+    Raises:
+        ArmhubertError: a file that exists, or whose ending is another format's.
+    """
+
+    model: str
+    """A student or a teacher: whatever `ARMHuBERT.from_pretrained` takes."""
+    out: str
+    """The file: `.onnx` or `.pt2`."""
+    format: Format = "onnx"
+    """`onnx`, or `torch` for `torch.export.load`."""
+    int8: bool = False
+    """Quantise the weights of linear layers to 8 bits."""
+    heads: bool = False
+    """Give the outputs of the distillation heads too."""
+    hidden_states: bool = False
+    """Give all hidden states too."""
+    force: bool = False
+    """Replace an existing file."""
+
+    def __post_init__(self) -> None:
+        suffix = _SUFFIX[self.format]
+        if Path(self.out).suffix != suffix:
+            raise ArmhubertError(f"a {self.format} file must end in {suffix}, got {self.out!r}")
+        if Path(self.out).is_dir() or (Path(self.out).exists() and not self.force):
+            raise ArmhubertError(f"{self.out} exists: choose another name, or --force to replace it")
+
+
+class Stage(NamedTuple):
+    """What is being done."""
+
+    name: str
+
+
+class Check(NamedTuple):
+    """One batch of the check."""
+
+    utterances: int
+    samples: int
+    """Of the longest; the others are shorter."""
+    difference: float
+    """Largest, over all outputs and valid frames, from each utterance computed alone by the model; relative to the
+    output's root mean square where that is above 1."""
+
+
+class Quantised(NamedTuple):
+    """What 8 bits gave, on noise; 10 s, batch 1, interleaved with the float32 program."""
+
+    float_bytes: int
+    error: float
+    """Relative L2 difference of the last hidden state from float32."""
+    padding: float
+    """Relative L2 difference between an utterance alone and beside a louder, longer one: 0 where features do not
+    depend on the batch."""
+    float_time: Timing
+    time: Timing
+
+
+class Exported(NamedTuple):
+    """The file is in its place."""
+
+    path: Path
+    bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    checks: tuple[Check, ...]
+    """Of the float32 program, which int8 is made from."""
+    quantised: Quantised | None
+
+
+Report = Stage | Exported
+
+Program = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""waveforms, lengths -> outputs."""
+
+
+class _Model(nn.Module):
+    """The outputs that were asked for, as a tuple."""
+
+    def __init__(self, encoder: ARMHuBERT, config: ExportConfig) -> None:
+        super().__init__()
+        self.encoder, self.hidden_states, self.heads = encoder, config.hidden_states, config.heads
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the outputs."""
+        return (
+            "last_hidden_state",
+            *(("hidden_states",) if self.hidden_states else ()),
+            *(("projections",) if self.heads else ()),
+            "frames",
+        )
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+        """[B, S], [B] -> the outputs."""
+        output = self.encoder(waveforms, lengths, projections=self.heads)
+        found = [output.last_hidden_state]
+        if self.hidden_states:
+            found.append(torch.stack(output.hidden_states))
+        if self.heads:
+            found.append(torch.stack(output.projections))
+        return (*found, output.lengths)
+
+
+def export(config: ExportConfig) -> Iterator[Report]:
+    """Trace, translate, check and write a model; reports tell the stage, the last one what the check found.
+
+    Raises:
+        ArmhubertError: packages that are missing, a model that cannot be exported, or a program that differs from the
+            model by more than `TOLERANCE`; no file is written then.
+    """
+    if config.format == "onnx":
+        _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    elif config.int8:
+        _require("torchao", extra="int8")
+    weights = load_weights(config.model)
+    weights = weights if config.heads else weights.without_heads()
+    # Two models that share their tensors, since folding a weight norm changes the class of every copy
+    encoder, folded = (ARMHuBERT.from_weights(weights, impl="torch").requires_grad_(False) for _ in range(2))
+    if config.heads and encoder.heads is None:
+        raise ArmhubertError(f"{config.model} has no distillation heads: leave out --heads")
+    if config.format == "onnx" and sum(p.numel() * 4 for p in encoder.parameters()) > _ONNX_LIMIT:
+        raise ArmhubertError("one ONNX file holds at most 2 GiB and this model has more: use --format torch")
+    model, traced = _Model(encoder, config).eval(), _Model(folded, config).eval()
+    remove_parametrizations(folded.position.conv, "weight")
+    yield Stage("trace")
+    program = _trace(traced)
+    yield Stage("translate" if config.format == "onnx" else "serialise")
+    metadata = _metadata(config, encoder)
+    data = _to_onnx(program, model.names, metadata) if config.format == "onnx" else _to_bytes(program, metadata)
+    yield Stage("check")
+    run = _open(data, config.format)
+    checks = tuple(_check(model, run, utterances, seconds) for utterances, seconds in CASES)
+    worst = max(checks, key=lambda check: check.difference)
+    if not worst.difference <= TOLERANCE:
+        raise ArmhubertError(
+            f"the exported program differs from the model by {worst.difference:.1e} at {worst.utterances} x "
+            f"{worst.samples} samples, more than {TOLERANCE:g}: not written; other versions of torch or onnxruntime "
+            "may do better"
+        )
+    quantised = None
+    if config.int8:
+        yield Stage("quantise")
+        float_bytes = len(data)
+        data = _quantise_onnx(data) if config.format == "onnx" else _quantise_torch(traced, metadata)
+        yield Stage("time")
+        quantised = _compare(run, _open(data, config.format), float_bytes)
+    write_atomic(Path(config.out), data)
+    yield Exported(Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised)
+
+
+def _require(*packages: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ArmhubertError(f'this export needs {" and ".join(missing)}: pip install "armhubert[{extra}]"')
+
+
+# ---- programs --------------------------------------------------------------
+
+
+def _trace(model: _Model) -> torch.export.ExportedProgram:
+    config = model.encoder.config
+    shortest = config.receptive_field + config.hop  # a dimension of 1 would be taken for a constant
+    batch, samples = torch.export.Dim("batch", min=1), torch.export.Dim("samples", min=shortest)
+    example = torch.zeros(2, 2 * SAMPLE_RATE), torch.tensor([2 * SAMPLE_RATE, SAMPLE_RATE])
+    with torch.no_grad():  # torchao's tensors cannot be traced in inference mode
+        return torch.export.export(
+            model,
+            example,
+            dynamic_shapes={"waveforms": {0: batch, 1: samples}, "lengths": {0: batch}},
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+
+def _metadata(config: ExportConfig, encoder: SpeechEncoder) -> dict[str, str]:
+    from armhubert import __version__
+
+    return {
+        "armhubert_version": __version__,
+        "model": Path(config.model).name,
+        "sample_rate": str(SAMPLE_RATE),
+        "hop": str(encoder.config.hop),
+        "receptive_field": str(encoder.config.receptive_field),
+    }
+
+
+def _to_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...], metadata: dict[str, str]) -> bytes:
+    import onnx
+
+    translated = torch.onnx.export(
+        program, dynamo=True, input_names=["waveforms", "lengths"], output_names=list(names), verbose=False
+    )
+    assert translated is not None
+    proto = translated.model_proto
+    inputs, outputs = proto.graph.input, proto.graph.output
+    dimensions = [*inputs[0].type.tensor_type.shape.dim, outputs[0].type.tensor_type.shape.dim[1]]
+    readable = dict(zip((d.dim_param for d in dimensions), ("batch", "samples", "frames"), strict=True))
+    for value in (*inputs, *outputs, *proto.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in readable:
+                dimension.dim_param = readable[dimension.dim_param]
+    onnx.helper.set_model_props(proto, metadata)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _to_bytes(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
+    stream = io.BytesIO()
+    torch.export.save(program, stream, extra_files={f"armhubert.{name}": text for name, text in metadata.items()})
+    return stream.getvalue()
+
+
+def _quantise_onnx(data: bytes) -> bytes:
+    """Weights of matrix products to int8, a scale an output channel; activations when they come, a scale a tensor."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    proto = onnx.load_from_string(data)
+    weights = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    linear = [node.name for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            proto,
+            path,
+            nodes_to_quantize=linear,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        return path.read_bytes()
+
+
+def _quantise_torch(model: _Model, metadata: dict[str, str]) -> bytes:
+    """Weights of linear layers to int8, a scale an output channel; activations when they come, a scale a frame."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.utils import unwrap_tensor_subclass
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return _to_bytes(_trace(unwrap_tensor_subclass(model)), metadata)
+
+
+def _open(data: bytes, kind: Format) -> Program:
+    """The program as a user will load it."""
+    if kind == "torch":
+        module: Any = torch.export.load(io.BytesIO(data)).module()
+
+        def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return tuple(module(waveforms, lengths))
+
+        return call
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        found = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+        return tuple(torch.from_numpy(x) for x in found)
+
+    return run
+
+
+# ---- checks ----------------------------------------------------------------
+
+
+def _noise(utterances: int, samples: int) -> Tensor:
+    """[B, S], each louder than the one before; the same every time."""
+    generator = torch.Generator().manual_seed(samples)
+    loudness = torch.logspace(-2, 0, utterances)[:, None] if utterances > 1 else torch.tensor(0.1)
+    return torch.randn(utterances, samples, generator=generator) * loudness
+
+
+@torch.no_grad()
+def _check(model: _Model, run: Program, utterances: int, seconds: float) -> Check:
+    config = model.encoder.config
+    shortest = config.receptive_field + config.hop
+    samples = max(shortest, round(seconds * SAMPLE_RATE))
+    lengths = torch.linspace(samples, max(shortest, samples // 5), utterances).long()
+    waveforms = _noise(utterances, samples)
+    found = run(waveforms, lengths)
+    frames = config.frames(lengths)
+    difference = 0.0 if torch.equal(found[-1], frames) else float("inf")
+    whole = model(waveforms, lengths) if config.padding == "as_trained" else None
+    for row, (length, count) in enumerate(zip(lengths.tolist(), frames.tolist(), strict=True)):
+        alone = model(waveforms[row : row + 1, :length], None)
+        for here, there in zip(found[:-1], (whole or alone)[:-1], strict=True):
+            there = there[..., row if whole else 0, :count, :]
+            scale = float(there.square().mean().sqrt().clamp(min=1))
+            error = float((here[..., row, :count, :] - there).abs().max()) / scale
+            difference = max(difference, error) if error == error else float("inf")
+    return Check(utterances, samples, difference)
+
+
+def _compare(reference: Program, run: Program, float_bytes: int) -> Quantised:
+    """int8 beside float32, both as they will be loaded."""
+    short, long = 10 * SAMPLE_RATE, 12 * SAMPLE_RATE
+    waveforms = _noise(2, long)  # the first is quiet and short, the second loud and long
+    one, lengths = waveforms[:1, :short].contiguous(), torch.tensor([short])
+    exact, found = reference(one, lengths)[0][0], run(one, lengths)[0][0]
+    beside = run(waveforms, torch.tensor([short, long]))[0][0, : len(found)]
+    times = interleave({"float": lambda: reference(one, lengths), "int8": lambda: run(one, lengths)}, repeats=5)
+    return Quantised(
+        float_bytes,
+        float((found - exact).norm() / exact.norm()),
+        float((beside - found).norm() / found.norm()),
+        times["float"],
+        times["int8"],
+    )
