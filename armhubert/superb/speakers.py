@@ -9,6 +9,7 @@ import soundfile
 
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
+from armhubert.superb.librispeech import choose_subsets, is_librispeech
 from armhubert.superb.task import SPLITS, Options, SplitName
 
 Speakers = Mapping[str, Sequence[Path]]
@@ -17,9 +18,9 @@ Speakers = Mapping[str, Sequence[Path]]
 LAYOUTS = "LibriSpeech's subsets, VoxCeleb1's dev/wav and test/wav, train, dev and test folders, or folders of speakers"
 
 _FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train-clean-100", "dev/wav", "train"),
-    "dev": ("dev-clean", "dev", "valid", "val"),
-    "test": ("test-clean", "test/wav", "test", "eval"),
+    "train": ("dev/wav", "train"),
+    "dev": ("dev", "valid", "val"),
+    "test": ("test/wav", "test", "eval"),
 }
 
 
@@ -33,7 +34,7 @@ class SpeakerSplits(NamedTuple):
 
 
 def speaker_splits(root: Path, options: Options) -> SpeakerSplits:
-    """Speakers below `root`: the folder right below a subset names the speaker.
+    """Speakers below `root`: the folder right below a subset names the speaker. Several subsets of a split are one.
 
     Without dev or test folders, a seventh of the training speakers (2 to 40) is held out for each; which ones depends
     on the seed and their names.
@@ -41,13 +42,17 @@ def speaker_splits(root: Path, options: Options) -> SpeakerSplits:
     Raises:
         ArmhubertError: no speech there, a named subset is missing, or too few speakers.
     """
-    if (root / "LibriSpeech").is_dir():
-        root /= "LibriSpeech"
-    folders = {split: _subsets(root, split, getattr(options, split)) for split in SPLITS}
-    if not folders["train"]:
-        folders = {"train": [root], "dev": [], "test": []}
+    notes: list[str] = []
+    if is_librispeech(root) or next(root.glob("*/*/*.trans.txt"), None) is not None:
+        chosen, notes = choose_subsets(root, options)
+        folders = {
+            split: [path for name in chosen if name.startswith(split) for path in chosen[name]] for split in SPLITS
+        }
+    else:
+        folders = {split: _subsets(root, split, getattr(options, split)) for split in SPLITS}
+        if not folders["train"]:
+            folders = {"train": [root], "dev": [], "test": []}
     found: dict[SplitName, dict[str, list[Path]]] = {split: recordings(folders[split]) for split in SPLITS}
-    notes = []
     for split in ("test", "dev"):
         if not folders[split]:
             held = _hold_out(found["train"], options.seed, split, root)
@@ -93,7 +98,7 @@ def _subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
     for name in _FOLDERS[split]:
         if (root / name).is_dir() and not (is_voxceleb and split == "dev"):
             return [root / name]
-    return sorted(path for path in root.glob(f"{split}-*") if path.is_dir())
+    return []
 
 
 def _hold_out(speakers: Speakers, seed: int, split: str, root: Path) -> list[str]:

@@ -44,6 +44,13 @@ def test_files_without_speaker(waves):
         TASK.read(waves("angry/1.wav", "sad/2.wav"), Options())
 
 
+def test_an_emotion_without_audio(waves):
+    root = waves(*(f"{e}/s{s}/1.wav" for e in ("angry", "sad") for s in range(5)))
+    (root / "calm").mkdir()
+    with pytest.raises(ArmhubertError, match=r"1 folders of .* hold no audio \(calm\)"):
+        TASK.read(root, Options())
+
+
 def test_few_speakers(waves):
     with pytest.raises(ArmhubertError, match="at least 5 speakers, got 1"):
         TASK.read(waves("angry/ann/1.wav", "sad/ann/2.wav"), Options())

@@ -104,6 +104,12 @@ def _ravdess(path: Path) -> tuple[str, str]:
 def _read_folders(root: Path, paths: Sequence[Path]) -> dict[Path, tuple[str, str]]:
     """(emotion, speaker) of files in emotion/speaker/... or speaker/emotion/...: whichever level is named so."""
     parts = {path: path.relative_to(root).parts for path in paths}
+    heard = {p[0] for p in parts.values()}
+    silent = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in heard]
+    if silent:
+        raise ArmhubertError(
+            f"{len(silent)} folders of {root} hold no audio ({', '.join(sorted(silent)[:3])}): complete or remove them"
+        )
     shallow = [path for path in paths if len(parts[path]) < 3]
     if shallow:
         raise ArmhubertError(
