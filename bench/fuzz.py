@@ -1,8 +1,8 @@
 """Damaged and hostile model files against the loaders: each is refused in one line or loads; nothing else happens.
 
-Every mutant is read in a process of its own kind: an audit hook watches for anything executed, imported, spawned, sent or
-written, an alarm for hangs, the address space is limited, and the growth of peak memory is held against the file's size.
-Mutants come from a seed, so a run can be repeated.
+Mutants are read in a watched process: an audit hook sees anything executed, imported, spawned, sent or written, an
+alarm ends hangs, the address space is limited, and the growth of peak memory is held against the file's size. They come
+from a seed, so a run can be repeated.
 """
 
 import argparse
@@ -28,7 +28,9 @@ import safetensors.torch
 import torch
 
 from armhubert.clock import write_results
+from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
+from armhubert.student import ARMHuBERT
 from armhubert.teacher import load_teacher
 
 SECONDS = 10
@@ -39,7 +41,6 @@ PLAUSIBLE = 2**26
 """Bytes by which peak memory may grow, besides 64 times the file."""
 
 CONV = ((4, 10, 5), (8, 3, 2))
-
 
 # ---- valid files -----------------------------------------------------------
 
@@ -143,9 +144,9 @@ class Seed(NamedTuple):
 def write_seeds(folder: Path) -> list[Seed]:
     """One valid source a format, each in a folder of its own."""
 
-    def place(kind: str, file: str, source: str = ".", **files: str | bytes) -> Seed:
+    def place(kind: str, file: str, source: str = ".", **files: Any) -> Seed:
         home = folder / kind.replace(" ", "-")
-        home.mkdir()
+        home.mkdir(parents=True)
         for name, content in files.items():
             path = home / name.replace("__", ".")
             path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -155,14 +156,19 @@ def write_seeds(folder: Path) -> list[Seed]:
     config, weights = json.dumps(_CONFIG), safetensors.torch.save(state)
     shards = {"a": dict(list(state.items())[:9]), "b": dict(list(state.items())[9:])}
     index = json.dumps({"weight_map": {name: f"{part}.safetensors" for part in shards for name in shards[part]}})
-    sharded = {f"{part}__safetensors": safetensors.torch.save(tensors) for part, tensors in shards.items()}
+    sharded: dict[str, Any] = {
+        f"{part}__safetensors": safetensors.torch.save(tensors) for part, tensors in shards.items()
+    }
     fairseq = {
         "args": argparse.Namespace(arch="hubert_base", normalize=False, **_FAIRSEQ),
         "task_state": {"dictionaries": [argparse.Namespace(symbols=["a", "b"])]},
         "model": OrderedDict(fairseq_state()),
     }
     released = {"state_dict": {f"student_model.{name}": value for name, value in fairseq_state().items()}}
+    ours = EncoderConfig(CONV, 16, 2, 2, 24, "CR", feature_projection=True, position_kernel=4, position_groups=2)
+    ARMHuBERT(ours).save_pretrained(folder / "our-config.json")
     return [
+        Seed("our config.json", folder / "our-config.json", folder / "our-config.json" / "config.json"),
         place("safetensors", "model.safetensors", config__json=config, model__safetensors=weights),
         place("bin", "pytorch_model.bin", config__json=config, pytorch_model__bin=saved(state)),
         place("fairseq pt", "m.pt", "m.pt", m__pt=saved(fairseq)),
@@ -336,15 +342,8 @@ def hostile_pickle(rng: random.Random) -> bytes:
 
     command = string("touch executed")
     size = b"\x8a\x08" + struct.pack("<q", rng.choice((10**12, 2**62, -5, 10**7)))
-    storage = (
-        b"("
-        + string("storage")
-        + name("torch.FloatStorage")
-        + string(rng.choice("0123"))
-        + string("cpu")
-        + size
-        + b"tQ"
-    )
+    key = string(rng.choice("0123"))
+    storage = b"(" + string("storage") + name("torch.FloatStorage") + key + string("cpu") + size + b"tQ"
     programs = (
         call("os.system", command),
         call("builtins.eval", string("__import__('os').system('touch executed')")),
@@ -401,7 +400,13 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "repack": repack,
 }
 _COMMON = ("flip", "truncate", "edges", "splice", "noise")
-_SPECIAL = {"safetensors": "header", "config.json": "text", "yaml": "text", "index.json": "text"}
+_SPECIAL = {
+    "safetensors": "header",
+    "config.json": "text",
+    "our config.json": "text",
+    "yaml": "text",
+    "index.json": "text",
+}
 
 
 def mutants(seeds: list[Seed], count: int, seed: int) -> Iterator[tuple[Seed, str, bytes]]:
@@ -417,7 +422,16 @@ def mutants(seeds: list[Seed], count: int, seed: int) -> Iterator[tuple[Seed, st
 
 # ---- the watched process ---------------------------------------------------
 
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "exec", "compile")
+_FORBIDDEN: tuple[str, ...] = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "exec",
+    "compile",
+)
 _FORBIDDEN += ("import", "socket.connect", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
@@ -466,38 +480,28 @@ def _peak() -> int:
 def run(count: int, seed: int = 0) -> Iterator[Outcome]:
     """Read `count` mutants, in this process, which is changed for good: call it in one of its own.
 
-    An audit hook stays, the address space is limited, and SIGALRM is taken.
+    An audit hook stays, the address space is limited, SIGALRM and the working folder are taken.
     """
     watching, events = False, list[str]()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if not watching:
-            return
-        if event in _FORBIDDEN or (
-            event == "open" and arguments[1] is not None and set(str(arguments[1])) & set("wax+")
-        ):
+        writes = event == "open" and arguments[1] is not None and set(str(arguments[1])) & set("wax+")
+        if watching and (writes or event in _FORBIDDEN):
             events.append(f"{event} {arguments[0]!r}"[:100])
 
     def hung(number: int, frame: object) -> None:
         raise _Hung
 
     torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory() as name,
-        contextlib.chdir(name) if hasattr(contextlib, "chdir") else contextlib.nullcontext(),
-    ):
-        folder = Path(name)
-        seeds = write_seeds(folder)
-        for one in seeds:
+    b"x".decode("cp437")  # zipfile's codec for old names, imported at its first use
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)  # where a canary would land
+        for one in write_seeds(Path("warm")):
             load_teacher(one.source)  # they are valid, and everything that is imported late is there now
             one.file.write_bytes(one.file.read_bytes()[:-9])
             with contextlib.suppress(ArmhubertError):
                 load_teacher(one.source)
-        for path in folder.rglob("*"):
-            path.unlink() if path.is_file() else None
-        for path in folder.iterdir():
-            path.rmdir()
-        seeds = write_seeds(folder)
+        seeds = write_seeds(Path("mutants"))
         sys.addaudithook(hook)
         signal.signal(signal.SIGALRM, hung)
         _limit_memory()
@@ -507,9 +511,9 @@ def run(count: int, seed: int = 0) -> Iterator[Outcome]:
             watching = True
             outcome, detail = attempt(one.source, events)
             watching = False
-            if list(folder.rglob("executed")) or Path("executed").exists():
+            for canary in Path().rglob("executed"):
                 outcome, detail = "executed", "the canary"
-                Path("executed").unlink(missing_ok=True)
+                canary.unlink()
             one.file.write_bytes(originals[one.file])
             yield Outcome(one.kind, mutation, outcome, detail)
 

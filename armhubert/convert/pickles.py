@@ -23,7 +23,7 @@ from torch import Tensor
 
 from armhubert.errors import ArmhubertError
 
-MAX_PICKLE = 2**23
+MAX_PICKLE = 2**22
 """Bytes of pickled structure (not of tensors) in a file; real checkpoints have some hundred thousand."""
 MAX_DIRECTORY = 2**22
 """Bytes of a zip archive's directory; one entry takes about a hundred."""
