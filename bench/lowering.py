@@ -24,6 +24,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_reuse_attention as attention
 
@@ -56,6 +57,7 @@ class Case:
     num_warps: int
     num_stages: int
     dtype: str
+    matrix: bool = True  # whether a matrix product is in it
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,55 @@ def _distillation_cases(dtype: str) -> Iterator[Case]:
         yield Case(label, distillation.forward_kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
 
 
+def _frontend_cases(dtype: str) -> Iterator[Case]:
+    """The default student's wide layers and HuBERT's; gradients are plain matrix products but for GELU's."""
+    low = f"*{dtype}"
+    counts = dict.fromkeys(("T", "P", "out_P", "rows", "rows_in", "g_P", "x_b", "w_b", "numbers"), "i32")
+    wave: dict[str, Any] = {
+        **dict.fromkeys(("x_ptr", "w_ptr", "w0_ptr", "out_ptr"), low),
+        **dict.fromkeys(("shift_ptr", "bias0_ptr"), "*fp32"),
+        **{"K": 10, "TAPS": 16, "STRIDE": 5, "PRECISION": "ieee"},
+    }
+    forms: list[tuple[str, str, dict[str, Any]]] = [
+        ("wave", f"wave N={N}", {**wave, "bias_ptr": "*fp32", "N": N, "ACTIVATE": True}) for N in (128, 512)
+    ]
+    for z in (None, low):
+        label = "wave_pointwise" if z is None else "wave_pointwise training"
+        forms.append(("wave_pointwise", label, {**wave, "bias_ptr": None, "z_ptr": z, "C": 128, "N": 256}))
+    for C, N, taps, stride in ((256, 256, 3, 2), (256, 480, 1, 1), (480, 480, 2, 2), (512, 512, 3, 2)):
+        shape = {"C": C, "N": N, "TAPS": taps, "STRIDE": stride, "PRECISION": "ieee"}
+        maps = {"x_ptr": low, "w_ptr": low, "bias_ptr": None, "out_ptr": low, "z_ptr": None}
+        label = f"conv {taps}x{C} N={N}"
+        forms.append(("conv", label, shape | maps))
+        if C == 256:
+            forms.append(("conv", f"{label} training", shape | maps | {"z_ptr": low}))
+        if C == 512:
+            forms.append(
+                ("conv", f"{label} before norm", shape | maps | {"bias_ptr": low, "out_ptr": None, "z_ptr": low})
+            )
+    for name, label, arguments in forms:
+        shipped = frontend.config(name, DTYPES[dtype])
+        arguments |= {key: getattr(shipped, key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+        kernel = getattr(frontend, f"{name}_kernel")
+        yield Case(f"frontend {label}", kernel, counts | arguments, shipped.num_warps, shipped.num_stages, dtype)
+    norm = {"z_ptr": low, "weight_ptr": low, "bias_ptr": low, "out_ptr": low, "eps": "fp32", "N": 512, "WIDTH": 512}
+    norm["BLOCK_M"] = frontend.NORM_BLOCK
+    yield Case("frontend norm", frontend.norm_kernel, counts | norm, frontend.NORM_WARPS, 1, dtype, False)
+    for a in (low, None):
+        gelu = {"g_ptr": low, "z_ptr": low, "gz_ptr": low, "a_ptr": a, "N": 256, "BLOCK": frontend.GELU_BLOCK}
+        label = "frontend gelu_backward" + ("" if a is None else " with activation")
+        yield Case(label, frontend.gelu_backward_kernel, counts | gelu, frontend.GELU_WARPS, 1, dtype, False)
+    sums = {"x_ptr": low, "frames_ptr": "*i64", "out_ptr": "*fp64", "K": 10, "STRIDE": 5, "TAPS": 16}
+    sums["BLOCK_M"] = frontend.SUMS_BLOCK
+    yield Case("frontend window_sums", frontend.window_sums_kernel, counts | sums, frontend.SUMS_WARPS, 1, dtype, False)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration, in three dtypes."""
     for dtype in DTYPES:
         yield from _attention_cases(dtype)
         yield from _distillation_cases(dtype)
+        yield from _frontend_cases(dtype)
 
 
 def compile_case(case: Case, target: str) -> Any:

@@ -1,19 +1,21 @@
 """Waveform -> frames: the convolution stack of HuBERT, wav2vec 2.0, WavLM and their students, channels last.
 
-    z_0 = w_0 * x + b_0,   z_l = w_l * a_{l-1} + b_l,   a_l = GELU(norm_l(z_l)),   out = a_{L-1}      no padding anywhere
+    z_0 = w_0 * x + b_0,   z_l = w_l * a_{l-1} + b_l,   a_l = GELU(norm_l(z_l)),   out = a_{L-1}        nothing padded
 
 with norm_l one of: nothing; LayerNorm over channels in every layer; a group norm with one group a channel ("channel
-norm") after the first convolution only. Channels last, k adjacent frames are k C adjacent numbers, so a convolution is a
-matrix product whose rows start s C apart: no im2col, and the output is [B, T, C] as the encoder wants it.
+norm") after the first convolution only. Channels last, k adjacent frames are k C adjacent numbers, so a convolution is
+a matrix product whose rows start s C apart: no im2col, and the output is [B, T, C] as the encoder wants it.
 
 The channel norm needs no pass over z_0, the widest map. With m [K] and R [K, K] the mean and covariance of the first
 layer's K-sample windows over an utterance's valid frames (float64),
 
     mean_c = w_c . m,   var_c = w_c R w_c,   s_c = g_c / sqrt(var_c + eps)
-    norm(z)_c = (s_c w_c) * (x - mu) + b_c - s_c w_c . (m - mu)              for any mu
+    norm(z)_c = (s_c w_c) * (x - m) + b_c
 
-so that conv + norm is one convolution with weights and bias per utterance: exact, differentiable, and independent of
-padding. mu is the utterance's mean, taken off first so that an offset costs no digits. A bias of that convolution cancels.
+so that conv + norm is one convolution with weights per utterance: exact, differentiable, and independent of padding.
+The mean is taken off the windows, tap by tap, since a mean that is large beside the deviation would cost the product
+its last digits; m is rounded to float32 for that, and what rounding leaves goes through the bias. A bias of that
+convolution cancels.
 Sources: Baevski et al., wav2vec 2.0 (arXiv 2006.11477), feature encoder; the closed form is ours.
 
 Backward recomputes z_0 and every a_l; only z_1 .. z_{L-1} are kept.
@@ -76,9 +78,9 @@ class Moments(NamedTuple):
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
 
 CHUNK = 2**22
-"""Numbers in the widest map of a chunk (16 MB of float32): small enough for a cache and for malloc to reuse its pages."""
+"""Numbers in the widest map of a chunk (16 MB of float32): fits a cache, and malloc reuses the pages."""
 ROWS = 64
-"""Frames that oneDNN's channels-last weight gradient takes at a time; over thousands in a row it is five times slower."""
+"""Frames a row for oneDNN's channels-last weight gradient, which over thousands in a row is five times slower."""
 
 
 def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> list[Any]:
@@ -126,7 +128,7 @@ def _norm(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float) -> Tensor:
 def _first_windows(x: Tensor, shift: Tensor, low: int, high: int, w0: Tensor, stride: int) -> Tensor:
     """Centred windows low..high of one utterance [S] -> [high - low, K]."""
     samples = x[low * stride : (high - 1) * stride + w0.shape[1]]
-    return (samples - shift).to(w0.dtype).unfold(0, w0.shape[1], stride)
+    return (samples.unfold(0, w0.shape[1], stride) - shift).to(w0.dtype)
 
 
 def frontend_forward(
@@ -143,8 +145,8 @@ def frontend_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """An utterance and a few seconds at a time, so that no map leaves the cache: exact, as nothing is padded.
 
-    w0 [B, C, K] and b0 [B, C] belong to one utterance each; biases and norms (weight, bias of each layer) are empty
-    where the architecture has none. -> out [B, T, C]; with `keep`, z_1 .. z_{L-1} of every chunk.
+    shift (m) [B, K], w0 [B, C, K] and b0 [B, C] belong to one utterance each; biases and norms (weight, bias of each
+    layer) are empty where the architecture has none. -> out [B, T, C]; with `keep`, z_1 .. z_{L-1} of every chunk.
     """
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
@@ -280,7 +282,7 @@ def _composite(
     eps: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """The whole batch in plain PyTorch, for compilers, exporters and other devices. -> out and z_0 .. z_{L-1}."""
-    windows = (x - shift[:, None]).to(w0.dtype).unfold(-1, w0.shape[2], strides[0])
+    windows = (x.unfold(-1, w0.shape[2], strides[0]) - shift[:, None]).to(w0.dtype)
     z = torch.baddbmm(b0.to(w0.dtype)[:, None], windows, w0.transpose(1, 2))  # [B, T, C]
     maps = [z]
     for layer, weight in enumerate(weights):
@@ -379,9 +381,8 @@ def _fake_backward(
     need_x: bool,
 ) -> list[Tensor]:
     d_x = x.new_empty(x.shape if need_x else (0,))
-    return (
-        [t.new_empty(t.shape) for t in (w0, b0)] + [d_x] + [t.new_empty(t.shape) for t in (*weights, *biases, *norms)]
-    )
+    rest = [t.new_empty(t.shape) for t in (*weights, *biases, *norms)]
+    return [w0.new_empty(w0.shape), b0.new_empty(b0.shape), d_x, *rest]
 
 
 def _fake_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -449,14 +450,10 @@ class _FrontEnd(torch.autograd.Function):
         return (None, None, None, None, None, d_x if need_x else None, None, d_w0, d_b0, *d_parameters)
 
 
-def _split(parameters: Sequence[Tensor], sizes: tuple[int, int]) -> tuple[list[Tensor], ...]:
+def _split(parameters: Sequence[Tensor], sizes: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """-> weights, biases, norms."""
-    weights, biases = sizes
-    return (
-        list(parameters[:weights]),
-        list(parameters[weights : weights + biases]),
-        list(parameters[weights + biases :]),
-    )
+    first, second = sizes[0], sum(sizes)
+    return list(parameters[:first]), list(parameters[first:second]), list(parameters[second:])
 
 
 # ---- public -----------------------------------------------------------------
@@ -490,10 +487,7 @@ def window_moments(
     _check_lengths(lengths, waveforms, 0)
     T = (waveforms.shape[1] - kernel) // stride + 1
     frames = None if lengths is None else ((lengths - kernel) // stride + 1).clamp(0, T)
-    if frames is None:
-        count = waveforms.new_full((waveforms.shape[0],), T, dtype=torch.float64)
-    else:
-        count = frames.double()
+    count = waveforms.new_full((waveforms.shape[0],), T, dtype=torch.float64) if frames is None else frames.double()
     use_op = resolve_impl(impl, waveforms) == "triton" and not waveforms.requires_grad
     return Moments(count, *(_sums if use_op else _window_sums)(waveforms, kernel, stride, frames))
 
@@ -561,14 +555,13 @@ def _check(
 
 
 def _fold(weight: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """First convolution and channel norm -> mu [B], weights [B, C, K], bias [B, C], float64 (module docstring)."""
+    """First convolution and channel norm -> m [B, K], weights [B, C, K], bias [B, C], float64 (module docstring)."""
     mean, covariance = moments.statistics()
     taps = weight[:, 0].double()
     variance = ((taps @ covariance) * taps).sum(-1)  # [B, C]
     folded = (norm.weight.double() * (variance + norm.eps).rsqrt())[..., None] * taps
-    # in float32, as the waveform it is taken from: what rounding leaves goes through the bias
-    shift = mean.detach().mean(-1).float().double()
-    bias = norm.bias.double() - (folded @ (mean - shift[:, None])[..., None])[..., 0]
+    shift = mean.detach().float().double()
+    bias = norm.bias.double() - (folded @ (mean - shift)[..., None])[..., 0]
     return shift, folded, bias
 
 
@@ -621,7 +614,7 @@ def conv_frontend(
             moments = window_moments(waveforms, first.shape[2], stride, lengths, impl=inner)
         shift, w0, b0 = _fold(first, channel_norm, moments)
     else:
-        shift = waveforms.new_zeros(B, dtype=high)
+        shift = waveforms.new_zeros((B, first.shape[2]), dtype=high)
         w0 = low[0][:, 0].expand(B, -1, -1)
         b0 = (first.new_zeros(first.shape[0]) if first_bias is None else first_bias).expand(B, -1)
     shift, w0, b0 = shift.to(high), w0.to(dtype), b0.to(high)

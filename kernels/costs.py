@@ -1,5 +1,6 @@
 """Fewest bytes and operations of each op, hence a floor on its time on a named GPU: predicted, not measured."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -58,3 +59,33 @@ def distillation(L: int, B: int, T: int, D: int, Dt: int, itemsize: int = 2, bac
     if backward:  # reads residual and hidden, writes d hidden
         return Cost((frames * (Dt + 2 * D)) * itemsize + 2 * weight, 2 * product)
     return Cost(frames * (D + Dt) * itemsize + weight, product)
+
+
+def conv_frontend(
+    B: int, samples: int, layers: Sequence[tuple[int, int, int]], itemsize: int = 2, backward: bool = False
+) -> Cost:
+    """The waveform stack, (channels, kernel, stride) a layer: each map written once and read once.
+
+    The first layer's map is not stored where a 1x1 convolution follows, as it can be made inside that layer. Backward
+    reads what forward kept of each map, and reads and writes its gradient; two products for each of forward's, except
+    for the waveform.
+    """
+    counts = []
+    for _, kernel, stride in layers:
+        samples = (samples - kernel) // stride + 1
+        counts.append(samples)
+    inputs = 1
+    products, maps, weights = [], [], 0
+    for (channels, kernel, _), frames in zip(layers, counts, strict=True):
+        products.append(2 * B * frames * channels * inputs * kernel)
+        maps.append(B * frames * channels)
+        weights += channels * inputs * kernel
+        inputs = channels
+    inner, out = sum(maps[:-1]), maps[-1]
+    if len(layers) > 1 and layers[1][1:] == (1, 1):
+        inner -= maps[0]
+    waveform = B * counts[0] * layers[0][2]
+    if backward:
+        moved = (3 * inner + 2 * out + waveform + 2 * weights) * itemsize
+        return Cost(moved, 2 * sum(products) - products[0])
+    return Cost((2 * inner + out + waveform + weights) * itemsize, sum(products))
