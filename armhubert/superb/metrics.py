@@ -262,19 +262,14 @@ def diarization_errors(
 
     speakers = sorted({turn.speaker for turn in reference})
     guesses = sorted({turn.speaker for turn in prediction})
-    boundaries = [time for turn in reference for time in (turn.start, turn.end)]
-    edges = np.unique(
-        [
-            *boundaries,
-            *(time for turn in prediction for time in (turn.start, turn.end)),
-            *((time + side for time in boundaries for side in (-collar, collar)) if collar else ()),
-        ]
-    )
+    boundaries = [time for turn in _merged(reference) for time in (turn.start, turn.end)] if collar else []
+    times = [time for turn in (*reference, *prediction) for time in (turn.start, turn.end)]
+    edges = np.unique([*times, *(time + side for time in boundaries for side in (-collar, collar))])
     if len(edges) < 2:
         return DiarizationErrors(0.0, 0.0, 0.0, 0.0)
     middles, lengths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    if collar:
-        near = np.abs(middles[:, None] - np.asarray(boundaries)).min(1) < collar if boundaries else False
+    if boundaries:
+        near = np.abs(middles[:, None] - np.asarray(boundaries)).min(1) < collar
         lengths = np.where(near, 0.0, lengths)
     actual, guessed = _activity(reference, speakers, middles), _activity(prediction, guesses, middles)
     common = actual.T.astype(np.float64) @ (guessed * lengths[:, None])  # [speakers, guesses], seconds
@@ -287,6 +282,17 @@ def diarization_errors(
         max(0.0, float((np.minimum(said, heard) * lengths).sum()) - correct),
         float((said * lengths).sum()),
     )
+
+
+def _merged(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns of one speaker that overlap or touch, as one."""
+    merged: list[Turn] = []
+    for turn in sorted(turns, key=lambda turn: (turn.speaker, turn.start)):
+        if merged and merged[-1].speaker == turn.speaker and turn.start <= merged[-1].end:
+            merged[-1] = merged[-1]._replace(end=max(merged[-1].end, turn.end))
+        else:
+            merged.append(turn)
+    return merged
 
 
 def _activity(turns: Sequence[Turn], speakers: Sequence[str], times: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -211,7 +211,9 @@ def test_the_best_mapping_is_global():
 
 def test_overlapping_turns_of_one_speaker_count_once():
     reference = [Turn(0, 6, "ann"), Turn(4, 10, "ann")]
-    assert metrics.diarization_errors([Turn(0, 10, "x")], reference) == DiarizationErrors(0, 0, 0, 10)
+    for collar in (0.0, 0.5):
+        expected = DiarizationErrors(0, 0, 0, 10 - 2 * collar)  # no collar where the turns meet
+        assert metrics.diarization_errors([Turn(0, 10, "x")], reference, collar=collar) == expected
 
 
 def test_silence_and_nothing():
