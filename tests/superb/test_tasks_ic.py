@@ -175,6 +175,7 @@ def test_score_by_hand(labelled):
     wrong = [*truth[:-1], (truth[-1][0], "another", truth[-1][2])]
     scores = TASK.score(wrong, split, corpus)
     assert scores.metrics["accuracy"] == pytest.approx(200 / 3)
+    assert scores.metrics["slot_accuracy"] == pytest.approx(100 * 8 / 9)
     assert scores.by_label == {"intent": (0, 3), "drink": (1, 3), "milk": (0, 3)}
     assert len(scores.examples) == 1
     assert TASK.score(truth, split, corpus).metrics["accuracy"] == 100.0

@@ -44,7 +44,7 @@ class IntentClassification(Task):
         '{"a.wav": {"intent": "...", "slots": {"name": "value"}}}'
     )
     folders = ("fluent_speech_commands_dataset", "fluent_speech_commands", "intents")
-    metrics = (Metric("accuracy", "Accuracy", True),)
+    metrics = (Metric("accuracy", "Accuracy", True), Metric("slot_accuracy", "Mean accuracy of slots", True))
     defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=5_000)
 
     def read(self, root: Path, options: Options) -> Corpus:
@@ -71,9 +71,9 @@ class IntentClassification(Task):
         return PooledClassifier(width, corpus.labels)
 
     def score(self, predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:
-        """Accuracy of all slots jointly; `by_label` counts the errors of each slot."""
+        """Accuracy of all slots jointly, and on average; `by_label` counts the errors of each slot."""
         truth = [tuple(item.label) for item in split.items]
-        wrong = [
+        misses = [
             (item.key, " ".join(item.label), " ".join(guess))
             for item, guess in zip(split.items, predictions, strict=True)
             if tuple(guess) != tuple(item.label)
@@ -83,9 +83,12 @@ class IntentClassification(Task):
             for group, name in enumerate(corpus.extra)
         }
         return Scores(
-            {"accuracy": metrics.accuracy([tuple(guess) for guess in predictions], truth)},
+            {
+                "accuracy": metrics.accuracy([tuple(guess) for guess in predictions], truth),
+                "slot_accuracy": 100 * (1 - sum(wrong for wrong, _ in errors.values()) / (len(truth) * len(errors))),
+            },
             by_label=errors,
-            examples=tuple(wrong[:20]),
+            examples=tuple(misses[:20]),
         )
 
 
