@@ -29,8 +29,9 @@ def load_teacher(
     """A frozen teacher in eval mode.
 
     Args:
-        source: `mini` (bundled), a folder in Hugging Face's layout (hubert, wav2vec2, wavlm) or ours, a hub id, or a
-            torchaudio pipeline's name: see `armhubert.convert.load_weights`.
+        source: `mini` (bundled), a folder in Hugging Face's layout (hubert, wav2vec2, wavlm) or ours, a hub id, a
+            torchaudio pipeline's name, or a checkpoint file of fairseq, s3prl, Microsoft (WavLM) or torchaudio: see
+            `armhubert.convert.load_weights`.
         dtype: of the parameters.
         device: where it goes.
 
