@@ -23,7 +23,7 @@ from typing_extensions import Self
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform, valid_mask
-from armhubert.kernels import AttentionMap, Impl, attend, reattend
+from armhubert.kernels import AttentionMap, Impl, attend, linear, reattend
 from armhubert.weights import Weights
 
 
@@ -60,6 +60,14 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() and x.requires_grad else x
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` through `armhubert.kernels.linear`, which is faster on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D']."""
+        return linear(x, self.weight, self.bias)
+
+
 # ---- attention -------------------------------------------------------------
 
 
@@ -70,8 +78,8 @@ class ComputingAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.impl = heads, config.attention_dropout, impl
         inner = heads * (config.width // config.heads)
-        self.qkv = nn.Linear(config.width, 3 * inner)
-        self.output = nn.Linear(inner, config.width)
+        self.qkv = Linear(config.width, 3 * inner)
+        self.output = Linear(inner, config.width)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
         """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
@@ -86,8 +94,8 @@ class ReusingAttention(nn.Module):
     def __init__(self, config: EncoderConfig, impl: Impl) -> None:
         super().__init__()
         self.mode, self.impl = config.attention_mode, impl
-        self.value = nn.Linear(config.width, config.width)
-        self.output = nn.Linear(config.width, config.width)
+        self.value = Linear(config.width, config.width)
+        self.output = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, attention_map: AttentionMap) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -128,8 +136,8 @@ class GatedPositionAttention(nn.Module):
         self.all_heads, self.dropout = config.heads, config.attention_dropout
         self.kept = None if len(kept) == config.heads else list(kept)
         head_width = config.width // config.heads
-        self.qkv = nn.Linear(config.width, 3 * len(kept) * head_width)
-        self.output = nn.Linear(len(kept) * head_width, config.width)
+        self.qkv = Linear(config.width, 3 * len(kept) * head_width)
+        self.output = Linear(len(kept) * head_width, config.width)
         self.gate = nn.Linear(head_width, 8)
         self.gate_scale = nn.Parameter(torch.ones(len(kept)))
 
@@ -171,8 +179,8 @@ class EncoderLayer(nn.Module):
         elif kept:
             self.attention = ComputingAttention(config, len(kept), impl)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.up = nn.Linear(config.width, ffn) if ffn else None
-        self.down = nn.Linear(ffn, config.width) if ffn else None
+        self.up = Linear(config.width, ffn) if ffn else None
+        self.down = Linear(ffn, config.width) if ffn else None
         self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(
@@ -246,7 +254,7 @@ class SpeechEncoder(nn.Module):
         self.front_end = FrontEnd(config, impl=impl)
         self.feature_scale = nn.Parameter(torch.ones(channels)) if config.feature_scale else None
         self.feature_norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.feature_norm else nn.Identity()
-        self.feature_projection = nn.Linear(channels, config.width) if config.feature_projection else nn.Identity()
+        self.feature_projection = Linear(channels, config.width) if config.feature_projection else nn.Identity()
         self.mask_embedding = nn.Parameter(torch.rand(config.width)) if config.mask_embedding else None
         self.position = PositionalConv(config)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -16,7 +15,7 @@ from armhubert.convert import load_weights
 from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
-from armhubert.kernels import Impl
+from armhubert.kernels import Impl, linear
 
 _PREPROCESSOR = {
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -40,7 +39,7 @@ class LayerHeads(nn.Module):
     def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """L tensors [B, T, D] -> L tensors [B, T, D_t]."""
         return tuple(
-            F.linear(x, weight, bias) for x, weight, bias in zip(hidden_states, self.weight, self.bias, strict=True)
+            linear(x, weight, bias) for x, weight, bias in zip(hidden_states, self.weight, self.bias, strict=True)
         )
 
 

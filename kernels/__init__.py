@@ -2,6 +2,7 @@
 
 from armhubert.kernels.conv_frontend import Convolution, Moments, Norm, conv_frontend, window_moments
 from armhubert.kernels.masked_distillation import Distance, distillation_loss
+from armhubert.kernels.onednn import linear
 from armhubert.kernels.reuse_attention import AttentionMap, Setting, attend, reattend
 from armhubert.kernels.runtime import Impl
 
@@ -16,6 +17,7 @@ __all__ = [
     "attend",
     "conv_frontend",
     "distillation_loss",
+    "linear",
     "reattend",
     "window_moments",
 ]

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.kernels.onednn import linear
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 
 Distance = Literal["mse", "l1"]
@@ -30,7 +30,7 @@ def _residual(
     h: Tensor, W: Tensor, b: Tensor, clean: Tensor, masked: Tensor | None, mask: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
     """prediction - target of one layer, zero on padded frames. -> [B, T, Dt] in the dtype of h."""
-    residual = F.linear(h, W, b)
+    residual = linear(h, W, b)
     if masked is None or mask is None:
         residual -= clean
     else:
