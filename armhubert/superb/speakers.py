@@ -98,7 +98,7 @@ def _subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
     for name in _FOLDERS[split]:
         if (root / name).is_dir() and not (is_voxceleb and split == "dev"):
             return [root / name]
-    return []
+    return sorted(path for path in root.glob(f"{split}-*") if path.is_dir())  # LibriSpeech without its transcripts
 
 
 def _hold_out(speakers: Speakers, seed: int, split: str, root: Path) -> list[str]:
