@@ -22,6 +22,7 @@ Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), attention map reusi
 Legend: B utterances, T frames, H heads, d head width, D model width.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -72,11 +73,24 @@ def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropo
     return keep.to(like.dtype).mul_(1 / (1 - dropout))
 
 
-def _probabilities(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """[H, n, d] of one utterance -> probabilities [H, n, n] and log-sum-exp [H, n], at least float32."""
-    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    lse = logits.logsumexp(-1)
-    return logits.sub_(lse[..., None]).exp_(), lse
+PIECE = 2**18
+"""Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
+
+
+def _pieces(H: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Heads and query rows to work on together: a few heads, or a few rows of one; all of an utterance off the CPU."""
+    if device.type != "cpu":
+        yield slice(0, H), slice(0, n)
+        return
+    heads, rows = max(1, PIECE // (n * n)), max(1, min(n, PIECE // n))
+    for h in range(0, H, heads):
+        for row in range(0, n, rows):
+            yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
+
+
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled queries [h, r, d] and keys [h, n, d] -> [h, r, n], at least float32."""
+    return torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
 
 
 def attention_forward(
@@ -87,33 +101,27 @@ def attention_forward(
     seed: Tensor | None,
     dropout: float,
     resoftmax: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An utterance at a time, so that one map [H, T, T] exists, not B of them.
+) -> Tensor:
+    """A piece of an utterance's map at a time, so that no whole map ever exists. -> [B, T, H d], padded rows 0.
 
-    -> out [B, T, H d], log-sum-exp [B, H, T], normaliser Z [B, H, T] of the second softmax (empty unless resoftmax).
-    Padded rows of all three are 0 (Z: 1).
+    Keeping the map for the layers that reuse it does not pay: it must be written and read again, in pages that are
+    fresh each time, and a pair of layers then takes longer than with the map made twice (CPU, 4 x 499 frames).
     """
     B, T, H, d = q.shape
-    acc = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(B, T, H, d)
-    lse = q.new_zeros(B, H, T, dtype=acc)
-    norm = q.new_ones((B, H, T) if resoftmax else (0,), dtype=acc)
     for b in range(B):
         n = T if lengths is None else int(lengths[b])
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
-        p, lse[b, :, :n] = _probabilities(q_b, k_b)
-        if resoftmax:
-            e = p.expm1_()
-            norm[b, :, :n] = n + e.sum(-1)
-            o = torch.matmul(e.to(v.dtype), v_b) + v_b.to(acc).sum(1, keepdim=True)
-            o = o / norm[b, :, :n, None]
-        else:
-            p = p.to(v.dtype)
-            if seed is not None:
-                p *= _keep_mask(p.shape, p, seed, b, dropout)
-            o = torch.matmul(p, v_b)
-        out[b, :n] = o.transpose(0, 1)
-    return out.flatten(2), lse, norm
+        q_b = q_b * d**-0.5
+        factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
+        for h, r in _pieces(H, n, q.device):
+            p = _logits(q_b[h, r], k_b[h]).softmax(-1)
+            if resoftmax:
+                p = p.softmax(-1)
+            if factors is not None:
+                p = p * factors[h, r]
+            out[b, r, h] = torch.bmm(p.to(v.dtype), v_b[h]).transpose(0, 1)
+    return out.flatten(2)
 
 
 def attention_backward(
@@ -122,40 +130,35 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
-    norm: Tensor,
     lengths: Tensor | None,
     seed: Tensor | None,
     dropout: float,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k, v, recomputing one utterance's map at a time; the formulas are in the module docstring."""
+    """Gradients for q, k, v, a piece of an utterance's map at a time; the formulas are in the module docstring."""
     B, T, H, d = q.shape
-    scale = d**-0.5
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for b in range(B):
         n = T if lengths is None else int(lengths[b])
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
-        u, o = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
-        p, _ = _probabilities(q_b, k_b)
-        delta = (u.to(p.dtype) * o).sum(-1, keepdim=True)
-        if resoftmax:
-            u = (u / norm[b, :, :n, None]).to(q.dtype)
-            e = p.expm1()  # not 1 + e: it is e that can afford the rounding to a 16-bit dtype
-            dv_b = torch.matmul(e.to(q.dtype).transpose(1, 2), u) + u.sum(1, keepdim=True)
-            dp = torch.matmul(u, v_b.transpose(1, 2)).to(p.dtype)
-            dp = dp.sub_(delta / norm[b, :, :n, None]).mul_(e.add_(1))
-            delta = (p * dp).sum(-1, keepdim=True)
-        else:
-            keep = None if seed is None else _keep_mask(p.shape, p, seed, b, dropout)
-            dv_b = torch.matmul((p if keep is None else p * keep).to(q.dtype).transpose(1, 2), u)
-            dp = torch.matmul(u, v_b.transpose(1, 2)).to(p.dtype)
-            if keep is not None:
-                dp *= keep
-        ds = dp.sub_(delta).mul_(p).mul_(scale).to(q.dtype)
-        dq[b, :n] = torch.matmul(ds, k_b).transpose(0, 1)
-        dk[b, :n] = torch.matmul(ds.transpose(1, 2), q_b).transpose(0, 1)
-        dv[b, :n] = dv_b.transpose(0, 1)
+        q_b = q_b * d**-0.5
+        u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
+        factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
+        for h, r in _pieces(H, n, q.device):
+            u = u_b[h, r]
+            p = _logits(q_b[h, r], k_b[h]).softmax(-1)
+            weights = p.softmax(-1) if resoftmax else p if factors is None else p * factors[h, r]
+            dv[b, :n, h] += torch.bmm(weights.to(q.dtype).transpose(1, 2), u).transpose(0, 1)
+            delta = (u.to(p.dtype) * o_b[h, r]).sum(-1, keepdim=True)
+            dp = torch.bmm(u, v_b[h].transpose(1, 2)).to(p.dtype)
+            if resoftmax:
+                dp = dp.sub_(delta).mul_(weights)
+                delta = (p * dp).sum(-1, keepdim=True)
+            elif factors is not None:
+                dp *= factors[h, r]
+            ds = dp.sub_(delta).mul_(p).to(q.dtype)
+            dq[b, r, h] = torch.bmm(ds, k_b[h]).mul_(d**-0.5).transpose(0, 1)
+            dk[b, :n, h] += torch.bmm(ds.transpose(1, 2), q_b[h, r]).transpose(0, 1)
     return dq, dk, dv
 
 
@@ -172,7 +175,7 @@ def _resoftmax_composite(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
 
 
 class _Attention(torch.autograd.Function):
-    """(out, log-sum-exp) of q, k, v; `use_op` picks the registered op or its PyTorch twin."""
+    """out of q, k, v by the registered op, with the log-sum-exp, or by its PyTorch twin, with nothing."""
 
     @staticmethod
     def forward(
@@ -188,10 +191,9 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if use_op:
             out, lse = _attend_fwd(q, k, v, lengths, seed, dropout)
-            norm = lse.new_empty(0)
         else:
-            out, lse, norm = attention_forward(q, k, v, lengths, seed, dropout, resoftmax)
-        ctx.save_for_backward(q, k, v, out, lse, norm, lengths, seed)
+            out, lse = attention_forward(q, k, v, lengths, seed, dropout, resoftmax), q.new_empty(0)
+        ctx.save_for_backward(q, k, v, out, lse, lengths, seed)
         ctx.settings = use_op, dropout, resoftmax
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -199,11 +201,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, norm, lengths, seed = ctx.saved_tensors
-        use_op, dropout, resoftmax = ctx.settings
-        run = _attention_bwd if use_op else attention_backward
-        dq, dk, dv = run(d_out.contiguous(), q, k, v, out, lse, norm, lengths, seed, dropout, resoftmax)
-        return None, dq, dk, dv, None, None, None, None
+        q, k, v, out, lse, lengths, seed = ctx.saved_tensors
+        use_op, *settings = ctx.settings
+        d_out = d_out.contiguous()
+        if use_op:
+            grads = _attention_bwd(d_out, q, k, v, out, lse, lse.new_empty(0), lengths, seed, *settings)
+        else:
+            grads = attention_backward(d_out, q, k, v, out, lengths, seed, *settings)
+        return None, *grads, None, None, None, None
 
 
 class _Reuse(torch.autograd.Function):
@@ -250,7 +255,18 @@ class _Reuse(torch.autograd.Function):
 def _attend_fwd_torch(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, lengths, seed, dropout, False)[:2]
+    return attention_forward(q, k, v, lengths, seed, dropout, False), _row_sums(q, k, lengths)[0]
+
+
+def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the kernels save of each row, [B, H, T]: log-sum-exp, and Z of the second softmax; padded rows 0 and 1."""
+    T = q.shape[1]
+    valid = frame_mask(q.new_full((len(q),), T, dtype=torch.int64) if lengths is None else lengths, T)
+    logits = torch.matmul(q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid[:, None, None], -torch.inf)
+    norm = logits.softmax(-1).exp().masked_fill(~valid[:, None, None], 0).sum(-1)
+    row = valid[:, None]
+    return torch.where(row, logits.logsumexp(-1), 0), torch.where(row, norm, 1)
 
 
 def _attend_fwd_fake(
@@ -263,8 +279,8 @@ def _attend_fwd_fake(
 def _reattend_fwd_torch(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
 ) -> tuple[Tensor, Tensor]:
-    out, _, norm = attention_forward(q, k, v, lengths, None, 0.0, resoftmax)
-    return out, norm
+    out = attention_forward(q, k, v, lengths, None, 0.0, resoftmax)
+    return out, _row_sums(q, k, lengths)[1] if resoftmax else lse.new_empty(0)
 
 
 def _reattend_fwd_fake(
@@ -298,6 +314,22 @@ def _reattend_fused_fwd_fake(
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor]:
     return _reattend_fwd_fake(q, k, x, lse, lengths, resoftmax)
+
+
+def _attention_bwd_torch(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    resoftmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(d_out, q, k, v, out, lengths, seed, dropout, resoftmax)
 
 
 def _attention_bwd_fake(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +367,7 @@ _attention_bwd = register(
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor norm, Tensor? lengths, Tensor? seed, "
     "float dropout, bool resoftmax) -> (Tensor, Tensor, Tensor)",
     triton_fn="triton_reuse_attention:attention_backward",
-    torch_fn=attention_backward,
+    torch_fn=_attention_bwd_torch,
     fake_fn=_attention_bwd_fake,
 )
 
