@@ -100,7 +100,7 @@ def plain(x, layers, channel_norm):
 # ---- the twin ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 3000, 2**22])
+@pytest.mark.parametrize("chunk", [1, 3000, 2**23])
 @pytest.mark.parametrize("name", STACKS)
 def test_the_formula(name, chunk, monkeypatch):
     """An utterance alone and in a padded batch, with garbage behind it, is what its own convolutions and norms give."""
