@@ -28,6 +28,9 @@ check: $(VENV)/.installed-dev
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p armhubert
 
 bench: $(VENV)/.installed-dev
+	KINETO_LOG_LEVEL=5 $(BIN)/python -m armhubert.bench cpu
+	$(BIN)/python -m pytest bench/test_ops.py -q -o addopts= --import-mode=importlib --benchmark-only \
+		--benchmark-columns=min,median,rounds --benchmark-sort=name
 	$(BIN)/python -m armhubert.bench teacher_views
 
 wheel: $(VENV)/.installed-dev

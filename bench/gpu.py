@@ -5,6 +5,7 @@
     variants  projection inside or before the kernel of reused attention
     model     the student and the distillation step, end to end
     report    merge the stages' files, print, draw
+    adopt     make the variants that --result holds the kernels' choice (kernels/variants.json)
 
 Each stage writes DIR/STAGE.json whenever it has something new, so that what is done survives whatever comes after.
 """
@@ -90,12 +91,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m armhubert.bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=[*STAGES, "report"])
+    parser.add_argument("stage", choices=[*STAGES, "report", "adopt"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes; what a machine without a GPU can do")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for this stage")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    parser.add_argument("--result", type=Path, help="of adopt: the file that report wrote")
     options = parser.parse_args()
+    if options.stage == "adopt":
+        if options.result is None:
+            parser.error("adopt needs --result FILE")
+        print(gpu_report.adopt(options.result))
+        return
     device = pick_device(options.device)
     if device.type == "cpu":
         Console().print(REHEARSAL, style="bold red")

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from armhubert.bench.gpu_micro import ceilings, variant_table
 from armhubert.clock import conditions
+from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
+from armhubert.kernels import reuse_attention as attention
 
 STAGES = ("check", "micro", "variants", "model")
 Row = dict[str, Any]
@@ -39,6 +41,21 @@ def report(device: torch.device, out: Path) -> Path:
     for line in summary(content):
         console.print(line, markup=False)
     console.print(str(path))
+    return path
+
+
+def adopt(result: Path) -> Path:
+    """Make what bench/gpu.sh measured the kernels' choice of variants for that family of GPUs.
+
+    Raises:
+        ArmhubertError: figures of a rehearsal, or none.
+    """
+    content = json.loads(result.read_text("utf-8"))
+    if not content["conditions"]["real"] or not content["project_inside"]:
+        raise ArmhubertError(f"{result} must hold variants measured on a GPU, got a rehearsal or none")
+    path = Path(attention.__file__).with_name("variants.json")
+    table = {**attention.VARIANTS, content["conditions"]["capability"]: content["project_inside"]}
+    write_atomic(path, json.dumps(table) + "\n")
     return path
 
 

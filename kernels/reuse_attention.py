@@ -22,7 +22,9 @@ Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), attention map reusi
 Legend: B utterances, T frames, H heads, d head width, D model width.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -385,13 +387,36 @@ def _resolve(impl: Impl, q: Tensor) -> Literal["triton", "torch"]:
     return chosen
 
 
-def project_inside(T: int, D: int, d: int) -> bool:
-    """Whether one fused kernel beats projection then attention: a guess from operation counts, not yet measured.
+def _measured_variants() -> dict[str, list[list[int]]]:
+    """GPU family -> [batch, frames]: up to that batch, projecting inside paid up to so many frames.."""
+    path = Path(__file__).with_name("variants.json")
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
-    Each block of 128 queries would repeat the projection of all T frames, so only a single block pays; the saving is a
-    launch and the round trip of V.
+
+VARIANTS = _measured_variants()
+"""Written by `python -m armhubert.bench gpu adopt` from what bench/gpu.sh measured."""
+
+
+@torch.compiler.assume_constant_result
+def _family(device: int) -> str:
+    """ "sm_90" of a Hopper."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def project_inside(q: Tensor) -> bool:
+    """Whether one fused kernel beats projection then attention on the GPU of q [B, T, H, d].
+
+    By measurement where there is one for its family, else by a guess from operation counts: each block of 128 queries
+    would repeat the projection of all T frames, so only a single block pays; the saving is a launch and the round trip
+    of V.
     """
-    return T <= 128
+    utterances, frames = q.shape[:2]
+    table = VARIANTS.get(_family(q.device.index)) if VARIANTS and q.is_cuda else None
+    if not table:
+        return frames <= 128
+    longest = next((longest for batch, longest in table if utterances <= batch), table[-1][1])
+    return frames <= longest
 
 
 def attend(
@@ -513,7 +538,7 @@ def reattend(
         if torch.compiler.is_compiling():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
-    if project_inside(T, x.shape[2], d):
+    if project_inside(q):
         return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
     v = F.linear(x, weight, bias).view(B, T, H, d)
     return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)

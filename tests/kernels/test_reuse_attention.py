@@ -150,7 +150,7 @@ def test_any_shape(B, T, H, d, D, setting):
 def test_projection_inside_equals_two_stages(setting, monkeypatch):
     shape = {"B": 2, "T": 40, "H": 2, "d": 40, "D": 48, "lengths": ragged(2, 40)}
     inside = layer_pair("triton", torch.float32, setting, **shape)
-    monkeypatch.setattr(module, "project_inside", lambda T, D, d: False)
+    monkeypatch.setattr(module, "project_inside", lambda q: False)
     outside = layer_pair("triton", torch.float32, setting, **shape)
     for name in inside:
         torch.testing.assert_close(inside[name], outside[name], rtol=1e-5, atol=1e-5)
@@ -257,7 +257,7 @@ def test_opcheck(setting):
 @pytest.mark.parametrize("inside", [True, False])
 def test_op_compiles_whole(inside, setting, monkeypatch):
     """Forward and backward in one graph with dynamic shapes: the ops are opaque, so this needs no GPU."""
-    monkeypatch.setattr(module, "project_inside", lambda T, D, d: inside)
+    monkeypatch.setattr(module, "project_inside", lambda q: inside)
     monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
     torch._dynamo.reset()
 
