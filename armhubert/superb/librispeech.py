@@ -70,9 +70,9 @@ def choose_subsets(root: Path, options: Options) -> tuple[dict[SplitName, list[P
                 "*.flac with *.trans.txt below it, or name the subsets with --train"
             )
         chosen["train"] = rest
-    first, *others = chosen.pop("test") or [None]
-    chosen["test"] = [first] if first else []
-    chosen |= {f"test:{folder.name}": [folder] for folder in others if folder}
+    tests = chosen["test"]
+    chosen["test"] = tests[:1]
+    chosen |= {f"test:{folder.name}": [folder] for folder in tests[1:]}
     return chosen, notes
 
 

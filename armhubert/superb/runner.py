@@ -191,8 +191,9 @@ def evaluate(
         return
     result = _average(results)
     result["wall_seconds"] = round(time.perf_counter() - started + result.pop("earlier_seconds"), 1)
-    write_atomic(out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
-    yield Finished("done", result, out)
+    text = json.dumps(result, indent=1)
+    write_atomic(out / RESULT_FILE, text + "\n")
+    yield Finished("done", json.loads(text), out)  # as a later reader finds it
 
 
 def load_run_config(folder: Path, changes: Mapping[str, Any]) -> EvaluateConfig:
@@ -404,9 +405,7 @@ class _Training:
             raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}): start anew with --force")
         mine = self.identity()
         if different := [name for name in mine if content["identity"].get(name) != mine[name]]:
-            raise ArmhubertError(
-                f"{self.folder} was begun with another {', '.join(different)}: start anew with --force"
-            )
+            raise ArmhubertError(f"{self.folder} was begun with other {', '.join(different)}: start anew with --force")
         self.probe.load_state_dict(content["probe"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = _State(**content["state"])

@@ -93,7 +93,8 @@ def look(model: SpeechEncoder, waveform: Tensor) -> _Sample:
     x, frames = model.embed(waveform[None], None)
     x = model.layer_inputs(x, frames, None)
     bias = model.relative_positions(x.shape[1]) if model.relative_positions is not None else None
-    hidden, maps, kept = [x], [], None
+    hidden, kept = [x], None
+    maps: list[Tensor | None] = []
     for layer in model.layers:
         x, kept = layer(x, kept, None, bias)
         hidden.append(x)

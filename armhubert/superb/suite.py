@@ -188,11 +188,8 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
     if not root.is_dir():
         raise ArmhubertError(f"data root {str(root)!r} does not exist")
     given = {**settings, **own}
-    options = Options(
-        lexicon=given.get("lexicon"),
-        **{name: tuple(given.get(name) or ()) for name in ("train", "dev", "test")},
-        seed=given.get("seed") or 0,
-    )
+    train, dev, test = (tuple(given.get(name) or ()) for name in ("train", "dev", "test"))
+    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0)
     errors = []
     for folder in [*(root / name for name in task.folders if (root / name).is_dir()), root]:
         try:

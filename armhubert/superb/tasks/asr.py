@@ -7,8 +7,8 @@ from pathlib import Path
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.heads import Beam, CTCRecurrent
-from armhubert.superb.librispeech import choose_subsets, hold_out, read_subset
-from armhubert.superb.task import Corpus, Defaults, Item, Metric, Options, Part, Scores, Split, Task
+from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, read_subset
+from armhubert.superb.task import Corpus, Defaults, Item, Metric, Options, Part, Scores, Split, SplitName, Task
 
 EXAMPLES = 10
 
@@ -26,7 +26,7 @@ class SpeechRecognition(Task):
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets."""
         folders, notes = choose_subsets(root, options)
-        read = {}
+        read: dict[SplitName, list[Transcribed]] = {}
         for split, paths in folders.items():
             read[split] = []
             for path in paths:

@@ -72,12 +72,11 @@ class KeywordSpotting(Task):
             notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some}")
         for number, piece in enumerate(_noise(root)):
             splits[("dev", "test")[number % 10 // 9] if number % 10 >= 8 else "train"].append(piece)
-        if (
-            folder := next((p for p in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if p.is_dir()), None)
-        ) is not None:
+        tests = [path for path in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if path.is_dir()]
+        if tests:
             splits["test"] = [
-                _keyword(path, folder, sub.name)
-                for sub in sorted(folder.iterdir())
+                _keyword(path, tests[0], sub.name)
+                for sub in sorted(tests[0].iterdir())
                 if sub.is_dir()
                 for path in audio_files(sub)
             ]

@@ -1,0 +1,217 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from armhubert.errors import ArmhubertError
+from armhubert.superb import runner
+from armhubert.superb.config import EvaluateConfig
+from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
+
+WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
+
+UPSTREAM = """
+import torch
+
+class Model(torch.nn.Module):
+    hop = 400
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.arange(400 * 6, dtype=torch.float32).view(6, 400)
+        self.weight = torch.nn.Parameter(torch.sin(weight * weight * 0.01))
+
+    def forward(self, waveforms, lengths):
+        frames = torch.nn.functional.pad(waveforms, (0, -waveforms.shape[1] % 400)).unflatten(1, (-1, 400))
+        layer = frames @ self.weight.T
+        return [layer, layer.tanh()], -(-lengths // 400)
+
+def make():
+    return Model()
+"""
+
+
+@pytest.fixture
+def config(waves, tmp_path):
+    waves(*[f"words/{name}" for name in WORDS], seconds=0.3)
+    (tmp_path / "upstream.py").write_text(UPSTREAM)
+    return EvaluateConfig(
+        model=f"{tmp_path / 'upstream.py'}:make",
+        task="ks",
+        data=str(tmp_path / "words"),
+        out=str(tmp_path / "run"),
+        steps=12,
+        batch=4,
+        accumulate=2,
+        learning_rate=1e-2,
+        validate_every=4,
+        workers=0,
+    )
+
+
+def run(config, **arguments):
+    *_, last = reports = list(evaluate(config, **arguments))
+    assert isinstance(last, Finished)
+    return last.result, reports
+
+
+def replace(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def same(one, other):
+    return (one["head"], one["metrics"], one["dev"]) == (other["head"], other["metrics"], other["dev"])
+
+
+def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
+    first, reports = run(config)
+    second, _ = run(replace(config, out=str(tmp_path / "again")))
+    assert same(first, second)
+    assert first == json.loads((tmp_path / "run/result.json").read_text())
+    assert first["changed"].keys() == {"steps", "batch", "accumulate", "learning_rate", "validate_every"}
+    assert {"torch", "numpy", "armhubert", "python"} <= first["versions"].keys()
+    assert all(re.fullmatch("[0-9a-f]{32}", split["hash"]) for split in first["data"].values())
+    assert first["data"]["train"] == second["data"]["train"]
+    assert str(tmp_path) not in json.dumps(first["data"])
+    assert sum(first["layer_weights"]) == pytest.approx(1)
+    assert [r.step for r in reports if isinstance(r, Validated)] == [4, 8, 12]
+    predictions = (tmp_path / "run/predictions-test.jsonl").read_text().splitlines()
+    assert len(predictions) == first["data"]["test"]["items"]
+
+
+def test_another_seed_is_another_run(config, tmp_path):
+    first, _ = run(config)
+    second, _ = run(replace(config, seed=1, out=str(tmp_path / "again")))
+    assert not same(first, second)
+
+
+@pytest.mark.parametrize("after", [3, 4, 9])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(after, config, tmp_path):
+    whole, _ = run(config)
+    part = replace(config, out=str(tmp_path / "part"))
+    steps = iter(range(100))
+    result, _ = run(part, should_stop=lambda: next(steps) >= after - 1)
+    assert result == {}
+    assert not (tmp_path / "part/result.json").exists()
+    resumed, reports = run(load_run_config(tmp_path / "part", {}), resume=True)
+    assert next(r.first_step for r in reports if isinstance(r, Started)) == after
+    assert same(whole, resumed)
+
+
+def test_a_finished_run_is_not_repeated(config):
+    first, _ = run(config)
+    again, reports = run(config, resume=True)
+    assert again == first
+    assert len(reports) == 1
+
+
+def test_a_run_is_not_overwritten_by_accident(config):
+    run(config)
+    with pytest.raises(ArmhubertError, match=r"exists: give --resume"):
+        run(config)
+    run(config, force=True)
+
+
+def test_cached_features_give_the_same_numbers(config, tmp_path):
+    plain, _ = run(config)
+    cached = replace(config, out=str(tmp_path / "cached"), cache=str(tmp_path / "features"))
+    first, reports = run(cached)
+    plan = next(r.plan for r in reports if isinstance(r, runner.CachePlanned))
+    assert plan.items == len(WORDS)
+    assert plan.bytes == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.fp16"))
+    assert first["layer_weights"] == pytest.approx(plain["layer_weights"], abs=1e-3)  # fp16 rounds features to 5e-4
+    second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
+    assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
+    assert same(first, second)
+
+
+def test_an_interrupted_cache_is_completed(config, tmp_path):
+    cached = replace(config, cache=str(tmp_path / "features"))
+    runner_batch = runner.CACHE_BATCH_SECONDS
+    try:
+        runner.CACHE_BATCH_SECONDS = 1.0
+        result, _ = run(cached, should_stop=lambda: True)
+    finally:
+        runner.CACHE_BATCH_SECONDS = runner_batch
+    assert result == {}
+    _, reports = run(cached, force=True)
+    missing = next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items
+    assert 0 < missing < len(WORDS)
+
+
+def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config):
+    swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e30), steps=16)
+    result, reports = run(swept)
+    tried = [r for r in reports if isinstance(r, RateTried)]
+    assert {r.rate for r in tried} == {1e-2, 1e-3, 1e30}
+    assert [r.rate for r in tried if r.step == 16 and r.kept] == [result["training"]["learning_rate"]]
+    best = max(r.metric for r in tried if r.metric is not None and r.step == 16)
+    assert result["dev"]["accuracy"] == pytest.approx(best)
+    assert len([r for r in tried if r.step == 16]) == 1
+
+
+def test_a_dry_run_leaves_nothing(config, tmp_path):
+    _, reports = run(replace(config, dry_run=True))
+    assert reports[-1].reason == "dry run"
+    assert not list((tmp_path / "run").glob("**/*.*"))
+
+
+def test_settings_of_a_resumed_run_are_its_own(config):
+    run(config)
+    with pytest.raises(ArmhubertError, match="keeps steps"):
+        load_run_config(Path(config.out), {"steps": 100})
+
+
+def test_checkpoints_of_other_data_are_refused(config, tmp_path, waves):
+    steps = iter(range(100))
+    run(config, should_stop=lambda: next(steps) >= 4)
+    waves("words/cat/more.wav", seconds=0.4)
+    with pytest.raises(ArmhubertError, match="begun with other data"):
+        run(config, resume=True)
+
+
+def test_global_state_is_left_alone(config):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    run(config)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "kss"}, "unknown task 'kss'; did you mean 'ks'"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"data": "/nowhere"}, "must be a folder that exists"),
+        ({"fold": 2}, "fold must be within 1 and 1"),
+        ({"sweep": "lr"}, "leave out --learning-rate"),
+        ({"rates": (1e-3,), "sweep": "lr", "learning_rate": None}, "at least 2 rates"),
+    ],
+)
+def test_bad_settings(changes, message, config):
+    with pytest.raises(ArmhubertError, match=re.escape(message)):
+        replace(config, **changes)
+
+
+def test_unreadable_recordings_are_named_before_training(config, tmp_path):
+    (tmp_path / "words/cat/bad.wav").write_bytes(b"no audio")
+    with pytest.raises(ArmhubertError, match=r"1 recordings of the data cannot be used .*bad\.wav"):
+        run(config)
+
+
+def test_batches_hold_everything_once():
+    plan = plan_batches([100, 5, 70, 30, 8], 2, seed=0, epoch=0)
+    assert sorted(index for batch in plan for index in batch) == [0, 1, 2, 3, 4]
+    assert plan == plan_batches([100, 5, 70, 30, 8], 2, seed=0, epoch=0)
+    plans = {str(plan_batches([100, 5, 70, 30, 8], 2, seed=0, epoch=epoch)) for epoch in range(8)}
+    assert len(plans) > 1
+
+
+def test_balanced_batches_even_out_classes():
+    weights = [1 / 990] * 990 + [1 / 10] * 10
+    drawn = [index for batch in plan_batches([1] * 1000, 8, 0, 0, weights) for index in batch]
+    assert 400 < sum(index >= 990 for index in drawn) < 600

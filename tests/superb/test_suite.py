@@ -1,0 +1,150 @@
+import html.parser
+import json
+import re
+
+import pytest
+
+from armhubert.errors import ArmhubertError
+from armhubert.superb import report as report_module
+from armhubert.superb.suite import (
+    COLUMNS,
+    FBANK,
+    PUBLISHED,
+    SOTA,
+    SuiteFinished,
+    overall,
+    plan_suite,
+    row_of,
+    run_suite,
+    superb_score,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [("HuBERT Base", 80.8), ("ARMHuBERT 960h", 78.1), ("ARMHuBERT-S 960h", 77.5), ("ARMwavLM-S 960h", 78.9),
+     ("MaskHuBERT 960h", 77.8), ("STaRHuBERT-L", 79.8), ("DPHuBERT", 78.9), ("DistilHuBERT", 75.9)],
+)  # fmt: skip
+def test_overall_is_the_published_one(model, published):
+    assert overall(PUBLISHED[model]) == pytest.approx(published, abs=0.051)
+
+
+def test_superb_score_is_the_known_one():
+    assert superb_score(PUBLISHED["HuBERT Base"]) == pytest.approx(941, abs=1)
+    assert superb_score(PUBLISHED["DPHuBERT"]) == pytest.approx(866, abs=1)
+    assert superb_score(PUBLISHED["STaRHuBERT-L"]) == pytest.approx(896, abs=1)
+    assert superb_score(FBANK) == 0
+    assert superb_score(SOTA) == pytest.approx(1000)
+
+
+def test_incomplete_rows_have_no_score():
+    row = (None, *PUBLISHED["DPHuBERT"][1:])
+    assert overall(row) is None
+    assert superb_score(row) is None
+
+
+@pytest.fixture
+def small(tmp_path, waves):
+    waves(*(f"data/keywords/{word}/{n}.wav" for word in ("cat", "<dog>") for n in range(24)), seconds=0.2)
+    settings = {"steps": 2, "batch": 4, "accumulate": 1, "workers": 0}
+    return plan_suite("superb", ["fbank", "mfcc"], str(tmp_path / "data"), str(tmp_path / "out"), settings, {})
+
+
+def test_a_suite_runs_what_is_there_and_goes_on(small, tmp_path):
+    assert {config.task for config in small.configs} == {"ks"}
+    assert set(small.skipped) == {column.task for column in COLUMNS} - {"ks"}
+    *_, finished = run_suite(small, tmp_path / "out")
+    assert set(finished.results) == {"fbank", "mfcc"}
+    row = row_of(finished.results["fbank"])
+    assert [value is not None for value in row] == [column.task == "ks" for column in COLUMNS]
+    *reports, again = run_suite(small, tmp_path / "out")
+    assert again.results == finished.results
+    assert len(reports) == 2  # nothing is repeated
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_file_with_everything_inside(small, tmp_path):
+    *_, finished = run_suite(small, tmp_path / "out")
+    path = report_module.write_report(finished)
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert page.sources
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "HuBERT Base" in page.text
+    rows = json.loads((tmp_path / "out/suite.json").read_text())
+    assert [row["model"] for row in rows] == ["fbank", "mfcc"]
+    assert rows[0]["overall"] is None
+    accuracy = finished.results["fbank"]["ks"]["metrics"]["accuracy"]
+    assert f"{accuracy:.2f}" in page.text
+
+
+def test_what_strangers_named_is_escaped(small, tmp_path):
+    *_, finished = run_suite(small, tmp_path / "out")
+    results = {"<script>alert(1)</script>": finished.results["fbank"]}
+    text = report_module.page(results, COLUMNS)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_settings_for_single_tasks(tmp_path, waves):
+    waves(*(f"words/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)))
+    per_task = {"ks": {"data": str(tmp_path / "words"), "steps": 7}}
+    plan = plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {"steps": 3}, per_task)
+    assert [config.steps for config in plan.configs if config.task == "ks"] == [7]
+    with pytest.raises(ArmhubertError, match="unknown task 'kss'"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"kss": {}})
+    with pytest.raises(ArmhubertError, match="unknown key 'step' in the settings of ks; did you mean 'steps'"):
+        plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {}, {"ks": {**per_task["ks"], "step": 1}})
+
+
+def test_data_for_nothing(tmp_path):
+    with pytest.raises(ArmhubertError, match="has data for none of the tasks"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {})
+
+
+def test_models_of_one_name():
+    with pytest.raises(ArmhubertError, match="must differ"):
+        plan_suite("mini", ["a/x", "b/x"], "", "out", {}, {})
+
+
+def test_the_mini_suite_is_planned_from_bundled_speech():
+    plan = plan_suite("mini", ["fbank", "mini"], "", "out", {}, {})
+    assert [(config.model, config.task) for config in plan.configs] == [("fbank", "mini-pr"), ("mini", "mini-pr")]
+
+
+def test_pictures_of_every_kind():
+    from armhubert.superb import pictures
+
+    result = {
+        "model": {"source": "m"}, "dev": {"eer": 3.0}, "best_step": 2, "layer_weights": [0.2, 0.8],
+        "history": [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "dev", "step": 2, "eer": 3.0}],
+        "details": {
+            "confusion": {"labels": ["a", "b"], "counts": [[3, 1], [0, 0]]},
+            "by_label": {"AA": [1, 4], "B": [0, 0]},
+            "detection": {"scores": [0.9, 0.2, 0.4, 0.1], "targets": [True, False, True, False]},
+        },
+    }  # fmt: skip
+    drawn = pictures.draw(result)
+    assert set(drawn) == {"training", "layers", "confusion", "labels", "det"}
+    assert all(re.match(rb"\x89PNG", picture) for picture in drawn.values())
+
+
+def test_finished_names_columns():
+    assert SuiteFinished({}, COLUMNS, "done", None).columns[0].title == "PER"  # type: ignore[arg-type]
