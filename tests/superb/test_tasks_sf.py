@@ -159,6 +159,11 @@ def test_a_value_that_is_not_said(labelled):
     assert any("1 utterances left out: their transcript does not contain a slot value" in note for note in corpus.notes)
 
 
+def test_no_labels(waves):
+    with pytest.raises(ArmhubertError, match=r"has none of all\.iob\.snips\.txt, label/label\.json"):
+        TASK.read(waves("0.wav"), Options())
+
+
 def test_no_slots_at_all(waves):
     root = waves(*(f"{n:02d}.wav" for n in range(20)), seconds=0.05)
     (root / "labels.json").write_text(json.dumps({f"{n:02d}": {"intent": "a", "text": "hello"} for n in range(20)}))

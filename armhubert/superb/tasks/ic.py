@@ -51,7 +51,7 @@ class IntentClassification(Task):
         """A JSON file without splits is split 80/10/10, so that training has every value."""
         if (root / "data" / LISTS["train"]).is_file():
             return _read_fluent(root)
-        labelled, notes = read_json_slots(root)
+        labelled, notes = read_json_slots(root, f"data/{LISTS['train']}")
         slots = sorted({slot for utterance in labelled for slot in utterance.slots})
         items = [
             Item.of_file(
@@ -137,18 +137,22 @@ class Labelled(NamedTuple):
     split: SplitName | None
 
 
-def read_json_slots(root: Path) -> tuple[list[Labelled], list[str]]:
+def read_json_slots(root: Path, other: str) -> tuple[list[Labelled], list[str]]:
     """Utterances of `label/label.json` (or labels.json, label.json) that have audio below `root`, and notes.
 
     The file maps a recording's name, whose folder and suffix do not matter, to `intent` (text), `slots` (name to
     value) and, where known, `text` (or transcript, transcription), `speaker` and `split` (train, dev or test).
+
+    Args:
+        root: of the data.
+        other: the list of the task's other layout, to name where nothing is found.
 
     Raises:
         ArmhubertError: no such file, or an entry of another form; a label has audio twice; none has audio.
     """
     source = next((root / name for name in JSON_LABELS if (root / name).is_file()), None)
     if source is None:
-        raise ArmhubertError(f"labels are missing: {root} has none of data/{LISTS['train']}, {', '.join(JSON_LABELS)}")
+        raise ArmhubertError(f"labels are missing: {root} has none of {other}, {', '.join(JSON_LABELS)}")
     entries = read_mapping(source)
     audio: dict[str, Path] = {}
     for path in discover([root]):

@@ -193,7 +193,7 @@ def _snips_labels(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _read_json(root: Path, options: Options) -> tuple[dict[SplitName, list[Item]], list[str]]:
-    labelled, notes = read_json_slots(root)
+    labelled, notes = read_json_slots(root, SNIPS_LIST)
     spoken = sum(utterance.text is not None for utterance in labelled)
     if 0 < spoken < len(labelled):
         raise ArmhubertError(
