@@ -19,21 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, armhubert
+from armhubert.baselines import HUBERT_BASE
+from armhubert.config import armhubert
 from armhubert.frontend import FrontEnd
 from armhubert.kernels import AttentionMap, Distance, Impl, Setting, attend, costs, distillation_loss, reattend
 
 Forward = Callable[[], Tensor | tuple[Tensor, ...]]
 
-
-HUBERT_BASE = EncoderConfig(
-    conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
-    width=768,
-    layers=12,
-    heads=12,
-    ffn=3072,
-    feature_projection=True,
-)
 STACKS = {"student": armhubert(), "teacher": HUBERT_BASE}
 
 
@@ -91,7 +83,8 @@ class Cell(NamedTuple):
         parts = []
         for back in (False, True)[: 1 + backward]:
             if self.op == "conv":
-                parts.append(_conv_cost(STACKS[self.stack], B, self.samples, backward=back))
+                layers = STACKS[self.stack].conv_layers
+                parts.append(costs.conv_frontend(B, self.samples, layers, backward=back))
             if self.op == "loss":
                 parts.append(costs.distillation(self.L, B, T, self.D, self.Dt, backward=back))
             if self.op in ("attend", "pair"):
@@ -99,18 +92,6 @@ class Cell(NamedTuple):
             if self.op in ("reattend", "pair"):
                 parts.append(costs.reattend(B, T, H, d, self.D, backward=back))
         return parts
-
-
-def _conv_cost(config: EncoderConfig, B: int, samples: int, *, backward: bool, itemsize: int = 2) -> costs.Cost:
-    """Samples in, frames out, and every map but the widest first written and read once; backward twice the products."""
-    moved, operations, channels, frames = float(4 * B * samples), 0.0, 1, samples
-    for layer, (outputs, kernel, stride) in enumerate(config.conv_layers):
-        frames = (frames - kernel) // stride + 1
-        operations += 2.0 * B * frames * outputs * channels * kernel
-        moved += itemsize * outputs * (channels * kernel + (2 * B * frames if layer else 0))
-        channels = outputs
-    moved -= itemsize * B * frames * channels  # nothing here reads the last
-    return costs.Cost(2 * moved, 2 * operations) if backward else costs.Cost(moved, operations)
 
 
 class Candidate(NamedTuple):
@@ -147,6 +128,10 @@ def released_attend(
     return _released_apply(logits, v, lengths, B, dropout)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _released_apply(
     logits: Tensor, v: Tensor, lengths: Tensor | None, B: int, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +139,7 @@ def _released_apply(
     if lengths is not None:
         padding = torch.arange(T, device=logits.device) >= lengths[:, None]
         logits = logits.view(B, rows // B, T, T).masked_fill(padding[:, None, None], -torch.inf).view(rows, T, T)
-    p = logits.float().softmax(-1).to(logits.dtype)
+    p = _wide(logits).softmax(-1).to(logits.dtype)
     out = torch.bmm(F.dropout(p, dropout), v)
     return out.view(B, rows // B, T, -1).transpose(1, 2).reshape(B, T, -1), p
 
@@ -212,7 +197,7 @@ def released_loss(
     sums = []
     for h, W, b, seen, unseen in zip(hidden, weight, bias, clean, masked, strict=True):
         target = torch.where(mask[..., None], seen, unseen)
-        frames = measure(F.linear(h, W, b).float(), target.float(), reduction="none").mean(-1)
+        frames = measure(_wide(F.linear(h, W, b)), _wide(target), reduction="none").mean(-1)
         if lengths is not None:
             frames = frames * (torch.arange(h.shape[1], device=h.device) < lengths[:, None])
         sums.append(frames.sum())

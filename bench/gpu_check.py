@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from armhubert.bench.cases import HUBERT_BASE
+from armhubert.baselines import HUBERT_BASE
 from armhubert.config import EncoderConfig, preset
 from armhubert.frontend import FrontEnd
 from armhubert.kernels import Impl, attend, distillation_loss, reattend

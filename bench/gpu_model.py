@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from armhubert import encoder as encoder_module
-from armhubert.baselines import ReleasedWay, baseline
-from armhubert.bench.cases import HUBERT_BASE, released_front_end, released_loss, sdpa_attend, sdpa_reattend
+from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline
+from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend, sdpa_reattend
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import SpeechEncoder

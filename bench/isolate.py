@@ -11,6 +11,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+START_SECONDS = 90
+"""Most that a process may take to start and import; a machine may be busy."""
+
 Work = Callable[[Any], dict[str, Any]]
 
 
@@ -18,6 +21,7 @@ def _serve(work: Work, pipe: Connection) -> None:
     """A worker: job in, row out, until the pipe closes or the device no longer answers."""
     import torch
 
+    pipe.send((True, None))  # imports are done: from here on a job's time counts
     while True:
         try:
             job = pipe.recv()
@@ -51,6 +55,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: int | None = None
+        self.ready = False
         self.started = 0.0
 
     def give(self, index: int, job: Any) -> None:
@@ -75,7 +80,7 @@ def run(
         work: importable function of one job.
         jobs: picklable.
         workers: processes at once.
-        job_seconds: after which a job is stopped.
+        job_seconds: after which a job is stopped; a process's start does not count.
         deadline: `time.monotonic()` at which everything is.
     """
     waiting = list(range(len(jobs)))[::-1]
@@ -98,10 +103,12 @@ def run(
                 if worker.pipe in ready:
                     try:
                         alive, row = worker.pipe.recv()
+                        if row is None:
+                            worker.ready, worker.started = True, time.monotonic()
                     except (EOFError, OSError):
                         worker.process.join(5)
                         alive, row = False, {"error": f"the process died, exit code {worker.process.exitcode}"}
-                elif seconds > job_seconds:
+                elif seconds > (job_seconds if worker.ready else START_SECONDS):
                     worker.process.kill()
                     alive, row = False, {"error": f"stopped after {seconds:.0f} s"}
                 if row is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from armhubert.bench.compare_runs import last_common_step
+from armhubert.bench.gpu_report import best, best_baseline, measured
 from armhubert.files import write_atomic
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -18,6 +19,12 @@ def render(results: Path = RESULTS) -> str:
         parts += _distillation(_read(results / "distill-mini.json"))
     if (results / "teacher-views.json").is_file():
         parts += _teacher_views(_read(results / "teacher-views.json"))
+    if (results / "cpu-microbench.json").is_file():
+        parts += _cpu(_read(results / "cpu-microbench.json"))
+    for path in sorted(results.glob("*.json")):
+        content = _read(path)
+        if content.get("conditions", {}).get("real"):  # what bench/gpu.sh measured, not what it rehearsed
+            parts += _gpu(content, path)
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -55,6 +62,77 @@ def _teacher_views(content: dict[str, Any]) -> list[str]:
         f"interleaved runs ({_conditions(content)}).",
         "\n".join(lines),
     ]
+
+
+def _cpu(content: dict[str, Any]) -> list[str]:
+    lines = [
+        "| op, float32 | pass | ours | released way | ratio | memory, ours and released |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        ours, released = row["candidates"]["ours"], row["candidates"]["released"]
+        memory = " and ".join(f"{c['peak_extra_bytes'] / 2**20:.0f}" for c in (ours, released))
+        lines.append(
+            f"| {row['cell']['label']} | {row['pass']} | {ours['median'] * 1e3:.1f} ms | "
+            f"{released['median'] * 1e3:.1f} ms | {released['median'] / ours['median']:.2f}x | {memory} MB |"
+        )
+    load = content["rows"][0]["machine_load"]
+    return [
+        "The PyTorch twins against the released code's way of computing on a CPU; medians of interleaved runs, peak "
+        f"extra memory ({_conditions(content)}; load average {load['load_before']} before and {load['load_after']} "
+        f"after, {load['cores']} cores).",
+        "\n".join(lines),
+    ]
+
+
+def _gpu(content: dict[str, Any], path: Path) -> list[str]:
+    """What runs and what is faster on a named GPU; whether it matches float64 there is part of running."""
+    device, checks = content["conditions"]["device"], content["check"]
+    good = sum(bool(row.get("ok")) for row in checks)
+    worst = max((row["ratio"] for row in checks if row.get("ok") and row.get("ratio") is not None), default=None)
+    bound = "" if worst is None else f", at most {worst:.2f} of the error that the rule allows"
+    failed = [row["job"] for row in checks if not row.get("ok")]
+    runs = f"**Runs** on {device}: {good} of {len(checks)} checks against float64 on the device pass{bound}."
+    if failed:
+        runs += f" Not passed: {'; '.join(failed[:5])}{f' and {len(failed) - 5} more' if len(failed) > 5 else ''}."
+    lines = [
+        "| op, bf16 | pass | ours | x of floor | best baseline | against it | against the released way | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    behind, rows = 0, measured(content)
+    for row in rows:
+        ours, other, candidates = best(row, "ours"), best_baseline(row), row["candidates"]
+        behind += bool(other and other[1] < ours)
+        memory = candidates["ours"]["peak_extra_bytes"]
+        cells = [
+            row["cell"]["label"],
+            row["pass"],
+            f"{ours * 1e6:.1f} us",
+            f"{ours / row['floor_s']:.2f}" if row["floor_s"] else "",
+            f"{other[0]}, {other[1] * 1e6:.1f} us" if other else "",
+            f"{other[1] / ours:.2f}x" if other else "",
+            f"{best(row, 'released') / ours:.2f}x" if "released" in candidates else "",
+            "" if memory is None else f"{memory / 2**20:.1f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    faster = (
+        f"**Faster** on {device}: medians of interleaved runs from a cold L2, replays of CUDA graphs where little is "
+        f"moved ({_conditions(content)}). Ours is behind the best baseline in {behind} of {len(rows)} rows."
+    )
+    whole = ["| end to end | batch | way | time | hours of audio a second |", "|---|---|---|---|---|"]
+    whole += [
+        f"| {row['kind']} | {row['batch']} x {row['seconds_each']:g} s | {name} | {c['median'] * 1e3:.2f} ms | "
+        f"{c['hours_of_audio_per_second']:.3f} |"
+        for row in content["model"]
+        for name, c in row.get("candidates", {}).items()
+    ]
+    pictures = [
+        f"![{kind}](bench/results/{path.stem}-{kind}.png)"
+        for kind in ("roofline", "bars")
+        if path.with_name(f"{path.stem}-{kind}.png").is_file()
+    ]
+    times = [faster, "\n".join(lines)] if rows else []
+    return [f"### {device}", runs, *times, *(["\n".join(whole)] if len(whole) > 2 else []), *pictures]
 
 
 def _conditions(content: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from armhubert.bench.cases import HUBERT_BASE
+from armhubert.baselines import HUBERT_BASE
 from armhubert.clock import conditions, interleave, write_results
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
