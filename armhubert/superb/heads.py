@@ -238,8 +238,8 @@ def spec_augment(x: Tensor, lengths: Tensor) -> Tensor:
     Draws from torch's default generator, in s3prl's order. [B, T, D], [B] -> [B, T, D], zero beyond the lengths.
     """
     warped = torch.zeros_like(x)
-    for row, source, length in zip(warped, x, lengths.tolist(), strict=True):
-        row[:length] = _time_warp(source[:length])
+    for row, length in enumerate(lengths.tolist()):  # by index: autograd refuses writes to rows of an iteration
+        warped[row, :length] = _time_warp(x[row, :length])
     for dim, count, width in ((2, FEATURE_MASKS, FEATURE_MASK_WIDTH), (1, TIME_MASKS, TIME_MASK_WIDTH)):
         warped = warped.masked_fill(_spans(len(x), x.shape[dim], count, width, x.device).unsqueeze(3 - dim), 0.0)
     return warped * frame_mask(lengths, x.shape[1])[..., None]

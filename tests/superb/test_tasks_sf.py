@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import Options
+from armhubert.superb.heads import CTCRecurrent
+from armhubert.superb.task import Batch, Options
 from armhubert.superb.tasks.sf import SlotFilling, decode, encode, normalize, parse_slots, plain
 
 TASK = SlotFilling()
@@ -169,6 +171,23 @@ def test_no_slots_at_all(waves):
     (root / "labels.json").write_text(json.dumps({f"{n:02d}": {"intent": "a", "text": "hello"} for n in range(20)}))
     with pytest.raises(ArmhubertError, match="no utterance of the train split fills a slot"):
         TASK.read(root, Options())
+
+
+def test_gradients_reach_the_layer_weights(snips):
+    torch.manual_seed(0)
+    corpus = TASK.read(snips, Options())
+    items = corpus.splits["train"].items
+    layers, weights = torch.randn(3, 2, 60, 240), torch.zeros(3, requires_grad=True)
+    features = torch.einsum("lbtd,l->btd", layers, weights.softmax(0))
+    head = CTCRecurrent(240, corpus.labels[0], size=8).train()  # as TASK.head, but small
+    head.loss(Batch(features, torch.tensor([60, 50]), items, (0, 0), 320)).backward()
+    assert weights.grad is not None
+    assert weights.grad.abs().sum() > 0
+    assert all(
+        token in corpus.labels[0]
+        for tokens in head.eval().predict(Batch(features.detach(), torch.tensor([60, 50]), items, (0, 0), 320))
+        for token in tokens
+    )
 
 
 # ---- score -----------------------------------------------------------------
