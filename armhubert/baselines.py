@@ -5,6 +5,7 @@ of weights, so nothing is downloaded.
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ from armhubert.encoder import ComputingAttention, EncoderLayer, ReusingAttention
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import normalize_waveform
 
+HUBERT_BASE = EncoderConfig(
+    conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
+    width=768,
+    layers=12,
+    heads=12,
+    ffn=3072,
+    feature_projection=True,
+)
+
+
+def has_released_way(config: EncoderConfig) -> bool:
+    """Whether the released code could compute such a model."""
+    return not config.position_buckets and config.layer_heads is None and config.layer_ffn is None
+
 
 class ReleasedWay(nn.Module):
     """A student computed as the authors' released code does, with the student's own weights.
@@ -28,6 +43,10 @@ class ReleasedWay(nn.Module):
 
     def __init__(self, student: SpeechEncoder) -> None:
         super().__init__()
+        if not has_released_way(student.config):
+            raise ArmhubertError(
+                "the released code has no pruned layers and no position bias: leave out the baseline 'released'"
+            )
         self.student = student
 
     def forward(self, waveforms: Tensor) -> Tensor:
@@ -113,6 +132,13 @@ BASELINES: Mapping[str, Callable[[], nn.Module]] = {
     ),
 }
 """Baselines by name, on random weights; `released` beside them is the student's own weights in `ReleasedWay`."""
+
+
+def default_baselines(config: EncoderConfig) -> tuple[str, ...]:
+    """What a model is compared with where nothing is said: what is installed, and its own released way."""
+    installed = find_spec("transformers") is not None
+    others = ("hubert-base", "distilhubert") if installed else ("hubert-base-torchaudio",)
+    return (*others, "released") if has_released_way(config) else others
 
 
 def baseline(name: str) -> nn.Module:

@@ -33,6 +33,7 @@ from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.student import ARMHuBERT
+from armhubert.weights import Weights
 
 Format = Literal["onnx", "torch"]
 
@@ -200,6 +201,34 @@ def export(config: ExportConfig) -> Iterator[Report]:
     yield Exported(Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised)
 
 
+def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[Program, int]:
+    """A model in ONNX Runtime, as `export` makes it but unchecked, and the bytes of its file: for `profile`.
+
+    Raises:
+        ArmhubertError: packages that are missing.
+    """
+    _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    # A model of its own, since folding a weight norm changes the class of every copy
+    folded = ARMHuBERT.from_weights(Weights(encoder.config, encoder.state_dict(), "the model"), impl="torch")
+    model = _Model(folded.requires_grad_(False), ExportConfig("", "unnamed.onnx")).eval()
+    remove_parametrizations(folded.position.conv, "weight")
+    data = _to_onnx(_trace(model), model.names, {})
+    data = _quantise_onnx(data) if int8 else data
+    return _open(data, "onnx"), len(data)
+
+
+def quantise(module: nn.Module) -> None:
+    """Linear layers to int8 in place by torchao: weights a scale an output channel, activations a scale a frame.
+
+    Raises:
+        ArmhubertError: torchao is missing.
+    """
+    _require("torchao", extra="int8")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+
+
 def _require(*packages: str, extra: str) -> None:
     from importlib.util import find_spec
 
@@ -284,11 +313,9 @@ def _quantise_onnx(data: bytes) -> bytes:
 
 
 def _quantise_torch(model: _Model, metadata: dict[str, str]) -> bytes:
-    """Weights of linear layers to int8, a scale an output channel; activations when they come, a scale a frame."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from torchao.utils import unwrap_tensor_subclass
 
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    quantise(model)
     return _to_bytes(_trace(unwrap_tensor_subclass(model)), metadata)
 
 

@@ -25,18 +25,19 @@ from torch import Tensor, nn
 
 from armhubert import figures
 from armhubert.audio import SAMPLE_RATE
-from armhubert.baselines import BASELINES, ReleasedWay, baseline, macs
+from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
 from armhubert.clock import Timing, conditions, interleave
 from armhubert.convert import load_weights
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
+from armhubert.export import onnx_program, quantise
 from armhubert.files import write_atomic
 from armhubert.kernels import Impl
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
 
-MODES = ("eager", "compiled", "bf16", "triton")
+MODES = ("eager", "compiled", "bf16", "int8", "triton", "onnx", "onnx-int8")
 SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
 """SUPERB counts operations over 32 utterances of test-clean, 224.86 s in all; here as 32 of equal length."""
 
@@ -54,7 +55,7 @@ class ProfileConfig:
     baselines: tuple[str, ...] = ()
     """NAME[:MODE]: a built-in baseline, `released` (the student as the released code computes it), or a source."""
     modes: tuple[str, ...] = ("eager",)
-    """How the model is run: eager, compiled, bf16, triton."""
+    """How the model is run: eager, compiled, bf16, int8 (torchao), triton, onnx, onnx-int8 (ONNX Runtime)."""
     seconds: tuple[float, ...] = (1.0, 5.0, 10.0, 30.0)
     """Lengths for latency, at batch size 1."""
     batch_sizes: tuple[int, ...] = (4, 8)
@@ -123,7 +124,10 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     """
     module: nn.Module
     left_out = 0
-    if source in BASELINES:
+    if source == "hubert-base" and mode.startswith("onnx"):
+        with torch.random.fork_rng([]):
+            module = ARMHuBERT(HUBERT_BASE).eval()
+    elif source in BASELINES:
         module = baseline(source)
     elif source == "released":
         module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
@@ -160,15 +164,36 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
 
 def _prepare(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
     """A call in that mode, and the bytes that its weights take on disk."""
+    if mode in ("onnx", "onnx-int8"):
+        return _in_onnx(module, device, int8=mode == "onnx-int8")
     dtype = torch.float32
     if mode == "bf16":
         module, dtype = copy.deepcopy(module).to(torch.bfloat16), torch.bfloat16
+    elif mode == "int8":
+        if device.type != "cpu":
+            raise ArmhubertError(f"mode int8 runs on a CPU, got device {device}: use bf16 there")
+        module = copy.deepcopy(module)
+        quantise(module)
     size = state_bytes(module)
     call = torch.compile(module, dynamic=True) if mode == "compiled" else module
 
     def run(waveforms: Tensor) -> Tensor:
         with torch.no_grad():
             return last_hidden_state(call(waveforms.to(dtype)))
+
+    return run, size
+
+
+def _in_onnx(module: nn.Module, device: torch.device, *, int8: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+    """In ONNX Runtime; HuBERT Base of transformers as the encoder of ours that equals it."""
+    if device.type != "cpu":
+        raise ArmhubertError(f"modes onnx and onnx-int8 run on a CPU, got device {device}: use another mode there")
+    if not isinstance(module, ARMHuBERT):
+        raise ArmhubertError("modes onnx and onnx-int8 are for models of armhubert and for hubert-base")
+    program, size = onnx_program(module, int8=int8)
+
+    def run(waveforms: Tensor) -> Tensor:
+        return program(waveforms, torch.full((len(waveforms),), waveforms.shape[1]))[0]
 
     return run, size
 
@@ -527,15 +552,17 @@ def label(model: Model) -> str:
     return name if model.mode == "eager" else f"{name}, {model.mode}"
 
 
-def trace(candidate: Candidate, waveforms: Tensor, path: Path) -> None:
-    """A chrome trace (chrome://tracing, Perfetto) of one pass."""
+def trace(config: ProfileConfig, path: Path, seconds: float = 10.0) -> None:
+    """A chrome trace (chrome://tracing, Perfetto) of one pass of the profiled model in its first mode, batch size 1."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if waveforms.is_cuda else [])]
-    candidate.run(waveforms)
-    with record(activities=activities) as recorded:
-        candidate.run(waveforms)
+    device = pick_device(config.device)
+    run = load_candidate(config.model, config.modes[0], student=config.model, heads=config.heads, device=device).run
+    waveforms = noise(1, seconds, device)
+    run(waveforms)
+    with record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if waveforms.is_cuda else [])]) as recorded:
+        run(waveforms)
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
         write_atomic(path, (Path(folder) / "trace.json").read_bytes())

@@ -24,14 +24,9 @@ def export(
 ) -> None:
     """Write a model for other runtimes, checked against the model at five lengths and batch sizes first."""
     given = dict(locals())
-    import logging
-    import warnings
-
     from armhubert.config import build
     from armhubert.export import ExportConfig
     from armhubert.export import export as run
 
-    # This process is ours: exporters and quantisers talk about their own internals
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    ui.silence_libraries()
     ui.show_export(run(build(ExportConfig, given, "the options")))

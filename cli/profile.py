@@ -33,7 +33,7 @@ def profile(
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager, compiled, bf16, triton; may be repeated. [eager]"),
+        typer.Option(help="eager, compiled, bf16, int8, triton, onnx, onnx-int8; may be repeated. [eager]"),
     ] = None,
     seconds: Annotated[str, typer.Option(help="Lengths for latency at batch size 1.")] = "1,5,10,30",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes for throughput; '' for none.")] = "4,8",
@@ -45,6 +45,9 @@ def profile(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and .png here.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a chrome trace of one pass of MODEL over 10 s here.")
+    ] = None,
     training: Annotated[
         bool, typer.Option("--training", help="Profile steps of distilling MODEL as the teacher instead.")
     ] = False,
@@ -53,10 +56,14 @@ def profile(
     ] = None,
 ) -> None:
     """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
+    from armhubert.baselines import default_baselines
+    from armhubert.convert import load_weights
     from armhubert.profile import Building, Measuring, Profile, ProfileConfig, write
     from armhubert.profile import profile as measure
+    from armhubert.profile import trace as write_trace
 
     ui.set_threads(threads)
+    ui.silence_libraries()
     if training:
         _training(model, config, device, repeats, warmup, out)
         return
@@ -64,7 +71,7 @@ def profile(
         raise ArmhubertError(f"--config belongs to --training, got {config} without it: leave it out")
     settings = ProfileConfig(
         model=model,
-        baselines=tuple(baseline) if baseline else ("hubert-base", "distilhubert", "released"),
+        baselines=tuple(baseline) if baseline else default_baselines(load_weights(model).config),
         modes=tuple(mode or ("eager",)),
         seconds=numbers(seconds, float, "--seconds"),
         batch_sizes=numbers(batch_sizes, int, "--batch-sizes"),
@@ -87,6 +94,9 @@ def profile(
     if out is not None:
         for path in write(result, out):
             ui.say(f"wrote {path}")
+    if trace is not None:
+        write_trace(settings, trace)
+        ui.say(f"wrote {trace}")
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str) -> tuple[N, ...]:

@@ -86,6 +86,15 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(count)
 
 
+def silence_libraries() -> None:
+    """No warnings or log lines from exporters and quantisers about their own internals: this process is ours."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def _plain(text: str) -> str:
     return " ".join(text.split()).replace("[", r"\[")
 

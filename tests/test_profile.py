@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from armhubert import profile
-from armhubert.baselines import BASELINES, ReleasedWay, baseline, macs
+from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.clock import Timing
 from armhubert.config import preset
 from armhubert.encoder import SpeechEncoder
@@ -33,6 +33,14 @@ def test_the_released_way_computes_the_student():
         with torch.no_grad():
             ours = model(waveforms).last_hidden_state
             torch.testing.assert_close(ReleasedWay(model)(waveforms), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_released_code_has_not_is_refused():
+    wavlm = dataclasses.replace(TINY, pattern="", position_buckets=32)
+    with pytest.raises(ArmhubertError, match="leave out the baseline"):
+        ReleasedWay(SpeechEncoder(wavlm))
+    assert "released" not in default_baselines(wavlm)
+    assert "released" in default_baselines(TINY)
 
 
 @pytest.mark.parametrize("name", ["armhubert", "armhubert-s", "maskhubert"])
@@ -98,6 +106,30 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     ]
     assert len(list(csv.DictReader(paths[1].open()))) == 9
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantised_and_onnx_modes_stay_near_the_model(student):
+    pytest.importorskip("onnxruntime")
+    config = profile.ProfileConfig(
+        student, modes=("int8", "onnx", "onnx-int8"), seconds=(0.2,), batch_sizes=(), repeats=1, device="cpu",
+        memory=False,
+    )  # fmt: skip
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    int8, onnx, onnx_int8 = (model.feature_error for model in result.models)
+    assert int8 is not None
+    assert onnx is not None
+    assert onnx_int8 is not None
+    assert onnx < 1e-5
+    assert 1e-4 < min(int8, onnx_int8) <= max(int8, onnx_int8) < 0.05
+    sizes = [model.bytes_on_disk for model in result.models]
+    assert max(sizes[0], sizes[2]) < 0.7 * sizes[1]
+
+
+def test_a_trace_opens_as_json(student, tmp_path):
+    config = profile.ProfileConfig(student, seconds=(0.2,), batch_sizes=(), device="cpu")
+    profile.trace(config, tmp_path / "trace.json", seconds=0.2)
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def test_a_ratio_is_that_of_the_medians():
