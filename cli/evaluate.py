@@ -307,7 +307,7 @@ def _show_end(report: "runner.Finished") -> None:
     if report.reason == "stopped":
         ui.say(f"Stopped. Go on with:  armhubert evaluate --resume {out}")
     elif report.reason == "dry run":
-        ui.say(f"dry run: data, model and head work; {_pairs(report.result['metrics'])} means nothing yet")
+        ui.say("dry run: data, model and head work; nothing was written")
     else:
         result = report.result
         for path in write_pictures(result, report.out):

@@ -190,7 +190,9 @@ def evaluate(
         yield Finished("dry run", results[0], out)
         return
     result = _average(results)
-    result["wall_seconds"] = round(time.perf_counter() - started + result.pop("earlier_seconds"), 1)
+    earlier = sum(r.pop("earlier_seconds", 0.0) for r in results)
+    result.pop("earlier_seconds", None)
+    result["wall_seconds"] = round(time.perf_counter() - started + earlier, 1)
     text = json.dumps(result, indent=1)
     write_atomic(out / RESULT_FILE, text + "\n")
     yield Finished("done", json.loads(text), out)  # as a later reader finds it
@@ -342,6 +344,9 @@ class _State:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Rows of metrics.jsonl."""
     seconds: float = 0.0
+    """In steps."""
+    wall: float = 0.0
+    """In all, over every part of an interrupted run."""
     skipped_in_a_row: int = 0
 
 
@@ -369,6 +374,7 @@ class _Training:
             self.weights = [1 / counts[item.label[0]] for item in self.items]
         self.state = _State()
         self.restore()
+        self.earlier = self.state.wall
 
     # -- to disk and back --
 
@@ -384,6 +390,7 @@ class _Training:
 
     def save(self) -> None:
         """Write the state of the training."""
+        self.state.wall = self.earlier + time.perf_counter() - self.evaluation.began
         content = {
             "format": FORMAT,
             "state": dataclasses.asdict(self.state),
@@ -589,6 +596,7 @@ class _Evaluation:
     ) -> None:
         self.config, self.task, self.upstream, self.fold = config, task, upstream, fold
         self.folder, self.device, self.should_stop = folder, device, should_stop
+        self.began = time.perf_counter()
         if config.dry_run:
             settings = {"steps": DRY_STEPS, "validate_every": DRY_STEPS, "batch": min(config.training.batch, DRY_ITEMS)}
             if config.training.steps:
@@ -597,7 +605,7 @@ class _Evaluation:
     def run(self, *, anew: bool) -> Generator[Report, None, dict[str, Any]]:
         """Everything; returns the result."""
         config, out = self.config, Path(self.config.out)
-        self.corpus = self._checked(self.task.read(Path(config.data), config.options(self.fold)))
+        self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
         scan_cache = (Path(config.cache) if config.cache else out) / SCAN_CACHE
         scanning = measure_corpus(self.corpus, None if config.dry_run else scan_cache, max(1, config.workers))
         self.measured = yield from _reported(scanning)
@@ -628,10 +636,9 @@ class _Evaluation:
         for name, split in corpus.splits.items():
             if len({item.key for item in split.items}) < len(split.items):
                 raise ArmhubertError(f"the {name} split names an utterance twice: correct its list")
-        if not self.config.dry_run or not self.config.training.steps:
+        if not self.config.dry_run:
             return corpus
-        few = {name: split if split.trials else Split(split.items[:DRY_ITEMS]) for name, split in corpus.splits.items()}
-        return dataclasses.replace(corpus, splits=few)
+        return dataclasses.replace(corpus, splits={name: _few(split) for name, split in corpus.splits.items()})
 
     def _start(self) -> Iterator[Report]:
         config = self.config
@@ -683,6 +690,7 @@ class _Evaluation:
             sweep=tried,
             history=training.state.history,
             train_seconds=training.state.seconds,
+            earlier_seconds=training.earlier,
         )  # fmt: skip
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, _Training]:
@@ -708,6 +716,11 @@ class _Evaluation:
         return _Training(self, rates[0], self.folder / f"lr-{rates[0]:g}")
 
     def _searched(self) -> Generator[Report, None, dict[str, Any]]:
+        if self.config.dry_run:  # a search of a part has nothing to find
+            for _ in self.features.stream([[item] for item in self.corpus.splits["test"].items]):
+                pass
+            return {"metrics": {}}
+
         def states(name: SplitName) -> Iterator[Tensor]:
             for layers, lengths in self.features.stream([[item] for item in self.corpus.splits[name].items]):
                 yield layers[:, 0, : int(lengths[0])].cpu()
@@ -758,9 +771,17 @@ class _Evaluation:
             "hardware": {
                 "device": device_name(self.device), "machine": platform.machine(), "system": platform.system(),
             },
-            "earlier_seconds": 0.0,
             **more,
         }  # fmt: skip
+
+
+def _few(split: Split) -> Split:
+    """Some items of a split, for a dry run; of trials, some of both kinds."""
+    trials = [trial for kind in (True, False) for trial in [t for t in split.trials if t[2] is kind][:DRY_ITEMS]]
+    named = {key for one, other, _ in trials for key in (one, other)}
+    if named:
+        return Split(tuple(item for item in split.items if item.key in named), tuple(trials))
+    return Split(split.items[:DRY_ITEMS])
 
 
 def _reported(scanning: Generator[tuple[int, int], None, Measured]) -> Generator[Scanning, None, Measured]:

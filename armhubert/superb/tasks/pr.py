@@ -25,6 +25,8 @@ from armhubert.superb.task import (
 
 LEXICONS = ("lexicon.txt", "librispeech-lexicon.txt", "librispeech-lexicon-200k-g2p.txt")
 EXAMPLES = 10
+LISTED = 50
+"""Words outside the lexicon that are named."""
 
 
 class PhonemeRecognition(Task):
@@ -122,7 +124,7 @@ def read_lexicon(path: Path, *, stress: bool = True) -> dict[str, tuple[str, ...
 def _check_lexicon(missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str]) -> None:
     if not missing:
         return
-    some = ", ".join(word for word, _ in missing.most_common(10)) + (", ..." if len(missing) > 10 else "")
+    some = ", ".join(word for word, _ in missing.most_common(LISTED)) + (", ..." if len(missing) > LISTED else "")
     for split in ("train", "dev", "test"):
         if split in items and not items[split]:
             raise ArmhubertError(
@@ -131,5 +133,5 @@ def _check_lexicon(missing: Counter[str], items: dict[SplitName, list[Item]], no
             )
     notes.append(
         f"{len(missing)} words are outside the lexicon ({some}): their utterances are left out; "
-        "add pronunciations to keep them"
+        "add pronunciations to keep them (a G2P tool can make them; none is built in)"
     )

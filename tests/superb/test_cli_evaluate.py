@@ -1,0 +1,109 @@
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+
+from armhubert import cli
+
+SMALL = ["--steps", "2", "--batch", "4", "--accumulate", "1", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Run `armhubert ...` in this process, in tmp_path: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def words(waves, tmp_path):
+    waves(*(f"words/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)), seconds=0.2)
+    return tmp_path / "words"
+
+
+def test_a_task_from_start_to_result(call, words, tmp_path):
+    code, out, err = call(
+        "evaluate", "fbank", "--task", "ks", "--data", words, *SMALL, "--cache", "features", "-o", "run"
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
+    assert re.search(r"cache items=48 write=\d\.\d\dGB", out)
+    assert "not SUPERB's: batch=4 steps=2" in out
+    assert "note: no lists: split 80/10/10" in err
+    assert {"confusion.png", "training.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    code, out, err = call("evaluate", "--resume", "run")
+    assert code == 0
+    assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
+
+
+def test_a_suite_prints_the_published_rows_and_writes_the_report(call, words, tmp_path):
+    code, out, err = call("evaluate", "fbank", "mfcc", "--suite", "superb", "--data", words, *SMALL, "-o", "all")
+    assert code == 0, err
+    assert "ARMHuBERT 960h (published)" in out
+    assert "78.1" in out
+    assert (tmp_path / "all/report.html").is_file()
+    assert "pr is left out: " in err
+
+
+def test_similarity(call, waves, tmp_path):
+    waves("speech/a.wav", "speech/b.wav", seconds=0.5)
+    code, out, err = call(
+        "evaluate", "mini", "--task", "similarity", "--against", "mini", "--data", "speech", "-o", "sim"
+    )
+    assert code == 0, err
+    assert out.count("1.000") >= 12
+    assert (tmp_path / "sim/similarity.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--task", "krs"], "unknown task 'krs'; did you mean 'ks'"),
+        (["--task", "ks"], "--data must name the root of ks's data"),
+        (["--task", "ks", "--suite", "mini"], "give --task or --suite, not both"),
+        (["--suite", "big"], "suite must be superb or mini"),
+        (["--suite", "superb"], "--suite superb needs a model"),
+        (["fbank", "mini", "--task", "ks"], "give one model"),
+        (["--task", "similarity"], "give both"),
+        (["--task", "ks", "--against", "mini"], "--against is for --task similarity"),
+        (["--resume", "nowhere"], "nowhere has no evaluate.json"),
+        (["no-such-model", "--task", "ks", "--data", "words"], "no model at 'no-such-model'"),
+    ],
+)
+def test_bad_input_is_one_line(argv, says, call, words):
+    code, out, err = call("evaluate", *argv)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert says in err
+
+
+def test_the_commands_of_the_reproduction_page_run(call, tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=4, dev_clean=2, test_clean=2)
+    (tmp_path / "data/LibriSpeech").mkdir(parents=True)
+    for subset in ("train-clean-100", "dev-clean", "test-clean"):
+        (tmp_path / subset).rename(tmp_path / "data/LibriSpeech" / subset)
+    (tmp_path / "lexicon.txt").rename(tmp_path / "data/lexicon.txt")
+    page = (Path(__file__).parents[2] / "docs/reproduce.md").read_text()
+    commands = re.findall(r"^    armhubert (evaluate .*)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        argv = shlex.split(command.replace("runs/arm", "mini").replace("facebook/hubert-base-ls960", "mfcc"))
+        code, _, err = call(*argv, *([] if "--dry-run" in argv else ["--dry-run"]), "--workers", "0", "--device", "cpu")
+        assert code == 0, (command, err)
+    assert not list(tmp_path.glob("runs/**/result.json"))
