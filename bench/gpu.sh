@@ -40,8 +40,8 @@ stage() { # name, seconds at most: what is left of the limit, with half a minute
     ((seconds > left)) && seconds=$left
     ((seconds < 10)) && { echo "=== $1: no time left ==="; return; }
     echo "=== $1, at most $seconds s, $SECONDS s in ==="
-    timeout -k 5 $((seconds + 15)) "$python" -m armhubert.bench gpu "$1" "${options[@]}" --budget "$seconds" --out "$out" ||
-        { status=1; echo "=== $1 ended with $? ==="; }
+    timeout -k 5 $((seconds + 25)) "$python" -m armhubert.bench gpu "$1" "${options[@]}" --budget "$seconds" --out "$out" ||
+        { status=$?; echo "=== $1 ended with $status ==="; }
 }
 
 for name in "${@:-check micro model variants tests report}"; do
