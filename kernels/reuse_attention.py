@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.kernels.onednn import linear
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 
 Setting = Literal["exact", "resoftmax"]
@@ -240,7 +241,7 @@ class _Reuse(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, lengths, x, weight, bias, out, norm = ctx.saved_tensors
-        v = x if weight is None else F.linear(x, weight, bias).view(q.shape)
+        v = x if weight is None else linear(x, weight, bias).view(q.shape)
         dq, dk, dv = _attention_bwd(d_out.contiguous(), q, k, v, out, lse, norm, lengths, None, 0.0, ctx.resoftmax)
         if weight is None:
             return dq, dk, None, None, None, dv, None, None
@@ -302,7 +303,7 @@ def _reattend_fused_fwd_torch(
     lengths: Tensor | None,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _reattend_fwd_torch(q, k, F.linear(x, weight, bias).view(q.shape), lse, lengths, resoftmax)
+    return _reattend_fwd_torch(q, k, linear(x, weight, bias).view(q.shape), lse, lengths, resoftmax)
 
 
 def _reattend_fused_fwd_fake(
@@ -532,7 +533,7 @@ def reattend(
         raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
     resoftmax = setting == "resoftmax"
     if _resolve(impl, q) == "torch" or lse is None:
-        v = F.linear(x, weight, bias).view(B, T, H, d)
+        v = linear(x, weight, bias).view(B, T, H, d)
         if not resoftmax:
             return _sdpa(q, k, v, lengths)
         if torch.compiler.is_compiling():
@@ -540,5 +541,5 @@ def reattend(
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
     if project_inside(q):
         return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
-    v = F.linear(x, weight, bias).view(B, T, H, d)
+    v = linear(x, weight, bias).view(B, T, H, d)
     return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)
