@@ -85,6 +85,14 @@ def test_a_malformed_trial(tmp_path):
         list(read_trials(tmp_path / "trials.txt"))
 
 
+@pytest.mark.parametrize(("text", "what"), [("", "no trials"), ("1 s00/u0.wav s00/u1.wav\n", "of the same speaker")])
+def test_a_trial_list_of_one_kind(waves, text, what):
+    root = waves(*speakers(6))
+    (root / "trials.txt").write_text(text)
+    with pytest.raises(ArmhubertError, match=what):
+        TASK.read(root, Options())
+
+
 def test_too_few_speakers(waves):
     with pytest.raises(ArmhubertError, match="has 1 speakers with audio, too few to hold out 2 for test"):
         TASK.read(waves("ann/1.wav", "ann/2.wav"), Options())

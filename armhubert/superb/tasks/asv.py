@@ -91,16 +91,14 @@ class SpeakerVerification(Task):
                     "verification needs unseen speakers; correct the folders"
                 )
         dev = {name: list(paths)[:_DEV_RECORDINGS] for name, paths in splits.dev.items()}
+        found = [(speaker, path) for speaker in sorted(splits.train) for path in splits.train[speaker]]
+        train = [
+            Item(_key(path, root), (Part(str(path)),), (speaker,))
+            for speaker, path in found
+            if seconds(path) > MIN_TRAIN_SECONDS
+        ]
         notes = list(splits.notes)
-        train = []
-        short = 0
-        for speaker in sorted(splits.train):
-            for path in splits.train[speaker]:
-                if seconds(path) > MIN_TRAIN_SECONDS:
-                    train.append(Item(_key(path, root), (Part(str(path)),), (speaker,)))
-                else:
-                    short += 1
-        if short:
+        if short := len(found) - len(train):
             notes.append(f"{short} training recordings of at most {MIN_TRAIN_SECONDS:g} s left out")
         speakers = tuple(sorted({item.label[0] for item in train}))
         if len(speakers) < 2:
@@ -196,6 +194,9 @@ def draw_trials(speakers: Speakers, root: Path, seed: int, most: int = DRAWN_TRI
 def _with_list(root: Path, listed: Path, options: Options) -> tuple[SpeakerSplits, Split]:
     """Speakers for training and dev, and the test split of a trial list."""
     trials = list(read_trials(listed))
+    if len(kinds := {same for _, _, same in trials}) < 2:
+        have = "no trials" if not kinds else f"only trials of {'the same speaker' if True in kinds else 'two speakers'}"
+        raise ArmhubertError(f"{listed} has {have}: error rates need both kinds; complete it")
     bases = [path for path in (root / "test" / "wav", root / "test", root / "wav", root) if path.is_dir()]
     files: dict[str, Path] = {}
     missing = []
