@@ -58,8 +58,8 @@ class Convolution(NamedTuple):
 class Moments(NamedTuple):
     """Sums over the first layer's windows, float64 and additive: a long recording's are the sums of its parts'."""
 
-    count: Tensor
-    """[B] windows."""
+    windows: Tensor
+    """[B], how many."""
     sum: Tensor
     """[B, K]."""
     outer: Tensor
@@ -67,12 +67,12 @@ class Moments(NamedTuple):
 
     def plus(self, other: "Moments") -> "Moments":
         """Of both parts together."""
-        return Moments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
+        return Moments(self.windows + other.windows, self.sum + other.sum, self.outer + other.outer)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean [B, K] and covariance [B, K, K]."""
-        mean = self.sum / self.count[:, None]
-        return mean, self.outer / self.count[:, None, None] - mean[:, :, None] * mean[:, None]
+        mean = self.sum / self.windows[:, None]
+        return mean, self.outer / self.windows[:, None, None] - mean[:, :, None] * mean[:, None]
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
