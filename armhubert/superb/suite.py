@@ -180,18 +180,28 @@ def plan_suite(
 
 
 def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
-    """The folder of a task's data: the first of its usual names below the root, or the root, that it can read.
+    """The folder of a task's data: the first of its usual names, below the root or the root's own, that it can read.
+
+    Folders of words, speakers and emotions look alike, so no other name is taken for any of them.
 
     Raises:
-        ArmhubertError: none can be read; what the first that is there lacks.
+        ArmhubertError: none is there, or what the first that is there lacks.
     """
     if not root.is_dir():
         raise ArmhubertError(f"data root {str(root)!r} does not exist")
     given = {**settings, **own}
     train, dev, test = (tuple(given.get(name) or ()) for name in ("train", "dev", "test"))
     options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0)
+    folders = [root / name for name in task.folders if (root / name).is_dir()]
+    if root.absolute().name in {Path(name).name for name in task.folders} or task.name in MINI:
+        folders.append(root)
+    if not folders:
+        raise ArmhubertError(
+            f"none of {', '.join(task.folders)} is in {root}: put its data there under such a name, or name the folder "
+            f"in a --config file, as tasks: {{{task.name}: {{data: ...}}}}"
+        )
     errors = []
-    for folder in [*(root / name for name in task.folders if (root / name).is_dir()), root]:
+    for folder in folders:
         try:
             task.read(folder, options)
         except ArmhubertError as error:
