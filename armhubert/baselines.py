@@ -62,7 +62,9 @@ class ReleasedWay(nn.Module):
             elif layer.norm is not None:
                 x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
             x = F.gelu(x)
-        x = model.feature_projection(model.feature_norm(x.transpose(1, 2)))
+        x = model.feature_norm(x.transpose(1, 2))
+        if isinstance(model.feature_projection, nn.Linear):
+            x = _linear(model.feature_projection, x)
         x = x + model.position(x)
         x = x if model.config.norm_first else model.norm(x)
         probabilities = x.new_empty(0)
@@ -77,20 +79,25 @@ class ReleasedWay(nn.Module):
         batch, heads = len(x), self.student.config.heads
         if isinstance(layer.attention, ReusingAttention):
             probabilities = probabilities.softmax(-1)
-            values = rearrange(layer.attention.value(inputs), "b t (h d) -> (b h) t d", h=heads)
+            values = rearrange(_linear(layer.attention.value, inputs), "b t (h d) -> (b h) t d", h=heads)
         else:
             q, k, values = rearrange(
-                layer.attention.qkv(inputs), "b t (three h d) -> three (b h) t d", three=3, h=heads
+                _linear(layer.attention.qkv, inputs), "b t (three h d) -> three (b h) t d", three=3, h=heads
             ).contiguous()
             probabilities = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(-1)
         out = rearrange(torch.bmm(probabilities, values), "(b h) t d -> b t (h d)", b=batch)
-        x = x + layer.attention.output(out)
+        x = x + _linear(layer.attention.output, out)
         assert layer.up is not None
         assert layer.down is not None
         if layer.norm_first:
-            return x + layer.down(F.gelu(layer.up(layer.ffn_norm(x)))), probabilities
+            return x + _linear(layer.down, F.gelu(_linear(layer.up, layer.ffn_norm(x)))), probabilities
         x = layer.attention_norm(x)
-        return layer.ffn_norm(x + layer.down(F.gelu(layer.up(x)))), probabilities
+        return layer.ffn_norm(x + _linear(layer.down, F.gelu(_linear(layer.up, x)))), probabilities
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """PyTorch's own linear map, whatever the layer would use."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 class _Last(nn.Module):

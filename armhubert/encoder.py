@@ -74,9 +74,9 @@ class Linear(nn.Linear):
 class ComputingAttention(nn.Module):
     """Self-attention that computes its map and hands it on."""
 
-    def __init__(self, config: EncoderConfig, heads: int, impl: Impl) -> None:
+    def __init__(self, config: EncoderConfig, heads: int, reused: bool, impl: Impl) -> None:
         super().__init__()
-        self.heads, self.dropout, self.impl = heads, config.attention_dropout, impl
+        self.heads, self.dropout, self.reused, self.impl = heads, config.attention_dropout, reused, impl
         inner = heads * (config.width // config.heads)
         self.qkv = Linear(config.width, 3 * inner)
         self.output = Linear(inner, config.width)
@@ -84,7 +84,8 @@ class ComputingAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, AttentionMap]:
         """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.heads)
-        out, attention_map = attend(q, k, v, lengths, dropout=self.dropout if self.training else 0.0, impl=self.impl)
+        dropout = self.dropout if self.training else 0.0
+        out, attention_map = attend(q, k, v, lengths, dropout=dropout, reused=self.reused, impl=self.impl)
         return self.output(out), attention_map
 
 
@@ -177,7 +178,8 @@ class EncoderLayer(nn.Module):
         elif kept and config.position_buckets:
             self.attention = GatedPositionAttention(config, kept)
         elif kept:
-            self.attention = ComputingAttention(config, len(kept), impl)
+            reused = config.pattern[index + 1 : index + 2] == "R"
+            self.attention = ComputingAttention(config, len(kept), reused, impl)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.up = Linear(config.width, ffn) if ffn else None
         self.down = Linear(ffn, config.width) if ffn else None

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.kernels import onednn
 from armhubert.kernels.onednn import linear
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
 
@@ -49,6 +50,8 @@ class AttentionMap(NamedTuple):
     """[B, H, T] float32, natural log of the sum of exponentials of the scaled logits; None from the PyTorch twin."""
     lengths: Tensor | None
     """[B] valid frames; None if all T are."""
+    probabilities: tuple[Tensor, ...] | None = None
+    """[H, n, n] of each utterance's n valid frames, where the PyTorch twin has kept them; never with gradients."""
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
@@ -74,6 +77,51 @@ def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropo
     generator = torch.Generator(like.device).manual_seed((int(seed) + b) % 2**63)
     keep = torch.rand(shape, generator=generator, device=like.device, dtype=torch.float32) >= dropout
     return keep.to(like.dtype).mul_(1 / (1 - dropout))
+
+
+BY_HEADS = 2**22
+"""Multiply-adds of one head's product from which a head at a time by oneDNN beats scaled_dot_product_attention."""
+KEPT = 2**23
+"""Most entries of an utterance's map to keep (32 MB): malloc maps anything larger anew each time, page by page."""
+
+
+def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
+    _, T, H, d = q.shape
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return not needs_gradient and T * T * d >= BY_HEADS and T * T * H <= KEPT and onednn.serves(q)
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """[B, T, H, d] -> [B, T, H d], padded rows 0, and with `keep` the maps [H, n, n] of each utterance's n frames."""
+    B, T, H, d = q.shape
+    out = q.new_zeros(B, T, H, d)
+    maps = []
+    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+        queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()  # [H, n, d]
+        keys = k[b, :n].transpose(0, 1).contiguous()
+        values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
+        p = q.new_empty(H if keep else 1, n, n)
+        for head in range(H):
+            p_h = p[head if keep else 0]
+            torch.softmax(onednn.product(queries[head], keys[head]), -1, out=p_h)
+            out[b, :n, head] = onednn.product(p_h, values[head])
+        if keep:
+            maps.append(p)
+    return out.flatten(2), tuple(maps) if keep else None
+
+
+def _apply_maps(maps: tuple[Tensor, ...], v: Tensor, resoftmax: bool) -> Tensor:
+    """Kept maps times values [B, T, H, d] -> [B, T, H d], padded rows 0."""
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for b, p in enumerate(maps):
+        n = p.shape[-1]
+        values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
+        for head, (p_h, v_h) in enumerate(zip(p, values, strict=True)):
+            out[b, :n, head] = onednn.product(p_h.softmax(-1) if resoftmax else p_h, v_h)
+    return out.flatten(2)
 
 
 PIECE = 2**18
@@ -428,6 +476,7 @@ def attend(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    reused: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, AttentionMap]:
     """softmax(q k^T / sqrt(d)) v over valid keys, and a handle to its map for the layers that reuse it.
@@ -438,6 +487,7 @@ def attend(
         dropout: probability of dropping an entry of this layer's map; the handle is the map before dropout.
         seed: of the dropout: an int, or an int64 tensor of one element on q's device (no synchronisation). None draws
             one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
+        reused: whether layers will reuse the map; with False the PyTorch twin never keeps it, which changes no value.
         impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
 
     Returns:
@@ -463,6 +513,9 @@ def attend(
     check_lengths(lengths, B, T, q.device)
     chosen = _resolve(impl, q)
     if chosen == "torch" and not dropout:
+        if _heads_apart(q, k, v):
+            out, maps = _by_heads(q, k, v, lengths, reused)
+            return out, AttentionMap(q, k, None, lengths, maps)
         return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
     if chosen == "torch" and torch.compiler.is_compiling():
         if seed is not None:
@@ -512,7 +565,7 @@ def reattend(
     Raises:
         ValueError: a map of another batch, width or dtype, or an implementation that cannot run here.
     """
-    q, k, lse, lengths = attention_map
+    q, k, lse, lengths, maps = attention_map
     B, T, H, d = q.shape
     if setting not in ("exact", "resoftmax"):
         raise ValueError(f"setting must be 'exact' or 'resoftmax', got {setting!r}")
@@ -534,6 +587,8 @@ def reattend(
     resoftmax = setting == "resoftmax"
     if _resolve(impl, q) == "torch" or lse is None:
         v = linear(x, weight, bias).view(B, T, H, d)
+        if maps is not None and _heads_apart(q, k, v):
+            return _apply_maps(maps, v, resoftmax)
         if not resoftmax:
             return _sdpa(q, k, v, lengths)
         if torch.compiler.is_compiling():
