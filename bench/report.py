@@ -15,6 +15,10 @@ RESULTS = Path("bench/results")
 def render(results: Path = RESULTS) -> str:
     """The results section, from whichever result files are there."""
     parts = ["## Measured"]
+    if (results / "profile-cpu" / "profile.json").is_file():
+        parts += _profile(_read(results / "profile-cpu" / "profile.json"))
+    if (results / "superb-proxy.json").is_file():
+        parts += _superb(_read(results / "superb-proxy.json"))
     if (results / "distill-mini.json").is_file():
         parts += _distillation(_read(results / "distill-mini.json"))
     if (results / "teacher-views.json").is_file():
@@ -31,6 +35,51 @@ def render(results: Path = RESULTS) -> str:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return content
+
+
+def _profile(content: dict[str, Any]) -> list[str]:
+    """Times of one run of `armhubert profile`, as ratios to transformers' HuBERT Base and to the released way."""
+    models, cells = content["models"], content["cells"]
+    names = [f"{cell['batch']} x {cell['seconds']:g} s" for cell in cells]
+    lines = [
+        f"| model | {' | '.join(names)} | peak memory | feature error |",
+        f"|---|{'---|' * len(names)}---|---|",
+    ]
+    reference = next(model["name"] for model in models if model["source"] == "hubert-base" and model["mode"] == "eager")
+    for model in models:
+        times = [cell["timings"][model["name"]]["median"] for cell in cells]
+        against = [cell["timings"][reference]["median"] / t for cell, t in zip(cells, times, strict=True)]
+        shown = [f"{t * 1e3:.0f} ms, {ratio:.1f}x" for t, ratio in zip(times, against, strict=True)]
+        error = "" if model["feature_error"] is None else f"{model['feature_error']:.1e}"
+        title = _BASELINES.get(model["source"], "student, preset armhubert")
+        mode = "" if model["mode"] == "eager" else f", {model['mode']}"
+        lines.append(f"| {title}{mode} | {' | '.join(shown)} | {model['peak_memory'] / 2**20:.0f} MiB | {error} |")
+    return [
+        "`armhubert profile` on a CPU: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in "
+        f"the same run; medians of {content['conditions']['repeats']} interleaved runs, random weights, no heads "
+        f"({_conditions(content)}; matrix rate {content['rates']['macs_per_second'] / 1e9:.0f} GMAC/s). Memory is what "
+        "loading and the largest batch add to a process.",
+        "\n".join(lines),
+        "![profile](bench/results/profile-cpu/profile.png)",
+    ]
+
+
+_BASELINES = {
+    "hubert-base": "HuBERT Base",
+    "distilhubert": "DistilHuBERT, transformers",
+    "released": "student as the released code computes it",
+}
+
+
+def _superb(content: dict[str, Any]) -> list[str]:
+    """A table of SUPERB's tasks on little data: a row a task, a column a model."""
+    names = list(dict.fromkeys(row["model"] for row in content["rows"]))
+    lines = [f"| task | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for task in dict.fromkeys(row["task"] for row in content["rows"]):
+        values = {row["model"]: row for row in content["rows"] if row["task"] == task}
+        shown = [f"{values[name]['value']:.1f}" if name in values else "" for name in names]
+        lines.append(f"| {next(iter(values.values()))['title']} | {' | '.join(shown)} |")
+    return [f"{content['about']} ({_conditions(content)}).", "\n".join(lines)]
 
 
 def _distillation(content: dict[str, Any]) -> list[str]:

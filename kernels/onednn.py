@@ -91,8 +91,8 @@ def serves(x: Tensor) -> bool:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.numel() * len(weight) >= SMALLEST
+        serves(x)  # first: under a compiler the other conditions would be guards
         and weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)  # quantised weights are subclasses with a product of their own
-        and serves(x)
+        and x.numel() * len(weight) >= SMALLEST
     )

@@ -89,7 +89,7 @@ def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
     _, T, H, d = q.shape
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return not needs_gradient and T * T * d >= BY_HEADS and T * T * H <= KEPT and onednn.serves(q)
+    return onednn.serves(q) and not needs_gradient and T * T * d >= BY_HEADS and T * T * H <= KEPT
 
 
 def _by_heads(
@@ -446,11 +446,10 @@ VARIANTS = _measured_variants()
 """Written by `python -m armhubert.bench gpu adopt` from what bench/gpu.sh measured."""
 
 
-@torch.compiler.assume_constant_result
 def _family(device: int) -> str:
     """ "sm_90" of a Hopper."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def project_inside(q: Tensor) -> bool:

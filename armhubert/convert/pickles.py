@@ -83,9 +83,10 @@ def read_pickle(path: Path, *, stand_ins: bool = False) -> Any:
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ArmhubertError(f"cannot read {path}: {reason}; is it complete?") from None
+    except ValueError:
+        raise ArmhubertError(f"{path} is damaged or no torch checkpoint: it is empty") from None
+    except OSError as error:
+        raise ArmhubertError(f"cannot read {path}: {error.strerror}; check its name and permissions") from None
     try:
         machine = _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
     # Whatever a damaged or hostile file provokes in the parsers is that file's fault, and one line.
