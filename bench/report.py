@@ -17,8 +17,6 @@ def render(results: Path = RESULTS) -> str:
     parts = ["## Measured"]
     if (results / "profile-cpu" / "profile.json").is_file():
         parts += _profile(_read(results / "profile-cpu" / "profile.json"))
-    if (results / "superb-proxy.json").is_file():
-        parts += _superb(_read(results / "superb-proxy.json"))
     if (results / "distill-mini.json").is_file():
         parts += _distillation(_read(results / "distill-mini.json"))
     if (results / "teacher-views.json").is_file():
@@ -69,17 +67,6 @@ _BASELINES = {
     "distilhubert": "DistilHuBERT, transformers",
     "released": "student as the released code computes it",
 }
-
-
-def _superb(content: dict[str, Any]) -> list[str]:
-    """A table of SUPERB's tasks on little data: a row a task, a column a model."""
-    names = list(dict.fromkeys(row["model"] for row in content["rows"]))
-    lines = [f"| task | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for task in dict.fromkeys(row["task"] for row in content["rows"]):
-        values = {row["model"]: row for row in content["rows"] if row["task"] == task}
-        shown = [f"{values[name]['value']:.1f}" if name in values else "" for name in names]
-        lines.append(f"| {next(iter(values.values()))['title']} | {' | '.join(shown)} |")
-    return [f"{content['about']} ({_conditions(content)}).", "\n".join(lines)]
 
 
 def _distillation(content: dict[str, Any]) -> list[str]:
