@@ -378,6 +378,8 @@ class SpeechEncoder(nn.Module):
                 f"waveforms must have at least {shortest} samples (one frame), got {samples}: pad them"
             )
         if lengths is not None:
+            if not isinstance(lengths, Tensor):
+                raise ArmhubertError(f"lengths must be a tensor of integers [{batch}], got a {type(lengths).__name__}")
             if lengths.shape != (batch,) or lengths.is_floating_point():
                 raise ArmhubertError(f"lengths must be integers [{batch}], got {lengths.dtype} {list(lengths.shape)}")
             # Reading values would stop a GPU's queue and a compiler's trace; on the CPU it is free.

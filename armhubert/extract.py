@@ -552,9 +552,9 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
         if key in ("armhubert_version", "model") or found.get(key) == value:
             continue
         if key in ("fingerprint", "encoder"):
-            difference = f"of another model ({found.get('model')!r} then, {settings['model']!r} now)"
+            difference = f"of another model or other weights ({found.get('model')!r} then, {settings['model']!r} now)"
         else:
-            difference = f"with another {key} ({_short(found.get(key))} then, {_short(value)} now)"
+            difference = f"made with other {key} ({_short(found.get(key))} then, {_short(value)} now)"
         raise ArmhubertError(f"{out} holds features {difference}: choose another --out, or --force to compute all anew")
     rows = {}
     with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ def plan(
     given = {"parameters": params, "macs": macs, "latency": latency}
     asked = [(kind, text) for kind, text in given.items() if text is not None]
     if len(asked) != 1:
-        raise ArmhubertError(f"give one budget, --params, --macs or --latency, got {len(asked)}")
+        raise ArmhubertError(f"give one budget, --params, --macs or --latency, got {len(asked)} of them")
     if min(choose, repeats) < 1:
         raise ArmhubertError(f"--choose and --repeats must be at least 1, got {choose} and {repeats}")
     ((kind, text),) = asked
@@ -47,7 +47,7 @@ def plan(
                 proposals = report
     if choose > len(proposals):
         raise ArmhubertError(f"--choose must be at most {len(proposals)}, the proposals found, got {choose}")
-    table = Table("", "student", "width", "FFN", "layers", "pattern", "parameters", "GMACs 10 s", "10 s takes")
+    table = Table("", "student", "width", "FFN", "layers", "pattern", "without heads", "GMACs 10 s", "10 s takes")
     for number, p in enumerate(proposals, start=1):
         s = p.student
         table.add_row(

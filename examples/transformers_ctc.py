@@ -31,11 +31,15 @@ seconds = 0.0
 for transcript in sorted(args.data.rglob("*.trans.txt")):
     for line in transcript.read_text().splitlines():
         name, text = line.split(" ", 1)
-        (path,) = transcript.parent.glob(f"{name}.*")
+        path = next(transcript.parent.glob(f"{name}.*"), None)
+        if path is None:
+            raise SystemExit(f"{transcript} names {name}, which has no recording beside it")
         wave, rate = soundfile.read(path, dtype="float32")
         if seconds < args.seconds:
             utterances.append((torch.from_numpy(wave), torch.tensor([LETTERS.index(c) + 1 for c in text])))
             seconds += len(wave) / rate
+if not utterances:
+    raise SystemExit(f"no *.trans.txt in {args.data}: speech in LibriSpeech's layout is needed")
 
 extractor = AutoFeatureExtractor.from_pretrained(args.model)
 model = AutoModel.from_pretrained(args.model)
@@ -63,5 +67,5 @@ for number in range(args.passes):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += float(loss) * len(waves)
+        total += loss.item() * len(waves)
     print(f"pass {number + 1}: loss {total / len(utterances):.4f}", flush=True)

@@ -280,8 +280,7 @@ def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> t
         x, frames, partial, x.stride(0), T, K=kernel, STRIDE=stride, TAPS=triton.next_power_of_2(kernel),
         BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS,
     )  # fmt: skip
-    total = partial.sum(1)
-    return total[:, kernel], total[:, :kernel]
+    return partial[:, :, kernel].sum(1), partial[:, :, :kernel].sum(1)  # two tensors: an op's outputs share no memory
 
 
 def _wave(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor, stride: int, T: int, P: int, activate: bool) -> Tensor:

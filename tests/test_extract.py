@@ -173,9 +173,9 @@ def test_a_changed_recording_is_computed_again(student, speech, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"layers": "1"}, r"with another features \(last_hidden_state then, hidden_states.1 now\)"),
-        ({"dtype": "fp16"}, r"with another dtype \(fp32 then, fp16 now\)"),
-        ({"chunk_seconds": 20.0}, r"with another chunk_seconds \(60.0 then, 20.0 now\)"),
+        ({"layers": "1"}, r"made with other features \(last_hidden_state then, hidden_states.1 now\)"),
+        ({"dtype": "fp16"}, r"made with other dtype \(fp32 then, fp16 now\)"),
+        ({"chunk_seconds": 20.0}, r"made with other chunk_seconds \(60.0 then, 20.0 now\)"),
     ],
 )
 def test_other_settings_never_mix_with_what_is_there(student, speech, tmp_path, settings, says):
@@ -193,7 +193,7 @@ def test_another_model_never_mixes_with_what_is_there(student, speech, tmp_path)
     with torch.no_grad():
         model.norm.bias += 1e-3
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ArmhubertError, match=r"features of another model .*student.*other.*--force"):
+    with pytest.raises(ArmhubertError, match=r"features of another model or other weights .*student.*other.*--force"):
         run(tmp_path / "other", speech, tmp_path / "out")
 
 

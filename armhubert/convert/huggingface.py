@@ -30,8 +30,8 @@ def download(hub_id: str) -> Path:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArmhubertError(
-            f"cannot fetch {hub_id!r} from the hub and it is not cached: {first} "
-            "Check the id and the network, or give a local folder"
+            f"{hub_id!r} is no folder or file here, and the hub does not give it either: {first} "
+            "Check the path, or the id and the network"
         ) from None
     return folder
 
