@@ -85,8 +85,8 @@ class ExtractConfig:
     """Of a window's ends that is computed and dropped."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    workers: int = 2
-    """Processes that read audio ahead; 0: read in between."""
+    workers: int | None = None
+    """Processes that read audio ahead; 0: read in between; none: 2 for a GPU, 0 for a CPU, which the model needs."""
     force: bool = False
     """Compute everything anew, whatever `out` holds."""
 
@@ -97,7 +97,7 @@ class ExtractConfig:
             raise ArmhubertError("npy has no bf16: write --format safetensors, or --dtype fp16 or fp32")
         if not 0 < self.batch_seconds < float("inf"):
             raise ArmhubertError(f"batch_seconds must be above 0, got {self.batch_seconds}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ArmhubertError(f"workers must be 0 or more, got {self.workers}")
         check_windows(self.chunk_seconds, self.context_seconds)
 
@@ -270,6 +270,8 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
         ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings.
     """
     device = pick_device(config.device)
+    workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
+    config = dataclasses.replace(config, workers=workers)
     out = Path(config.out)
     paths = discover(config.data)
     names = output_names(config.data, paths, "." + config.format)
@@ -282,7 +284,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     known = {} if config.force else _earlier(out, settings)
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
-    scanned = yield from _scan(paths, model.config.receptive_field, out, config.workers)
+    scanned = yield from _scan(paths, model.config.receptive_field, out, workers)
     skipped_report = out / "skipped.tsv"
     write_skipped(scanned, skipped_report)
     scanned.require_utterances(skipped_report)
@@ -368,7 +370,7 @@ class _Run:
         """Batches in the order of the plan; audio is read ahead, and files are written behind."""
         if not plan:
             return
-        audio = batches(utterances, plan, workers=self.config.workers, pin_memory=self.device.type == "cuda")
+        audio = batches(utterances, plan, workers=self.config.workers or 0, pin_memory=self.device.type == "cuda")
         with contextlib.closing(audio):  # type: ignore[type-var]
             for batch in audio:
                 features, frames = self._compute(batch.waveforms, batch.lengths)

@@ -33,7 +33,9 @@ def extract(
     chunk_seconds: Annotated[float, typer.Option(help="Longer recordings pass in overlapping windows.")] = 60.0,
     context_seconds: Annotated[float, typer.Option(help="Overlap on either side of a window.")] = 5.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that read audio.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read audio. [2 for a GPU, 0 for a CPU]", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compute everything anew, whatever OUT holds.")] = False,
 ) -> None:
     """Write a model's features of audio, one file a recording; run it again to compute what is missing."""
