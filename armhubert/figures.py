@@ -26,6 +26,15 @@ def panels(count: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> t
     return figure, axes
 
 
+def logarithmic(panel: Any) -> None:
+    """A logarithmic ordinate whose ticks are plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter
+
+    panel.set_yscale("log")
+    for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def shades(count: int) -> list[Any]:
     """`count` colours that tell an order, dark to bright."""
     from matplotlib import colormaps

@@ -120,7 +120,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         if points:
             label = {"train": "training, masked", "valid": "held out, unmasked"}[kind]
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_yscale("log")
+    figures.logarithmic(axes)
     figures.save(figure, path)
 
 
@@ -137,5 +137,5 @@ def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(
             *zip(*points, strict=True), color=colors[layer], label=f"layer {layer + 1}", marker="o", markersize=2.5
         )
-    axes.set_yscale("log")
+    figures.logarithmic(axes)
     figures.save(figure, path)

@@ -49,7 +49,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         over_steps.plot(*zip(*points, strict=True), marker="o", markersize=3, label=row["name"])
         layers = next(v["layers"] for v in row["validations"] if v["step"] == step)
         by_layer.plot(range(1, len(layers) + 1), layers, marker="o", markersize=4, label=row["name"])
-    over_steps.set(xlabel="step", ylabel="held-out loss (unmasked, weighted sum)", yscale="log")
+    over_steps.set(xlabel="step", ylabel="held-out loss (unmasked, weighted sum)")
+    figures.logarithmic(over_steps)
     by_layer.set(xlabel="layer", ylabel=f"held-out error at step {step}", ylim=(0, None))
     figures.save(figure, path)
 

@@ -3,13 +3,13 @@
 On a CPU the same calls use the host's clock, so that the whole path can be rehearsed there.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from armhubert import clock
 from armhubert.clock import Timing
 
 Run = Callable[[], Any]
@@ -20,7 +20,7 @@ FLUSHED_BYTES = 256 * 2**20
 def interleave(runs: Mapping[str, Run], *, device: torch.device, repeats: int, seconds: float) -> dict[str, Timing]:
     """Seconds of each candidate, A B C A B C ..., each from a cold L2; 3 rounds or more, none begun after `seconds`."""
     if device.type != "cuda":
-        return _on_host(runs, repeats)
+        return clock.interleave(runs, repeats=repeats, warmup=0)
     flushed = torch.empty(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     stop = time.monotonic() + seconds
@@ -38,17 +38,7 @@ def interleave(runs: Mapping[str, Run], *, device: torch.device, repeats: int, s
         torch.cuda.synchronize(device)
         for name, (begin, end) in events.items():
             times[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in times.items()}
-
-
-def _on_host(runs: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in times.items()}
+    return {name: clock.summarize(values) for name, values in times.items()}
 
 
 def warm(run: Run, device: torch.device, times: int = 3) -> None:
