@@ -65,7 +65,7 @@ class ReleasedWay(nn.Module):
         x = model.feature_norm(x.transpose(1, 2))
         if isinstance(model.feature_projection, nn.Linear):
             x = _linear(model.feature_projection, x)
-        x = x + model.position(x)
+        x = x + F.gelu(model.position.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
         x = x if model.config.norm_first else model.norm(x)
         probabilities = x.new_empty(0)
         for layer in model.layers:

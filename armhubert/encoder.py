@@ -9,8 +9,8 @@ convolutions; past them, padded frames are zeroed before the positional convolut
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from typing_extensions import Self
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform, valid_mask
-from armhubert.kernels import AttentionMap, Impl, attend, linear, reattend
+from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
 from armhubert.weights import Weights
 
 
@@ -63,9 +63,9 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 class Linear(nn.Linear):
     """`torch.nn.Linear` through `armhubert.kernels.linear`, which is faster on CPUs."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D']."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """[..., D] -> [..., D'], with `gelu` the GELU of it."""
+        return linear(x, self.weight, self.bias, gelu=gelu)
 
 
 # ---- attention -------------------------------------------------------------
@@ -215,7 +215,7 @@ class EncoderLayer(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor | None:
         if self.up is None or self.down is None:
             return None
-        x = F.dropout(F.gelu(self.up(x)), self.activation_dropout, self.training)
+        x = F.dropout(self.up(x, gelu=True), self.activation_dropout, self.training)
         return self._drop(self.down(x))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -232,13 +232,67 @@ class PositionalConv(nn.Module):
         nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.conv = weight_norm(conv, dim=2)
+        self._spectrum: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        parameters = list(self.conv.parameters())
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient):
+            assert self.conv.bias is not None
+            return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
+        return F.gelu(self._convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """[B, D, T] -> [B, D, T + 1] (of an even kernel)."""
+        conv = self.conv
+        narrow = x.device.type == "cpu" and conv.in_channels // conv.groups < 16
+        dtype = torch.get_autocast_dtype("cpu") if narrow and torch.is_autocast_enabled("cpu") else x.dtype
+        if not narrow or dtype != torch.bfloat16:
+            y: Tensor = conv(x)
+            return y
+        # oneDNN computes groups of fewer than 16 channels wrongly in bfloat16, on processors with AMX (PyTorch 2.12)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = conv.weight.float(), None if conv.bias is None else conv.bias.float()
+            return F.conv1d(x.float(), weight, bias, 1, conv.padding, 1, conv.groups).to(dtype)
+
+    def _kernel(self) -> Tensor:
+        """The kernel's spectrum, made anew when the weights have changed.
+
+        Versions tell of changes in place; values of the norm's scale and a few weights, of changes behind `.data`.
+        """
+        scale, direction = (self.conv.parametrizations.weight.original0, self.conv.parametrizations.weight.original1)
+        versions = [None if t.is_inference() else t._version for t in (scale, direction)]
+        sample = torch.cat([scale.flatten(), direction.flatten()[:: direction.shape[-1] + 1]])
+        if self._spectrum is None or self._spectrum[0] != versions or not torch.equal(self._spectrum[1], sample):
+            self._spectrum = versions, sample, positional_convolution.spectrum(self.conv.weight)
+        return self._spectrum[2]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._spectrum = None  # .to() replaces values without a trace
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spectrum": None}
 
 
 # ---- the encoder -----------------------------------------------------------
+
+
+FRAMES_A_THREAD = 256
+"""Of a group of utterances that a CPU infers together: enough rows for its matrix products, few enough for a cache."""
+
+
+def similar_lengths(frames: list[int], most: int) -> list[list[int]]:
+    """Rows of a batch in groups of at most `most` frames, or of one row, whose shortest has 9/10 of the longest."""
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(frames)), key=lambda row: -frames[row]):
+        if not groups or frames[row] < 0.9 * longest or (len(groups[-1]) + 1) * longest > most:
+            groups.append([])
+            longest = frames[row]
+        groups[-1].append(row)
+    return groups
 
 
 class SpeechEncoder(nn.Module):
@@ -353,6 +407,11 @@ class SpeechEncoder(nn.Module):
             ArmhubertError: shapes or lengths that do not fit.
         """
         self.check_inputs(waveforms, lengths, mask)
+        if self._works_in_groups(waveforms):
+            return self._in_groups(waveforms, lengths, mask)
+        return self._at_once(waveforms, lengths, mask)
+
+    def _at_once(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> EncoderOutput:
         x, frames = self.embed(waveforms, lengths)
         x = self.layer_inputs(x, frames, mask)
         hidden_states = (x, *self.layer_outputs(x, frames))
@@ -360,6 +419,38 @@ class SpeechEncoder(nn.Module):
         if frames is None:
             frames = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         return EncoderOutput(self.norm(last) if self.config.norm_first else last, hidden_states, None, frames)
+
+    def _works_in_groups(self, waveforms: Tensor) -> bool:
+        """Whether to infer a few utterances at a time: on a CPU a large batch is no faster, and leaves the caches."""
+        return (
+            not torch.compiler.is_compiling()  # first: for a compiler the batch would be a constant
+            and waveforms.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not self.training
+            and self.config.padding == "independent"
+            and len(waveforms) > 1
+        )
+
+    def _in_groups(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> EncoderOutput:
+        """Groups of utterances of about one length, without the padding of the others: the same features."""
+        batch, samples = waveforms.shape
+        sizes = [samples] * batch if lengths is None else lengths.tolist()
+        frames = torch.tensor([self.config.frames(size) for size in sizes])
+        whole: list[Tensor] = []
+        for group in similar_lengths(frames.tolist(), FRAMES_A_THREAD * torch.get_num_threads()):
+            longest = max(sizes[row] for row in group)
+            equal = all(sizes[row] == longest for row in group)
+            output = self._at_once(
+                waveforms[group, :longest],
+                None if equal else torch.tensor([sizes[row] for row in group]),
+                None if mask is None else mask[group, : self.config.frames(longest)],
+            )
+            parts = [output.last_hidden_state, *output.hidden_states]
+            if not whole:
+                whole = [part.new_zeros(batch, self.config.frames(samples), part.shape[2]) for part in parts]
+            for target, part in zip(whole, parts, strict=True):
+                target[group, : part.shape[1]] = part
+        return EncoderOutput(whole[0] if self.config.norm_first else whole[-1], tuple(whole[1:]), None, frames)
 
     def _stream_factor(self, layer: int) -> float:
         remaining = self.config.layers - layer

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.kernels import onednn
 from armhubert.kernels.runtime import Impl, autocast, frame_mask, register, resolve_impl
 
 
@@ -116,13 +117,23 @@ def _image(x: Tensor) -> Tensor:
     return x[None].transpose(1, 2).unsqueeze(2)
 
 
+def _weight_images(weights: Sequence[Tensor]) -> list[Tensor]:
+    """[C', C, k] -> [C', C, 1, k], laid out as oneDNN reads them: once, not for every chunk."""
+    return [weight[:, :, None].contiguous(memory_format=torch.channels_last) for weight in weights]
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """[T, C] -> [T', C'].
+    """[T, C], [C', C, 1, k] -> [T', C'].
 
     An image of one row has no second to stride to, but a stride keeps PyTorch from preferring its own 1x1 convolution
     to oneDNN's on one thread, where it is half as fast.
     """
-    return F.conv2d(_image(x), weight[:, :, None], bias, (2, stride))[0, :, 0].t().contiguous()
+    return F.conv2d(_image(x), weight, bias, (2, stride))[0, :, 0].t().contiguous()
+
+
+def _convolve_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """GELU(_convolve(...)) without gradients."""
+    return onednn.convolve_gelu(_image(x), weight, bias, (2, stride))[0, :, 0].t().contiguous()
 
 
 def _norm(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float) -> Tensor:
@@ -155,13 +166,20 @@ def frontend_forward(
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
     widest = max(w0.shape[1], *(w.shape[0] for w in weights)) if weights else w0.shape[1]
+    images = _weight_images(weights)
     out = w0.new_empty(len(x), counts[-1], weights[-1].shape[0] if weights else w0.shape[1])
     kept: list[Tensor] = []
     for b in range(len(x)):
         for first, last, low, high in _chunks(counts, taps, strides, widest):
             windows = _first_windows(x[b], shift[b], low, high, w0[b], strides[0])
+            if not keep and not norms:
+                a = _convolve_gelu(windows, w0[b][..., None, None], b0[b].to(w0.dtype), 1)
+                for layer, weight in enumerate(images):
+                    a = _convolve_gelu(a, weight, biases[layer] if biases else None, strides[layer + 1])
+                out[b, first:last] = a
+                continue
             z = torch.addmm(b0[b].to(w0.dtype), windows, w0[b].t())
-            for layer, weight in enumerate(weights):
+            for layer, weight in enumerate(images):
                 a = _norm(z, norms, layer, eps)
                 a = F.gelu(a) if keep and layer and a is z else torch.ops.aten.gelu_(a)  # never over a kept map
                 z = _convolve(a, weight, biases[layer] if biases else None, strides[layer + 1])
@@ -172,8 +190,8 @@ def frontend_forward(
 
 
 def _add_weight_gradient(total: Tensor, gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> None:
-    """[T', C'] and [T, C], added to [C', C, k]: blocks of ROWS frames as a batch, then what remains."""
-    (T, N), C, kernel = gz.shape, a.shape[1], weight.shape[2]
+    """[T', C'] and [T, C], for weights [C', C, 1, k], added to [C', C, k]: blocks of ROWS frames, then what remains."""
+    (T, N), C, kernel = gz.shape, a.shape[1], weight.shape[3]
     for start, count, rows in ((0, T // ROWS, ROWS), (T - T % ROWS, 1, T % ROWS)):
         if not count or not rows:
             continue
@@ -182,7 +200,7 @@ def _add_weight_gradient(total: Tensor, gz: Tensor, a: Tensor, weight: Tensor, s
         part = torch.ops.aten.convolution_backward(
             gz[start : start + count * rows].view(count, rows, N).transpose(1, 2).unsqueeze(2),
             inputs.contiguous().transpose(1, 2).unsqueeze(2),
-            weight[:, :, None], None, [1, stride], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
+            weight, None, [1, stride], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
         )[1]  # fmt: skip
         total += part[:, :, 0]
 
@@ -190,7 +208,7 @@ def _add_weight_gradient(total: Tensor, gz: Tensor, a: Tensor, weight: Tensor, s
 def _input_gradient(gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tensor:
     """[T', C'] -> [T, C], the shape of a."""
     g = torch.ops.aten.convolution_backward(
-        _image(gz), _image(a), weight[:, :, None], None, [2, stride], [0, 0], [1, 1], False, [0, 0], 1,
+        _image(gz), _image(a), weight, None, [2, stride], [0, 0], [1, 1], False, [0, 0], 1,
         [True, False, False],
     )[0]  # fmt: skip
     return g[0, :, 0].t().contiguous()
@@ -234,6 +252,7 @@ def frontend_backward(
     need_x: bool,
 ) -> list[Tensor]:
     """Chunk by chunk as forward. -> gradients of w0, b0, x (empty unless need_x), weights, biases, norms."""
+    images = _weight_images(weights)
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
     widest = max(w0.shape[1], *(w.shape[0] for w in weights)) if weights else w0.shape[1]
@@ -247,7 +266,7 @@ def frontend_backward(
             maps = [torch.addmm(b0[b].to(w0.dtype), windows, w0[b].t()), *(next(remaining) for _ in weights)]
             upper = g[b, first:last].contiguous()
             for layer in range(len(weights), 0, -1):
-                weight, stride = weights[layer - 1], strides[layer]
+                weight, stride = images[layer - 1], strides[layer]
                 gz = _activation_gradient(upper, maps[layer], norms, d_norms, layer, eps)
                 a = F.gelu(_norm(maps[layer - 1], norms, layer - 1, eps))
                 _add_weight_gradient(d_weights[layer - 1], gz, a, weight, stride)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder
 from armhubert.config import EncoderConfig
-from armhubert.encoder import scale_gradient
+from armhubert.encoder import scale_gradient, similar_lengths
 
 BASE = EncoderConfig(
     conv_layers=((16, 10, 5), (16, 3, 2), (24, 2, 2)),
@@ -40,14 +41,15 @@ def model(name: str = "post-norm", cls: type[SpeechEncoder] = SpeechEncoder, **c
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("padding", [0.0, 1e3])
-def test_features_do_not_depend_on_the_batch(name, padding):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_features_do_not_depend_on_the_batch(name, padding, at_once):
     encoder = model(name)
     lengths = [3000, 1500, 40, 2111]
     waves = [torch.randn(n) for n in lengths]
     batch = torch.full((4, 3000), padding)
     for row, wave in zip(batch, waves, strict=True):
         row[: len(wave)] = wave
-    with torch.no_grad():
+    with torch.set_grad_enabled(at_once):  # without gradients a CPU works in groups
         together = encoder(batch, torch.tensor(lengths))
         for i, wave in enumerate(waves):
             alone = encoder(wave[None])
@@ -59,6 +61,75 @@ def test_features_do_not_depend_on_the_batch(name, padding):
                 strict=True,
             ):
                 torch.testing.assert_close(b[i, :n], a[0], atol=1e-4, rtol=0)
+
+
+def test_groups_are_the_batch_at_once(monkeypatch):
+    monkeypatch.setattr("armhubert.encoder.FRAMES_A_THREAD", 1000)
+    encoder = model("reuse", cls=ARMHuBERT, head_width=8)
+    waves, lengths = torch.randn(5, 3000), torch.tensor([3000, 400, 2950, 390, 40])
+    mask = torch.rand(5, encoder.config.frames(3000)) < 0.3
+    shapes = []
+    at_once = encoder._at_once
+    monkeypatch.setattr(encoder, "_at_once", lambda w, *rest: (shapes.append(tuple(w.shape)), at_once(w, *rest))[1])
+    with torch.inference_mode():
+        grouped = encoder(waves, lengths, mask)
+    assert shapes == [(2, 3000), (2, 400), (1, 40)]
+    whole = encoder(waves, lengths, mask)
+    assert shapes[3:] == [(5, 3000)]
+    assert torch.equal(grouped.lengths, whole.lengths)
+    for a, b in zip(
+        (grouped.last_hidden_state, *grouped.hidden_states, *grouped.projections),
+        (whole.last_hidden_state, *whole.hidden_states, *whole.projections),
+        strict=True,
+    ):
+        assert a.shape == b.shape
+        for row, n in enumerate(whole.lengths):
+            torch.testing.assert_close(a[row, :n], b[row, :n].detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "most", "groups"),
+    [
+        ([10, 10, 10], 20, [[0, 1], [2]]),
+        ([10, 30, 28, 9], 60, [[1, 2], [0, 3]]),
+        ([500], 20, [[0]]),
+        ([7, 500, 7], 20, [[1], [0, 2]]),
+    ],
+)
+def test_groups_hold_similar_lengths(frames, most, groups):
+    assert similar_lengths(frames, most) == groups
+
+
+def change_in_place(position):
+    with torch.no_grad():
+        position.conv.parametrizations.weight.original1[0, 0, 0] += 1
+
+
+def change_behind_data(position):
+    position.conv.parametrizations.weight.original1.data.mul_(1.5)
+
+
+def change_dtype(position):
+    position.bfloat16().float()
+
+
+def load_others(position):
+    position.load_state_dict({k: v + 0.25 for k, v in position.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_behind_data, change_dtype, load_others])
+def test_the_transformed_positional_kernel_follows_its_weights(change):
+    encoder = model(position_kernel=32)
+    x = torch.randn(1, 60, 24)
+    with torch.no_grad():
+        before = encoder.position(x)
+        assert encoder.position._spectrum is not None
+        change(encoder.position)
+        after = encoder.position(x)
+    direct = encoder.position(x)  # gradients: the plain convolution
+    torch.testing.assert_close(after, direct.detach(), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(before, after)
+    assert copy.deepcopy(encoder).position._spectrum is None
 
 
 def test_padding_as_trained_lets_padding_into_the_group_norm_as_the_peers_do():
@@ -175,6 +246,18 @@ def test_masked_frames_carry_the_mask_embedding_and_nothing_of_their_sound():
 def test_input_that_does_not_fit_is_refused(arguments, rule):
     with pytest.raises(ArmhubertError, match=rule):
         model()(*arguments)
+
+
+@pytest.mark.parametrize("channels", [6, 12, 24])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_positional_convolution_is_right_in_bfloat16(channels, autocast):
+    position = model(position_groups=24 // channels).position
+    x = torch.randn(2, 43, 24).bfloat16().float()
+    want = position(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = position(x) if autocast else position.bfloat16()(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
 
 
 def test_half_precision_runs():

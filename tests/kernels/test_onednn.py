@@ -8,7 +8,10 @@ from armhubert.kernels import linear, onednn
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often oneDNN was asked."""
+    """How often oneDNN was asked, on a processor that MKL neglects."""
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", False)
+    monkeypatch.setattr(onednn, "SMALLEST", 1 << 23)
+    monkeypatch.setattr(onednn, "LONGEST", 384)
     count: list[int] = []
     run = onednn._linear_pointwise
     monkeypatch.setattr(onednn, "_linear_pointwise", lambda *a: (count.append(1), run(*a))[1])
@@ -36,6 +39,43 @@ def test_linear_and_its_gradients_match_float64(monkeypatch, calls, shape, outpu
     assert ours[0].shape == low[0].shape
 
 
+@pytest.mark.parametrize("dtype", onednn.DTYPES)
+@pytest.mark.parametrize("longest", [384, 1024])
+@pytest.mark.parametrize("width", [160, 480, 864])
+def test_gelu_of_a_linear_map_matches_float64(monkeypatch, calls, dtype, longest, width):
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
+    monkeypatch.setattr(onednn, "LONGEST", longest)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 131, width), (96, width), (96,)))
+    high = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    assert_no_worse_than_torch("y", linear(x, weight, bias, gelu=True), F.gelu(F.linear(x, weight, bias)), high)
+    assert calls
+    monkeypatch.setattr(onednn, "SMALLEST", 1 << 40)
+    torch.testing.assert_close(linear(x, weight, bias, gelu=True), F.gelu(F.linear(x, weight, bias)))
+
+
+def test_where_mkl_is_at_its_best_only_inference_goes_to_onednn(monkeypatch, calls):
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
+    x, weight = torch.randn(600, 128), torch.nn.Parameter(torch.randn(256, 128))
+    linear(x, weight).sum().backward()
+    assert not calls
+    with torch.no_grad():
+        linear(x, weight)
+    assert calls
+    assert not onednn.serves(x)
+
+
+def test_gelu_of_a_convolution_matches_float64():
+    torch.manual_seed(0)
+    image = torch.randn(1, 24, 1, 301).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(40, 24, 1, 3), torch.randn(40)
+    low = F.gelu(F.conv2d(image, weight, bias, (2, 2)))
+    high = F.gelu(F.conv2d(image.double(), weight.double(), bias.double(), (2, 2)))
+    assert_no_worse_than_torch("y", onednn.convolve_gelu(image, weight, bias, (2, 2)), low, high)
+    half = onednn.convolve_gelu(image.half(), weight.half(), bias.half(), (2, 2))
+    torch.testing.assert_close(half.float(), low, rtol=1e-2, atol=5e-2)
+
+
 def test_strided_rows_are_read_as_they_are(monkeypatch, calls):
     monkeypatch.setattr(onednn, "SMALLEST", 1)
     x, weight = torch.randn(5, 40, 6).transpose(1, 2)[:, ::2], torch.randn(7, 40)
@@ -49,10 +89,10 @@ def test_strided_rows_are_read_as_they_are(monkeypatch, calls):
     [
         (torch.randn(3, 8), torch.randn(4, 8)),
         (torch.randn(600, 128, dtype=torch.float64), torch.randn(256, 128, dtype=torch.float64)),
-        (torch.randn(600, 128, dtype=torch.bfloat16), torch.randn(256, 128, dtype=torch.bfloat16)),
+        (torch.randn(600, 128, dtype=torch.float16), torch.randn(256, 128, dtype=torch.float16)),
         (torch.empty(600, 128, device="meta"), torch.empty(256, 128, device="meta")),
     ],
-    ids=["small", "float64", "bfloat16", "meta"],
+    ids=["small", "float64", "float16", "meta"],
 )
 def test_the_rest_is_pytorchs_own(calls, x, weight):
     assert linear(x, weight).shape == (len(x), len(weight))
