@@ -75,6 +75,28 @@ def test_twin_computing_gradients(dropout):
     assert torch.autograd.gradcheck(compute, inputs)
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("T", [1, 63, 500])
+def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, monkeypatch):
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    monkeypatch.setattr(module, "BY_HEADS", 1)
+    q, k, v = draw(2, T, 3, 3, 40, dtype=torch.float32).cpu().unbind(2)
+    x, weight, lengths = torch.randn(2, T, 20), torch.randn(120, 20), torch.tensor([T, max(1, T // 2)])
+
+    def run(dtype):
+        computed, kept = attend(q.to(dtype), k.to(dtype), v.to(dtype), lengths, impl="torch")
+        reused = reattend(kept, x.to(dtype), weight.to(dtype), setting=setting, impl="torch")
+        return torch.stack([computed, reused]) * valid_frames(lengths, T), kept.probabilities
+
+    with torch.no_grad():
+        got, maps = run(torch.float32)
+        assert [p.shape for p in maps] == [(3, n, n) for n in lengths]
+        monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+        low, maps = run(torch.float32)
+        assert maps is None
+        assert_no_worse_than_torch("computing and reusing", got, low, run(torch.float64)[0])
+
+
 def test_twin_is_the_formula():
     q, k, x, weight = draw(2, 7, 3, 4), draw(2, 7, 3, 4, seed=1), draw(2, 7, 12, seed=2), draw(12, 12, seed=3)
     out, kept = attend(q, k, x.view(2, 7, 3, 4), impl="torch")
