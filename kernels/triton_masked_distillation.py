@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from armhubert.kernels.runtime import contiguous, float32_precision
+
 # ---- kernel -----------------------------------------------------------------
 
 
@@ -132,10 +134,9 @@ def forward(
     hidden, clean = _frames(hidden), _frames(clean)
     masked = None if masked is None else _frames(masked)
     forward_kernel[(L * tiles,)](
-        hidden, weight.contiguous(), bias.contiguous(), clean, masked, None if mask is None else mask.contiguous(),
-        lengths, residual, partial,
+        hidden, weight.contiguous(), bias.contiguous(), clean, masked, contiguous(mask), contiguous(lengths),
+        residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
-        L=L, C=C, E=E, L1=l1, KEEP=keep,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **shipped._asdict(),
+        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(),
     )  # fmt: skip
     return partial.sum(1) / E, residual
