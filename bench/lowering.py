@@ -13,11 +13,12 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -243,7 +244,8 @@ def _label(kernel: Any, spec: dict[str, Any]) -> str:
     """The kernel and the sizes that tell one of its launches from another."""
     values = {kernel.arg_names[path[0]]: value for path, value in spec["constants"].items() if len(path) == 1}
     sizes = [f"{key}={values[key]}" for key in ("C", "N", "TAPS") if key in values and "HEAD" not in values]
-    return " ".join([kernel.__name__.removesuffix("_kernel"), *sizes])
+    parts = ["with activation"] if "a_ptr" in kernel.arg_names and "a_ptr" not in values else []
+    return " ".join([kernel.__name__.removesuffix("_kernel"), *sizes, *parts])
 
 
 # ---- what the compiler made of it -------------------------------------------
@@ -312,12 +314,17 @@ def read(path: Path = RESULTS) -> dict[str, Row]:
 
 def write(rows: dict[str, Row], path: Path = RESULTS) -> None:
     """The rows of today's cases, in their order."""
-    lines = ",\n".join(json.dumps(asdict(rows[case.key])) for case in cases() if case.key in rows)
+    found = [replace(rows[case.key], kernel=case.name) for case in cases() if case.key in rows]
+    lines = ",\n".join(json.dumps(asdict(row)) for row in found)
     write_atomic(path, f'{{"rows": [\n{lines}\n]}}\n')
 
 
-def _work(index: int) -> Row:
-    return measure(cases()[index])  # an index, since a jit function does not pickle
+def _work(index: int) -> Row | str:
+    case = cases()[index]  # an index, since a jit function does not pickle
+    try:
+        return measure(case)
+    except Exception as error:
+        return f"{case.name} {case.target} {case.dtype}: {type(error).__name__}: {error}"
 
 
 def main() -> None:
@@ -330,14 +337,19 @@ def main() -> None:
     missing = [index for index, case in enumerate(cases()) if case.key not in rows]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         done = track(pool.map(_work, missing), total=len(missing), description="compiling", transient=True)
+        failed = []
         for number, row in enumerate(done):
-            rows[row.key] = row
+            if isinstance(row, str):
+                failed.append(row)
+            else:
+                rows[row.key] = row
             if number % 20 == 19:
                 write(rows)
     write(rows)
     shown = Table("kernel", "target", "dtype", "registers", "spilled", "shared", "matrix", title="lowers; not run")
-    for case in cases():
-        row = rows[case.key]
+    for row in (rows[case.key] for case in cases() if case.key in rows):
         shown.add_row(*(str(value) for value in list(asdict(row).values())[:7]))
     Console(width=130).print(shown)
-    print(f"{len(cases())} rows, {len(missing)} of them new -> {RESULTS}")
+    print(f"{len(cases()) - len(failed)} rows, {len(missing) - len(failed)} of them new -> {RESULTS}")
+    if failed:
+        sys.exit("\n".join(["do not lower:", *failed]))

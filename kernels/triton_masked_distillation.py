@@ -8,7 +8,7 @@ stored. Partial sums are added in a fixed order afterwards: reruns are bitwise e
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -112,6 +112,11 @@ def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in flat)
 
 
+def _pointers(layers: Sequence[Tensor]) -> tuple[Any, ...]:
+    """For the kernel to choose from: AMD's compiler fails to choose between tensors that it is told are small."""
+    return tuple(triton.reinterpret(x, x.dtype) for x in layers)
+
+
 def forward(
     hidden: Sequence[Tensor],
     weight: Tensor,
@@ -133,8 +138,9 @@ def forward(
     partial = weight.new_empty(L, tiles, dtype=torch.float32)
     hidden, clean = _frames(hidden), _frames(clean)
     masked = None if masked is None else _frames(masked)
+    views = _pointers(clean), None if masked is None else _pointers(masked)
     forward_kernel[(L * tiles,)](
-        hidden, weight.contiguous(), bias.contiguous(), clean, masked, contiguous(mask), contiguous(lengths),
+        _pointers(hidden), weight.contiguous(), bias.contiguous(), *views, contiguous(mask), contiguous(lengths),
         residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
         L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(),
