@@ -34,7 +34,8 @@ def _serve(work: Work, pipe: Connection) -> None:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:600]
-            row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}"}
+            full = "".join(traceback.format_exception(error))
+            row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}", "traceback": full[-8000:]}
         alive = True
         if torch.cuda.is_available():
             try:
