@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,35 @@ def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
     assert "exit code 3" in rows[1]["error"]
     assert "stopped after" in rows[2]["error"]
     assert (rows[3]["value"], rows[4]["value"]) == ("good", "also good")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time, pathlib\n"
+        "from armhubert.bench import isolate\n"
+        "def work(job):\n"
+        "    pathlib.Path(job).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "    return {}\n"
+        "if __name__ == '__main__':\n"
+        "    list(isolate.run(work, [sys.argv[1]], workers=1, job_seconds=60, deadline=time.monotonic() + 60))\n"
+    )
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, script, told])
+    wait_for(lambda: told.is_file() and told.read_text())
+    worker = Path("/proc") / told.read_text()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not worker.exists() or "\nState:\tZ" in (worker / "status").read_text())
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    stop = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop
+        time.sleep(0.1)
 
 
 def test_jobs_past_the_deadline_are_rows_too():
