@@ -158,7 +158,8 @@ def _attention_launches(dtype: torch.dtype) -> Iterator[Launch]:
         out, row = torch.zeros(B, T, H * d, dtype=dtype), torch.zeros(B, H, T)
         kept = torch.zeros(B, H, T, attention.pitched(T), dtype=dtype)
         for name in ("exact", "resoftmax", "dropout"):
-            again, key, dropout = name == "resoftmax", *((seed, 0.1) if name == "dropout" else (None, 0.0))
+            again, dropout = name == "resoftmax", 0.1 if name == "dropout" else 0.0
+            key = seed if dropout else None
             norm = row if again else row[:0]
             ways: dict[str, Callable[..., Any]] = {
                 "backward": partial(
