@@ -59,7 +59,7 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "torch":
         return "torch"
-    runnable = HAS_TRITON and (_supported(x.device.index) if x.is_cuda else INTERPRET and x.device.type == "cpu")
+    runnable = HAS_TRITON and _supported(x)
     if impl == "auto":
         return "triton" if runnable and x.dtype in TRITON_DTYPES else "torch"
     if not HAS_TRITON:
@@ -74,10 +74,14 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
     return "triton"
 
 
-@torch.compiler.assume_constant_result
-def _supported(device: int) -> bool:
-    """Whether Triton makes code for this GPU: Ampere and later, or AMD's."""
-    return _capability(device) >= (8, 0)
+def _supported(x: Tensor) -> bool:
+    """Whether Triton makes code for the device of x: Ampere and later, or AMD's; the interpreter, a CPU."""
+    if not x.is_cuda:
+        return INTERPRET and x.device.type == "cpu"
+    return torch.compiler.is_compiling() or _capability(x.device.index) >= (
+        8,
+        0,
+    )  # a compiler cannot trace the question
 
 
 @cache
