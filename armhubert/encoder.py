@@ -74,7 +74,7 @@ class Linear(nn.Linear):
 class ComputingAttention(nn.Module):
     """Self-attention that computes its map and hands it on."""
 
-    def __init__(self, config: EncoderConfig, heads: int, reused: bool, impl: Impl) -> None:
+    def __init__(self, config: EncoderConfig, heads: int, reused: int, impl: Impl) -> None:
         super().__init__()
         self.heads, self.dropout, self.reused, self.impl = heads, config.attention_dropout, reused, impl
         inner = heads * (config.width // config.heads)
@@ -178,7 +178,8 @@ class EncoderLayer(nn.Module):
         elif kept and config.position_buckets:
             self.attention = GatedPositionAttention(config, kept)
         elif kept:
-            reused = config.pattern[index + 1 : index + 2] == "R"
+            following = config.pattern[index + 1 :]
+            reused = len(following) - len(following.lstrip("R"))
             self.attention = ComputingAttention(config, len(kept), reused, impl)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.up = Linear(config.width, ffn) if ffn else None

@@ -2,9 +2,10 @@
 
     check     every kernel on the device against float64
     micro     the ops against their baselines
-    variants  projection inside or before the kernel of reused attention
     model     the student and the distillation step, end to end
-    report    merge the stages' files, print, draw
+    variants  the ways of reusing a map: recomputed, projection inside or before the kernel, or stored
+    compiled  the ops against baselines that take minutes to compile: torch.compile, FlexAttention
+    report    merge the stages' files into one, print, draw; needs no GPU
     adopt     make the variants that --result holds the kernels' choice (kernels/variants.json)
 
 Each stage writes DIR/STAGE.json whenever it has something new, so that what is done survives whatever comes after.
@@ -21,7 +22,6 @@ import torch
 from rich.console import Console
 
 from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate
-from armhubert.clock import write_results
 from armhubert.distributed import pick_device
 
 REHEARSAL = "no CUDA device: rehearsal, nothing here is a GPU figure"
@@ -39,8 +39,9 @@ class Stage(NamedTuple):
 STAGES = {
     "check": Stage(gpu_check.jobs, gpu_check.work, True, 90),
     "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
-    "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
     "model": Stage(gpu_model.jobs, gpu_model.work, False, 75),
+    "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
+    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 45),
 }
 
 
@@ -49,33 +50,43 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
     deadline = time.monotonic() + budget
     stage = STAGES[name]
     jobs = list(stage.jobs(device.type, quick))
-    workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
     console = Console(width=120)
-    if name == "micro":
-        _compile_ahead(jobs, time.monotonic() + budget * 0.4, console)
     rows: list[dict[str, Any]] = [{"job": _label(job), "error": "not reached", "unreached": True} for job in jobs]
+    gpu_report.write_stage(name, rows, device, out)
+    ready = list(range(len(jobs)))
+    if name == "compiled":
+        ready = _compile_ahead(jobs, time.monotonic() + budget * 0.7, console)
+    workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
     written = 0.0
-    for index, row in isolate.run(stage.work, jobs, workers=workers, job_seconds=stage.job_seconds, deadline=deadline):
+    todo = [jobs[index] for index in ready]
+    for position, row in isolate.run(
+        stage.work, todo, workers=workers, job_seconds=stage.job_seconds, deadline=deadline
+    ):
+        index = ready[position]
         rows[index] = {"job": _label(jobs[index]), **row}
         bad = "error" in row or row.get("ok") is False
         if bad and not row.get("unreached"):
             console.print(f"{name}: {rows[index]['job']}: {row.get('error') or row.get('at')}", markup=False)
-        if time.monotonic() - written > 5:
-            write_results(name, rows, device, out)
+        if bad or time.monotonic() - written > 5:
+            gpu_report.write_stage(name, rows, device, out)
             written = time.monotonic()
-    write_results(name, rows, device, out)
+    gpu_report.write_stage(name, rows, device, out)
     failed = sum("error" in row or row.get("ok") is False for row in rows)
     console.print(f"{name}: {len(rows) - failed} of {len(rows)} jobs done well, {failed} not", markup=False)
     return rows
 
 
-def _compile_ahead(jobs: Sequence[gpu_micro.Job], deadline: float, console: Console) -> None:
-    """Fill the compilers' caches on disk side by side, so that the timing process finds everything there."""
-    ahead = [job._replace(compile_only=True) for job in jobs if job.cell.slow]
+def _compile_ahead(jobs: Sequence[gpu_micro.Job], deadline: float, console: Console) -> list[int]:
+    """Fill the compilers' caches on disk side by side -> the jobs whose baselines are there for the timing process."""
+    ahead = [job._replace(compile_only=True) for job in jobs]
     workers = max(1, min(len(ahead), (os.cpu_count() or 2) // 2))
-    for index, row in isolate.run(gpu_micro.work, ahead, workers=workers, job_seconds=100, deadline=deadline):
+    ready = []
+    for index, row in isolate.run(gpu_micro.work, ahead, workers=workers, job_seconds=200, deadline=deadline):
         if error := row.get("error") or row.get("failed"):
-            console.print(f"micro, compiling {ahead[index].cell.label}: {error}", markup=False)
+            console.print(f"compiling for {_label(ahead[index])}: {error}", markup=False)
+        if row.get("compiled"):
+            ready.append(index)
+    return sorted(ready)
 
 
 def _label(job: Any) -> str:
@@ -96,19 +107,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes; what a machine without a GPU can do")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for this stage")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
-    parser.add_argument("--result", type=Path, help="of adopt: the file that report wrote")
+    parser.add_argument("--result", type=Path, help="adopt: what report wrote; report: an earlier one to add to")
     options = parser.parse_args()
     if options.stage == "adopt":
         if options.result is None:
             parser.error("adopt needs --result FILE")
         print(gpu_report.adopt(options.result))
         return
+    if options.stage == "report":
+        gpu_report.report(options.out, options.result)
+        return
     device = pick_device(options.device)
     if device.type == "cpu":
         Console().print(REHEARSAL, style="bold red")
-    if options.stage == "report":
-        gpu_report.report(device, options.out)
-        return
     run_stage(
         options.stage, device, quick=options.quick or device.type == "cpu", budget=options.budget, out=options.out
     )

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command and under nine minutes: correctness of every kernel, times against
-# baselines, the choice of variants, the student end to end. From a bare checkout; needs torch, triton, einops, rich,
+# baselines, the student end to end, the choice of variants. From a bare checkout; needs torch, triton, einops, rich,
 # safetensors, huggingface_hub, pyyaml and (for one baseline) transformers. Without a GPU: a rehearsal on the CPU.
 #
-#   bench/gpu.sh                    all stages
-#   bench/gpu.sh micro report       some of them
+#   bench/gpu.sh                             all stages, the most important first
+#   bench/gpu.sh check model report          some of them, which share the time
+#   bench/gpu.sh variants compiled report    what needs compilers' minutes, on its own
 #
 # OUT: where results go (bench/results); PYTHON: the interpreter (python3); LIMIT: seconds for everything (520).
+# EARLIER: a report of the same GPU whose other stages the new one takes over.
 set -u
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${OUT:-$root/bench/results}
 limit=${LIMIT:-520}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
+EARLIER=${EARLIER:+$(realpath "$EARLIER")}
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}" >&2; exit 1; }
 
 # The import names armhubert.kernels, .cli and .bench without an installation: a folder of links.
@@ -34,35 +37,41 @@ else
     options=(--device cpu --quick)
 fi
 
+stages=(${@:-check micro model variants compiled tests report})
+declare -A weight=([check]=140 [micro]=130 [model]=80 [variants]=30 [compiled]=110)
+for name in "${stages[@]}"; do
+    [[ -n ${weight[$name]:-} || $name == tests || $name == report ]] ||
+        { echo "no stage $name: check micro model variants compiled tests report" >&2; exit 2; }
+done
+
 status=0
-stage() { # name, seconds at most: what is left of the limit, with half a minute for the report, if that is less
-    local left=$((limit - SECONDS - 30)) seconds=$2
-    ((seconds > left)) && seconds=$left
-    ((seconds < 10)) && { echo "=== $1: no time left ==="; return; }
-    echo "=== $1, at most $seconds s, $SECONDS s in ==="
-    timeout -k 5 $((seconds + 25)) "$python" -m armhubert.bench gpu "$1" "${options[@]}" --budget "$seconds" --out "$out" ||
-        { status=$?; echo "=== $1 ended with $status ==="; }
+share() { # its part of what is left, but half a minute for the report, by weight among the stages still to come
+    local total=0 name
+    for name in "$@"; do total=$((total + ${weight[$name]:-0})); done
+    echo $(((limit - SECONDS - 30) * ${weight[$1]} / total))
 }
 
-for name in "${@:-check micro model variants tests report}"; do
-    for one in $name; do
-        case $one in
-            check) stage check 150 ;;
-            micro) stage micro 220 ;;
-            model) stage model 90 ;;
-            variants) stage variants 40 ;;
-            tests) # the same tests as everywhere, where pytest is there and time is left
-                left=$((limit - SECONDS - 40))
-                if [[ ${options[1]} == cuda ]] && ((left > 20)) && "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-                    parallel=()
-                    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
-                    timeout -k 5 "$left" "$python" -m pytest -q -o addopts= -p no:cacheprovider "${parallel[@]}" \
-                        --rootdir "$root" -c "$root/pyproject.toml" "$root/tests/kernels" 2>&1 | tail -n 15
-                fi ;;
-            report) "$python" -m armhubert.bench gpu report "${options[@]:0:2}" --out "$out" || status=1 ;;
-            *) echo "no stage $one: check micro model variants tests report" >&2; exit 2 ;;
-        esac
-    done
+for index in "${!stages[@]}"; do
+    name=${stages[index]}
+    case $name in
+        report)
+            "$python" -m armhubert.bench gpu report --out "$out" ${EARLIER:+--result "$EARLIER"} || status=1 ;;
+        tests) # the same tests as everywhere, where pytest is there and time is left
+            left=$((limit - SECONDS - 40))
+            if [[ ${options[1]} == cuda ]] && ((left > 20)) && "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
+                parallel=()
+                "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+                timeout -k 5 "$left" "$python" -m pytest -q -o addopts= -p no:cacheprovider "${parallel[@]}" \
+                    --rootdir "$root" -c "$root/pyproject.toml" "$root/tests/kernels" 2>&1 | tail -n 15
+            fi ;;
+        *)
+            seconds=$(share "${stages[@]:index}")
+            ((seconds < 10)) && { echo "=== $name: no time left ==="; continue; }
+            echo "=== $name, at most $seconds s, $SECONDS s in ==="
+            # a stage that outlives its budget is ended with its processes; what it has written stays
+            timeout -k 5 $((seconds + 20)) "$python" -m armhubert.bench gpu "$name" "${options[@]}" --budget "$seconds" \
+                --out "$out" || { status=$?; echo "=== $name ended with $status ==="; } ;;
+    esac
 done
 echo "=== $SECONDS s ==="
 exit $status

@@ -8,10 +8,10 @@ import torch
 
 from armhubert.bench.cases import SLOW, Cell, Makers, build, gpu_cells, rehearsal_cells
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
-from armhubert.kernels import costs
+from armhubert.kernels import costs, variants
 from armhubert.kernels import reuse_attention as attention_module
 
-GRAPHS_UP_TO_BYTES = 64e6
+GRAPHS_UP_TO_BYTES = 512e6
 """Cells that move no more are also timed as CUDA graphs: eager PyTorch cannot queue them fast enough."""
 
 
@@ -29,15 +29,22 @@ def gpu_rates(device: torch.device) -> costs.Gpu | None:
     """Rates of this GPU, if costs.py knows it."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu for known, gpu in costs.GPUS.items() if known in name), None)
+    return costs.named(torch.cuda.get_device_name(device))
 
 
 def jobs(device: str, quick: bool) -> list[Job]:
-    """Every cell, forward and then forward and backward; last, and again, those with baselines to be compiled."""
+    """Every cell without the baselines that must be compiled first, forward and then forward and backward."""
+    return [job._replace(cell=job.cell._replace(slow=False)) for job in _jobs(device, quick)]
+
+
+def compiled_jobs(device: str, quick: bool) -> list[Job]:
+    """Again, with those baselines, the cells that are marked for it."""
+    return [job for job in _jobs(device, quick) if job.cell.slow]
+
+
+def _jobs(device: str, quick: bool) -> list[Job]:
     cells = list(rehearsal_cells() if quick else gpu_cells())
-    ordered = [*(cell._replace(slow=False) for cell in cells), *(cell for cell in cells if cell.slow)]
-    return [Job(cell, device, backward, 3 if quick else 30) for cell in ordered for backward in (False, True)]
+    return [Job(cell, device, backward, 3 if quick else 30) for cell in cells for backward in (False, True)]
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 class VariantJob(NamedTuple):
-    """Reused attention of one shape with the projection inside the kernel and before it."""
+    """One shape of a computing and a reusing layer, by each of the ways that `kernels/variants.py` chooses from."""
 
     B: int
     T: int
@@ -142,41 +149,44 @@ class VariantJob(NamedTuple):
 
 
 def variant_jobs(device: str, quick: bool) -> list[VariantJob]:
-    """Where the two may cross: short sequences at every batch size."""
+    """The grid of the table, short sequences first: that is where the ways may cross."""
     if quick:
         return [VariantJob(1, 8, 2, 16, device, 2), VariantJob(2, 16, 2, 16, device, 2)]
     return list(_variant_grid(device))
 
 
 def _variant_grid(device: str) -> Iterator[VariantJob]:
-    for T in (50, 100, 128, 200, 256, 384, 512, 1024):
-        for B in (1, 4, 16, 64):
+    for T in variants.FRAMES:
+        for B in variants.BATCHES:
             yield VariantJob(B, T, 12, 40, device, 20)
 
 
 def variant_work(job: VariantJob) -> dict[str, Any]:
-    """Forward times of both variants, as CUDA graphs, so that a launch saved on the host does not decide."""
+    """Forward times of every way, as CUDA graphs, so that a launch saved on the host does not decide."""
     device = torch.device(job.device)
-    cell = Cell("reattend", job.B, job.T, job.H, job.d)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     runs = {}
     with torch.no_grad():
-        for name, inside in (("inside", True), ("outside", False)):
-            candidate = build(cell, device, torch.float32 if device.type == "cpu" else torch.bfloat16)["ours"]()
-            with mock.patch.object(attention_module, "project_inside", return_value=inside):
-                warm(candidate.forward, device)
-                runs[name] = captured(candidate.forward, device)
+        for name, op, inside, stored in (
+            ("inside", "reattend", True, False),
+            ("outside", "reattend", False, False),
+            ("stored", "reattend", False, True),
+            ("attend", "attend", False, False),
+            ("attend storing", "attend", False, True),
+        ):
+            with (
+                mock.patch.object(attention_module, "project_inside", return_value=inside),
+                mock.patch.object(attention_module, "store_map", return_value=stored),
+            ):
+                run = build(Cell(op, job.B, job.T, job.H, job.d), device, dtype)["ours"]().forward
+                warm(run, device)
+                runs[name] = captured(run, device)
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=3.0)
-    return {**job._asdict(), **{f"{name}_s": timing.median for name, timing in timings.items()}}
-
-
-def variant_table(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """[[B, T], ...]: up to B utterances, project inside up to T frames, the last T before that first loses."""
-    table = []
-    for B in sorted({row["B"] for row in rows}):
-        longest = 0
-        for row in sorted((r for r in rows if r["B"] == B), key=lambda r: r["T"]):
-            if row["inside_s"] > row["outside_s"]:
-                break
-            longest = row["T"]
-        table.append([B, longest])
-    return table
+    seconds = {name: timing.median for name, timing in timings.items()}
+    storing = max(0.0, seconds["attend storing"] - seconds["attend"])
+    return {
+        **job._asdict(),
+        **{f"{name}_s": seconds[name] for name in ("inside", "outside", "stored")},
+        "storing_s": storing,
+        "attend_s": seconds["attend"],
+    }

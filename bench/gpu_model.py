@@ -12,6 +12,7 @@ from armhubert import encoder as encoder_module
 from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline
 from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend, sdpa_reattend
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.bench.gpu_micro import ceilings
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import SpeechEncoder
 from armhubert.frontend import FrontEnd, valid_mask
@@ -27,7 +28,7 @@ class Job(NamedTuple):
     """One end-to-end comparison."""
 
     kind: str
-    """inference or distillation."""
+    """inference, distillation, or ceilings: what a copy and a matrix product reach here."""
     B: int
     device: str
     quick: bool
@@ -40,11 +41,13 @@ def jobs(device: str, quick: bool) -> list[Job]:
     sizes = (1, 2) if quick else (16, 1)
     inference = [Job("inference", B, device, quick) for B in sizes]
     slow = [] if quick else [Job("inference", B, device, quick, compiled=True) for B in sizes]
-    return [*inference, Job("distillation", max(sizes), device, quick), *slow]
+    return [*inference, Job("distillation", max(sizes), device, quick), Job("ceilings", 0, device, quick), *slow]
 
 
 def work(job: Job) -> dict[str, Any]:
     """Run one comparison -> its row."""
+    if job.kind == "ceilings":
+        return {"kind": job.kind, **ceilings(torch.device(job.device))}
     run = _inference if job.kind == "inference" else _distillation
     return {"kind": job.kind, "batch": job.B, **run(job)}
 
@@ -107,10 +110,13 @@ def _inference(job: Job) -> dict[str, Any]:
     if job.compiled:
         makers |= {"ours, torch.compile": lambda: compiled("auto"), "twins, torch.compile": lambda: compiled("torch")}
     else:
+        released = ReleasedWay(_model(config, ARMHuBERT, "torch", device).eval())
         makers |= {
             "ours, PyTorch twins": lambda: student("torch"),
-            "released way": lambda: of(ReleasedWay(_model(config, ARMHuBERT, "torch", device))),
+            "released way": lambda: of(released),
             "HuBERT Base, transformers sdpa": lambda: of(baseline("hubert-base")),
+            "released way, CUDA graph": lambda: captured(of(released), device),
+            "HuBERT Base, transformers sdpa, CUDA graph": lambda: captured(of(baseline("hubert-base")), device),
         }
     with torch.no_grad():
         for name, make in makers.items():

@@ -10,21 +10,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from armhubert.bench.gpu_micro import ceilings, variant_table
 from armhubert.clock import conditions
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
-from armhubert.kernels import reuse_attention as attention
+from armhubert.kernels import variants
 
-STAGES = ("check", "micro", "variants", "model")
+STAGES = ("check", "micro", "model", "variants", "compiled")
 Row = dict[str, Any]
 
 
-def report(device: torch.device, out: Path) -> Path:
-    """DIR/<gpu>-<date>.json from the stages' files, which it replaces; tables; pictures where matplotlib is there."""
-    content = merge(device, out)
-    where = content["conditions"]["device"] if device.type == "cuda" else "rehearsal"
-    name = "-".join(["".join(c if c.isalnum() else "-" for c in where.lower()), content["conditions"]["date"]])
+def write_stage(name: str, rows: list[Row], device: torch.device, out: Path) -> None:
+    """DIR/NAME.json: the rows of a stage and what they were measured on."""
+    content = {"conditions": {**conditions(device), **_versions(device)}, "rows": rows}
+    write_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+
+
+def report(out: Path, addition: Path | None = None) -> Path:
+    """DIR/<gpu>-<date>.json from the stages' files, which it replaces; tables; pictures where matplotlib is there.
+
+    Needs no GPU. Stages that were not run again keep their rows of a report of that name that is there already, or of
+    `addition`, another report of the same GPU.
+
+    Raises:
+        ArmhubertError: no stage has left a file.
+    """
+    name, content = merge(out, addition)
     path = out / f"{name}.json"
     write_atomic(path, json.dumps(content, indent=1) + "\n")
     for stage in STAGES:
@@ -51,27 +61,33 @@ def adopt(result: Path) -> Path:
         ArmhubertError: figures of a rehearsal, or none.
     """
     content = json.loads(result.read_text("utf-8"))
-    if not content["conditions"]["real"] or not content["project_inside"]:
+    if not content["conditions"].get("real") or not content["choices"]:
         raise ArmhubertError(f"{result} must hold variants measured on a GPU, got a rehearsal or none")
-    path = Path(attention.__file__).with_name("variants.json")
-    table = {**attention.VARIANTS, content["conditions"]["capability"]: content["project_inside"]}
-    write_atomic(path, json.dumps(table) + "\n")
-    return path
+    table = {**variants.measured(), content["conditions"]["capability"]: content["choices"]}
+    write_atomic(variants.FILE, json.dumps(table) + "\n")
+    return variants.FILE
 
 
-def merge(device: torch.device, out: Path) -> dict[str, Any]:
-    """The stages' rows under their names, what they were measured on, and the choice of variants."""
-    content: dict[str, Any] = {"conditions": {**conditions(device), **_versions(device)}}
+def merge(out: Path, addition: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """The report's name; the stages' rows under their names, what they were measured on, and the choice of variants."""
+    found = {stage: out / f"{stage}.json" for stage in STAGES}
+    parts = {stage: json.loads(path.read_text("utf-8")) for stage, path in found.items() if path.is_file()}
+    other = json.loads(addition.read_text("utf-8")) if addition else {}
+    told = [part["conditions"] for part in parts.values()] + ([other["conditions"]] if other else [])
+    if not told:
+        raise ArmhubertError(f"a report needs files that stages have left in {out}, found none")
+    where = told[0]["device"] if told[0].get("real") else "rehearsal"
+    name = "-".join(["".join(c if c.isalnum() else "-" for c in where.lower()), told[0]["date"]])
+    path = out / f"{name}.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    content: dict[str, Any] = {"conditions": told[0]}
     for stage in STAGES:
-        path = out / f"{stage}.json"
-        content[stage] = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    try:
-        content["ceilings"] = ceilings(device)
-    except Exception as error:
-        content["ceilings"] = {"error": f"{type(error).__name__}: {error}"}
-    measured = [row for row in content["variants"] if "error" not in row]
-    content["project_inside"] = variant_table(measured) if measured else []
-    return content
+        rows = parts[stage]["rows"] if stage in parts else None
+        content[stage] = rows or other.get(stage) or before.get(stage) or []
+    content["ceilings"] = next((row for row in content["model"] if row.get("kind") == "ceilings"), {"error": "none"})
+    grid = [row for row in content["variants"] if "error" not in row]
+    content["choices"] = variants.table(grid) if grid else {}
+    return name, content
 
 
 def _versions(device: torch.device) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def best_baseline(row: Row) -> tuple[str, float] | None:
 def measured(content: dict[str, Any]) -> list[Row]:
     """Micro rows that hold times of ours; of a cell measured twice, the one with more baselines."""
     rows: dict[str, Row] = {}
-    for row in content["micro"]:
+    for row in (*content["micro"], *content["compiled"]):
         if len(row.get("candidates", {})) >= len(rows.get(row["job"], {}).get("candidates", {"ours": None})):
             rows[row["job"]] = row
     return list(rows.values())
@@ -184,11 +200,14 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
                 f"{c['steps_per_second']:.2f}" if "steps_per_second" in c else "", _megabytes(c["peak_extra_bytes"]),
             )  # fmt: skip
     yield whole
-    if content["project_inside"]:
-        variants = Table("B", "project inside up to T", title="variants of reused attention")
-        for batch, longest in content["project_inside"]:
-            variants.add_row(str(batch), str(longest))
-        yield variants
+    if content["choices"]:
+        ways = Table("B", "T", "inside us", "outside us", "stored us", "storing us", "store for layers", title=title)
+        layers = {(batch, frames): n for batch, frames, n in content["choices"]["stored"]}
+        for row in content["variants"]:
+            if "error" not in row:
+                times = [f"{row[f'{way}_s'] * 1e6:.1f}" for way in ("inside", "outside", "stored", "storing")]
+                ways.add_row(str(row["B"]), str(row["T"]), *times, str(layers[row["B"], row["T"]] or "never"))
+        yield ways
 
 
 def _megabytes(count: int | None) -> str:

@@ -4,10 +4,12 @@ After an illegal memory access every later call of the same process fails; a wor
 """
 
 import contextlib
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,10 +19,19 @@ START_SECONDS = 90
 Work = Callable[[Any], dict[str, Any]]
 
 
+def _die_with_parent() -> None:
+    """A worker that outlives a killed parent would go on in the background of whatever is timed next."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(work: Work, pipe: Connection) -> None:
     """A worker: job in, row out, until the pipe closes or the device no longer answers."""
     import torch
 
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     pipe.send((True, None))  # imports are done: from here on a job's time counts
     while True:
         try:
@@ -34,7 +45,8 @@ def _serve(work: Work, pipe: Connection) -> None:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:600]
-            row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}"}
+            full = "".join(traceback.format_exception(error))
+            row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}", "traceback": full[-8000:]}
         alive = True
         if torch.cuda.is_available():
             try:

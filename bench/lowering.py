@@ -1,17 +1,25 @@
 """Lower every kernel to machine code for the GPUs we claim, without one in the machine, and read what came out.
 
-`python -m armhubert.bench lowering` prints a row per kernel, shape, target and dtype, and writes results/lowering.json.
-What lowers has not thereby been run.
+`python -m armhubert.bench lowering` compiles what results/lowering.json lacks and prints the table. What is compiled is
+what a launch asks for: the launchers run on CPU tensors under a driver that only writes down types, alignments and
+constants. What lowers has not thereby been run.
 """
 
+import argparse
+import ast
+import contextlib
+import hashlib
+import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,9 +29,13 @@ import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction, driver
 
+from armhubert.files import write_atomic
 from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_reuse_attention as attention
@@ -44,20 +56,200 @@ MATRIX_INSTRUCTIONS = {
     "gfx942": ("v_mfma",),
 }
 HEAD_WIDTHS = (36, 40, 64, 128)
-LAYERS = 12
+HEADS, LAYERS, TEACHER = 12, 12, 768
+NO_PRODUCT = ("norm_kernel", "gelu_backward_kernel", "window_sums_kernel")
+RESULTS = Path(__file__).parent / "results" / "lowering.json"
+
+# ---- what launches ask for --------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one shipped configuration: argument types and constants by name."""
+    """One kernel as a launch specialises it: types, constants and alignments by argument."""
 
     name: str
+    target: str
+    dtype: str
     kernel: Any
-    arguments: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
-    dtype: str
-    matrix: bool = True  # whether a matrix product is in it
+
+    @property
+    def matrix(self) -> bool:
+        """Whether a matrix product is in it."""
+        return self.kernel.__name__ not in NO_PRODUCT
+
+    @property
+    def key(self) -> str:
+        """Digest of the kernel's source and of all that it is compiled with: a row of another key is out of date."""
+        parts = (self.target, self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
+        return hashlib.sha256(f"{source(self.kernel)}{parts}".encode()).hexdigest()[:16]
+
+
+@cache
+def source(kernel: JITFunction) -> str:
+    """A kernel's code, and the functions and constants of its module that it uses, however they are laid out."""
+    found: dict[str, str] = {}
+
+    def visit(function: Any) -> None:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        tree.body = tree.body[ast.get_docstring(tree) is not None :]
+        found[function.__name__] = ast.unparse(tree)
+        for node in ast.walk(tree):
+            value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(value, triton.language.constexpr):
+                found[node.id] = repr(value.value)  # type: ignore[attr-defined]
+            inner = getattr(value, "fn", value)
+            if inspect.isfunction(inner) and inner.__module__ == function.__module__ and inner.__name__ not in found:
+                visit(inner)
+
+    visit(kernel.fn)
+    return str(sorted(found.items()))
+
+
+class _Scribe:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # the key of Triton's per-device caches
+
+    def get_current_stream(self, _: Any) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recording(target: GPUTarget) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Within, launches are written down and not made: the kernel, and what its compiler would be given."""
+    launches: list[tuple[Any, dict[str, Any]]] = []
+
+    def write_down(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        launches.append((fn.jit_function, compile))
+        return True
+
+    hook, active = knobs.runtime.jit_cache_hook, driver._active
+    knobs.runtime.jit_cache_hook = write_down
+    driver.set_active(_Scribe(target))
+    try:
+        yield launches
+    finally:
+        driver.set_active(active)  # not reset_active, which wants a GPU
+        knobs.runtime.jit_cache_hook = hook
+
+
+Launch = tuple[str, Callable[[], Any]]
+
+
+def _attention_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    B, T, H = 2, 50, HEADS
+    lengths, seed = torch.tensor([50, 41]), torch.tensor([3])
+    for d in HEAD_WIDTHS:
+        q, k, v = torch.zeros(B, T, 3, H, d, dtype=dtype).unbind(2)
+        x, weight, bias = (torch.zeros(s, dtype=dtype) for s in ((B, T, H * d), (H * d, H * d), (H * d,)))
+        out, row = torch.zeros(B, T, H * d, dtype=dtype), torch.zeros(B, H, T)
+        kept = torch.zeros(B, H, T, attention.pitched(T), dtype=dtype)
+        for name in ("exact", "resoftmax", "dropout"):
+            again, dropout = name == "resoftmax", 0.1 if name == "dropout" else 0.0
+            key = seed if dropout else None
+            norm = row if again else row[:0]
+            ways: dict[str, Callable[..., Any]] = {
+                "backward": partial(
+                    attention.attention_backward, out, q, k, v, out, row, norm, lengths, key, dropout, again
+                )
+            }
+            if not again:
+                ways["attend"] = partial(attention.attend_forward, q, k, v, lengths, key, dropout, False)
+            if name == "exact":
+                ways["attend storing"] = partial(attention.attend_forward, q, k, v, lengths, None, 0.0, True)
+            if name != "dropout":
+                ways["reattend"] = partial(attention.reattend_forward, q, k, v, row, lengths, again)
+                ways["reattend stored"] = partial(attention.reattend_kept_forward, kept, v, lengths, again)
+                ways["reattend fused"] = partial(
+                    attention.reattend_fused_forward, q, k, x, weight, bias, row, lengths, again
+                )
+            for way, launch in ways.items():
+                yield f"{way}{'' if name == 'exact' else ' ' + name} d={d}", launch
+
+
+def _distillation_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    B, T, C, E = 2, 50, 480, TEACHER
+    hidden, views = ([torch.zeros(B, T, width, dtype=dtype) for _ in range(LAYERS)] for width in (C, E))
+    weight, bias = torch.zeros(LAYERS, E, C, dtype=dtype), torch.zeros(LAYERS, E, dtype=dtype)
+    mask, lengths = torch.zeros(B, T, dtype=torch.bool), torch.tensor([50, 41])
+    for l1, keep in ((False, False), (False, True), (True, True)):
+        label = f"distillation {'l1' if l1 else 'mse'}{' training' if keep else ''}"
+        yield label, partial(distillation.forward, hidden, weight, bias, views, views, mask, lengths, l1, keep)
+    one_view = hidden, weight, bias, views, None, None, lengths, False, True
+    yield "distillation mse training, one view", partial(distillation.forward, *one_view)
+
+
+def _frontend_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """The default student's stack, HuBERT's, and that of the large teachers, which have norms and biases."""
+    student = ((128, 10, 5), (256, 1, 1), (256, 3, 2), (480, 1, 1), (480, 2, 2))
+    teacher = ((512, 10, 5), (512, 3, 2), (512, 2, 2))
+    x = torch.zeros(2, 3000, dtype=dtype)
+    yield "front end", partial(frontend.window_sums, x, 10, 5, torch.tensor([500, 400]))
+    for name, stack in (("student", student), ("teacher", teacher), ("large", teacher)):
+        large = name == "large"
+        (C, K, stride), *rest = stack
+        w0 = torch.zeros(C, K, dtype=dtype)
+        w0 = w0.expand(2, C, K) if large else w0.repeat(2, 1, 1)
+        weights, inputs = [], C
+        for channels, kernel, _ in rest:
+            weights.append(torch.zeros(channels, inputs, kernel, dtype=dtype))
+            inputs = channels
+        biases = [torch.zeros(w.shape[0], dtype=dtype) for w in weights] if large else []
+        norms = [torch.zeros(c, dtype=dtype) for c, _, _ in stack for _ in range(2)] if large else []
+        common = x, torch.zeros(2, K), w0, torch.zeros(2, C), weights, biases, norms
+        strides = [stride, *(s for _, _, s in rest)]
+        for keep in (False, True):
+            label = f"front end {name}{' training' if keep else ''}"
+            yield label, partial(frontend.forward, *common, strides, 1e-5, keep)
+        counts = frontend.frame_counts(3000, [k for _, k, _ in stack], strides)
+        rows = frontend.padded_counts(counts, strides)
+        kept: list[Tensor] = [torch.zeros(2, r, c, dtype=dtype) for r, (c, _, _) in zip(rows, stack, strict=True)]
+        g = torch.zeros(2, counts[-1], inputs, dtype=dtype)
+        yield f"front end {name} backward", partial(frontend.backward, g, *common, kept[1:], strides, 1e-5, False)
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    """Every kernel in every shipped configuration, in three dtypes, for every target; a second like it left out."""
+    found: dict[str, Case] = {}
+    for dtype, kind in DTYPES.items():
+        for target, gpu in TARGETS.items():
+            for makers in (_attention_launches, _distillation_launches, _frontend_launches):
+                for name, launch in makers(kind):
+                    with recording(gpu) as launches:
+                        launch()
+                    for kernel, spec in launches:
+                        aligned = {path: value for path, value in spec["configs"][0].items() if value}
+                        case = Case(
+                            f"{name}: {_label(kernel, spec)}", target, dtype, kernel, spec["signature"],
+                            spec["constants"], aligned, spec["num_warps"], spec["num_stages"],
+                        )  # fmt: skip
+                        found.setdefault(case.key, case)
+    return tuple(found.values())
+
+
+def _label(kernel: Any, spec: dict[str, Any]) -> str:
+    """The kernel and the sizes that tell one of its launches from another."""
+    values = {kernel.arg_names[path[0]]: value for path, value in spec["constants"].items() if len(path) == 1}
+    sizes = [f"{key}={values[key]}" for key in ("C", "N", "TAPS") if key in values and "HEAD" not in values]
+    parts = ["with activation"] if "a_ptr" in kernel.arg_names and "a_ptr" not in values else []
+    return " ".join([kernel.__name__.removesuffix("_kernel"), *sizes, *parts])
+
+
+# ---- what the compiler made of it -------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -71,139 +263,20 @@ class Row:
     spilled: int  # bytes of stack on NVIDIA, registers on AMD
     shared: int
     matrix: str
+    triton: str
+    key: str
 
 
-def _attention_cases(dtype: str) -> Iterator[Case]:
-    low = f"*{dtype}"
-    for d in HEAD_WIDTHS:
-        for settings in ("exact", "resoftmax", "dropout"):
-            head = {"scale": "fp32", **attention._tiles(d), "ALIGN": 8 if d % 16 else 16, "PRECISION": "ieee"}
-            if dtype == "fp32" and d % 16:
-                head["ALIGN"] = 4
-            rows = {"T": "i32", "H": "i32"}
-            strides = {f"{x}_{y}": "i32:16" for x in "qkv" for y in "bt"}
-            strides |= {f"{x}_h": "i32:16" if d % 16 == 0 else "i32" for x in "qkv"}
-            seed = "*i64" if settings == "dropout" else None
-            dropout = {"threshold": "i32", "inverse_keep": "fp32"}
-            inputs = {"q_ptr": low, "k_ptr": low, "v_ptr": low}
-            tables = {"lengths_ptr": "*i64", "lse_ptr": "*fp32", "norm_ptr": "*fp32"}
-            resoftmax = {"RESOFTMAX": settings == "resoftmax"}
-            gradients = {"g_ptr": low, "seed_ptr": seed, "delta_ptr": "*fp32", "shift_ptr": "*fp32", **dropout}
-            common = inputs | tables | strides | rows | head
-            forms: list[tuple[str, dict[str, Any]]] = [
-                ("backward_q", common | gradients | resoftmax | {"out_ptr": low, "dq_ptr": low}),
-                ("backward_kv", common | gradients | resoftmax | {"dk_ptr": low, "dv_ptr": low}),
-            ]
-            if settings != "resoftmax":
-                forms.append(("attend", common | dropout | {"seed_ptr": seed, "out_ptr": low}))
-            if settings != "dropout":
-                forms.append(("reattend", common | resoftmax | {"out_ptr": low}))
-                fused = {"x_ptr": low, "weight_ptr": low, "bias_ptr": low, "x_b": "i32:16", "x_t": "i32:16"}
-                forms.append(
-                    ("reattend_fused", common | resoftmax | fused | {"out_ptr": low, "C": 12 * d, "BLOCK_C": 32})
-                )
-            for name, arguments in forms:
-                shipped = attention.config(name, d, DTYPES[dtype], settings != "exact")
-                arguments = arguments | {"BLOCK_M": shipped.BLOCK_M, "BLOCK_N": shipped.BLOCK_N}
-                kernel = getattr(attention, f"{name}_kernel")
-                label = f"{name} {settings} d={d}" if settings != "exact" else f"{name} d={d}"
-                yield Case(label, kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
-
-
-def _distillation_cases(dtype: str) -> Iterator[Case]:
-    low = f"*{dtype}"
-    shipped = distillation.config(DTYPES[dtype])
-    for l1, keep in ((False, False), (False, True), (True, True)):
-        arguments: dict[str, Any] = {
-            **dict.fromkeys(("hidden", "clean", "masked"), (low,) * LAYERS),
-            **dict.fromkeys(("weight_ptr", "bias_ptr", "residual_ptr"), low),
-            **{"mask_ptr": "*i1", "lengths_ptr": "*i64", "partial_ptr": "*fp32", "N": "i32", "T": "i32"},
-            **dict.fromkeys(("h_n", "clean_n", "masked_n"), "i32:16"),
-            **{"L": LAYERS, "C": 480, "E": 768, "L1": l1, "KEEP": keep, "PRECISION": "ieee"},
-            **{name: getattr(shipped, name) for name in ("BLOCK_N", "BLOCK_E", "BLOCK_C")},
-        }
-        label = f"distillation {'l1' if l1 else 'mse'}{' training' if keep else ''}"
-        yield Case(label, distillation.forward_kernel, arguments, shipped.num_warps, shipped.num_stages, dtype)
-
-
-def _frontend_cases(dtype: str) -> Iterator[Case]:
-    """The default student's wide layers and HuBERT's; gradients are plain matrix products but for GELU's."""
-    low = f"*{dtype}"
-    counts = dict.fromkeys(("T", "P", "out_P", "rows", "rows_in", "g_P", "x_b", "w_b", "numbers"), "i32")
-    wave: dict[str, Any] = {
-        **dict.fromkeys(("x_ptr", "w_ptr", "w0_ptr", "out_ptr"), low),
-        **dict.fromkeys(("shift_ptr", "bias0_ptr"), "*fp32"),
-        **{"K": 10, "TAPS": 16, "STRIDE": 5, "PRECISION": "ieee"},
-    }
-    forms: list[tuple[str, str, dict[str, Any]]] = [
-        ("wave", f"wave N={N}", {**wave, "bias_ptr": "*fp32", "N": N, "ACTIVATE": True}) for N in (128, 512)
-    ]
-    for z in (None, low):
-        label = "wave_pointwise" if z is None else "wave_pointwise training"
-        forms.append(("wave_pointwise", label, {**wave, "bias_ptr": None, "z_ptr": z, "C": 128, "N": 256}))
-    for C, N, taps, stride in ((256, 256, 3, 2), (256, 480, 1, 1), (480, 480, 2, 2), (512, 512, 3, 2)):
-        shape = {"C": C, "N": N, "TAPS": taps, "STRIDE": stride, "PRECISION": "ieee"}
-        maps = {"x_ptr": low, "w_ptr": low, "bias_ptr": None, "out_ptr": low, "z_ptr": None}
-        label = f"conv {taps}x{C} N={N}"
-        forms.append(("conv", label, shape | maps))
-        if C == 256:
-            forms.append(("conv", f"{label} training", shape | maps | {"z_ptr": low}))
-        if C == 512:
-            forms.append(
-                ("conv", f"{label} before norm", shape | maps | {"bias_ptr": low, "out_ptr": None, "z_ptr": low})
-            )
-    for name, label, arguments in forms:
-        shipped = frontend.config(name, DTYPES[dtype])
-        arguments |= {key: getattr(shipped, key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-        kernel = getattr(frontend, f"{name}_kernel")
-        yield Case(f"frontend {label}", kernel, counts | arguments, shipped.num_warps, shipped.num_stages, dtype)
-    norm = {"z_ptr": low, "weight_ptr": low, "bias_ptr": low, "out_ptr": low, "eps": "fp32", "N": 512, "WIDTH": 512}
-    norm["BLOCK_M"] = frontend.NORM_BLOCK
-    yield Case("frontend norm", frontend.norm_kernel, counts | norm, frontend.NORM_WARPS, 1, dtype, False)
-    for a in (low, None):
-        gelu = {"g_ptr": low, "z_ptr": low, "gz_ptr": low, "a_ptr": a, "N": 256, "BLOCK": frontend.GELU_BLOCK}
-        label = "frontend gelu_backward" + ("" if a is None else " with activation")
-        yield Case(label, frontend.gelu_backward_kernel, counts | gelu, frontend.GELU_WARPS, 1, dtype, False)
-    sums = {"x_ptr": low, "frames_ptr": "*i64", "out_ptr": "*fp64", "K": 10, "STRIDE": 5, "TAPS": 16}
-    sums["BLOCK_M"] = frontend.SUMS_BLOCK
-    yield Case("frontend window_sums", frontend.window_sums_kernel, counts | sums, frontend.SUMS_WARPS, 1, dtype, False)
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel in every shipped configuration, in three dtypes."""
-    for dtype in DTYPES:
-        yield from _attention_cases(dtype)
-        yield from _distillation_cases(dtype)
-        yield from _frontend_cases(dtype)
-
-
-def compile_case(case: Case, target: str) -> Any:
+def compile_case(case: Case) -> Any:
     """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for index, name in enumerate(case.kernel.arg_names):
-        value = case.arguments[name]
-        if isinstance(value, tuple):
-            signature[name] = value
-            attributes |= {(index, part): [["tt.divisibility", 16]] for part in range(len(value))}
-        elif isinstance(value, str) and name != "PRECISION":
-            kind, _, divisor = value.partition(":")
-            signature[name] = kind
-            # what a launch would find out for itself: allocations start at multiples of 16 bytes
-            if divisor or kind.startswith("*"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-    source = ASTSource(case.kernel, signature, constants, attributes)
+    spec = ASTSource(case.kernel, case.signature, case.constants, case.attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(spec, target=TARGETS[case.target], options=options)
 
 
-def measure(case: Case, target: str) -> Row:
+def measure(case: Case) -> Row:
     """Compile a case and read its resources."""
-    binary = compile_case(case, target)
+    binary = compile_case(case)
     if "cubin" in binary.asm:
         text = binary.asm["ptx"]
         usage = _resource_usage(binary.asm["cubin"])
@@ -212,8 +285,11 @@ def measure(case: Case, target: str) -> Row:
     else:
         text = binary.asm["amdgcn"]
         registers, spilled = (_number(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count"))
-    matrix = next((name for name in MATRIX_INSTRUCTIONS[target] if name in text), "none")
-    return Row(case.name, target, case.dtype, registers, spilled, binary.metadata.shared, matrix)
+    matrix = next((name for name in MATRIX_INSTRUCTIONS[case.target] if name in text), "none")
+    return Row(
+        case.name, case.target, case.dtype, registers, spilled, binary.metadata.shared, matrix, triton.__version__,
+        case.key,
+    )  # fmt: skip
 
 
 def _number(pattern: str, text: str) -> int:
@@ -228,33 +304,53 @@ def _resource_usage(cubin: bytes) -> str:
         return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def table() -> Iterator[Row]:
-    """Every case on every target: some 600 compilations, minutes on a laptop; Triton caches them."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        count = len(list(cases()))
-        yield from pool.map(_row, [(index, target) for index in range(count) for target in TARGETS])
+# ---- the table --------------------------------------------------------------
 
 
-def _row(job: tuple[int, str]) -> Row:
-    index, target = job  # an index, since a jit function does not pickle
-    return measure(_all_cases()[index], target)
+def read(path: Path = RESULTS) -> dict[str, Row]:
+    """Rows by their key."""
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    return {row["key"]: Row(**row) for row in rows if "key" in row}
 
 
-@cache
-def _all_cases() -> tuple[Case, ...]:
-    return tuple(cases())
+def write(rows: dict[str, Row], path: Path = RESULTS) -> None:
+    """The rows of today's cases, in their order."""
+    found = [replace(rows[case.key], kernel=case.name) for case in cases() if case.key in rows]
+    lines = ",\n".join(json.dumps(asdict(row)) for row in found)
+    write_atomic(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def _work(index: int) -> Row | str:
+    case = cases()[index]  # an index, since a jit function does not pickle
+    try:
+        return measure(case)
+    except Exception as error:
+        return f"{case.name} {case.target} {case.dtype}: {type(error).__name__}: {error}"
 
 
 def main() -> None:
-    """Print the table and write results/lowering.json beside it."""
+    """Compile what is missing or out of date, keeping what is done every so often; print the table."""
+    parser = argparse.ArgumentParser(prog="python -m armhubert.bench lowering", description=__doc__)
+    parser.add_argument("--again", action="store_true", help="compile every row anew, e.g. with another Triton")
+    parser.add_argument("--workers", type=int, help="processes; a core each by default")
+    options = parser.parse_args()
+    rows = {} if options.again else read()
+    missing = [index for index, case in enumerate(cases()) if case.key not in rows]
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        done = track(pool.map(_work, missing), total=len(missing), description="compiling", transient=True)
+        failed = []
+        for number, row in enumerate(done):
+            if isinstance(row, str):
+                failed.append(row)
+            else:
+                rows[row.key] = row
+            if number % 20 == 19:
+                write(rows)
+    write(rows)
     shown = Table("kernel", "target", "dtype", "registers", "spilled", "shared", "matrix", title="lowers; not run")
-    rows = []
-    for row in track(table(), total=len(_all_cases()) * len(TARGETS), description="compiling", transient=True):
-        rows.append(row)
-        shown.add_row(*(str(value) for value in asdict(row).values()))
-    Console(width=110).print(shown)
-    path = Path(__file__).parent / "results" / "lowering.json"
-    path.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    print(f"{len(rows)} rows -> {path}")
+    for row in (rows[case.key] for case in cases() if case.key in rows):
+        shown.add_row(*(str(value) for value in list(asdict(row).values())[:7]))
+    Console(width=130).print(shown)
+    print(f"{len(cases()) - len(failed)} rows, {len(missing) - len(failed)} of them new -> {RESULTS}")
+    if failed:
+        sys.exit("\n".join(["do not lower:", *failed]))

@@ -25,7 +25,7 @@ def render(results: Path = RESULTS) -> str:
         parts += _cpu(_read(results / "cpu-microbench.json"))
     for path in sorted(results.glob("*.json")):
         content = _read(path)
-        if content.get("conditions", {}).get("real"):  # what bench/gpu.sh measured, not what it rehearsed
+        if content.get("conditions", {}).get("real") and "check" in content:  # measured by bench/gpu.sh, not rehearsed
             parts += _gpu(content, path)
     return "\n\n".join([BEGIN, *parts, END])
 

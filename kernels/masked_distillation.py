@@ -197,6 +197,8 @@ def _check(
                 raise ValueError(f"{name}[{index}] must be [{B}, {T}, {width}], got {tuple(layer.shape)}")
             if layer.device != weight.device:
                 raise ValueError(f"{name}[{index}] must be on {weight.device} like weight, got {layer.device}")
+    if len(kinds := {str(target.dtype) for target in (*clean, *(masked or ()))}) > 1:
+        raise ValueError(f"clean and masked must share one dtype, got {', '.join(sorted(kinds))}")
     if any(target.requires_grad for target in (*clean, *(masked or ()))):
         raise ValueError("the teacher's targets get no gradient: detach clean and masked (requires_grad=True)")
     if masked is not None and mask is None:

@@ -5,7 +5,8 @@
                       out = concat_h(softmax_j(A_h) V_h)                                    ("resoftmax")
 
 The map is a handle (q, k, log-sum-exp, lengths), not a tensor: a reusing layer recomputes p_ij = exp(s_ij - lse_i) tile
-by tile, in memory linear in T. "resoftmax" is what the released ARMHuBERT weights were trained with: the map went
+by tile, in memory linear in T; where that pays and no gradient is asked for, the computing layer stores it besides
+(`variants.py`). "resoftmax" is what the released ARMHuBERT weights were trained with: the map went
 through the softmax twice. Its second softmax needs no maximum, since probabilities lie in [0, 1]: with e = exp(A) - 1,
 
     softmax(A) V = (sum_valid V + e V) / (T_valid + sum e).
@@ -22,9 +23,7 @@ Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), attention map reusi
 Legend: B utterances, T frames, H heads, d head width, D model width.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,9 +33,17 @@ from torch import Tensor
 from armhubert.kernels import onednn
 from armhubert.kernels.onednn import linear
 from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+from armhubert.kernels.variants import project_inside, store_map
 
 Setting = Literal["exact", "resoftmax"]
 MAX_HEAD_WIDTH = 128
+PITCH = 8
+"""Rows of a stored map start at multiples of so many numbers, at least 16 bytes."""
+
+
+def pitched(T: Any) -> Any:
+    """Numbers from row to row of a stored map of T frames."""
+    return (T + PITCH - 1) // PITCH * PITCH
 
 
 class AttentionMap(NamedTuple):
@@ -51,7 +58,8 @@ class AttentionMap(NamedTuple):
     lengths: Tensor | None
     """[B] valid frames; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
-    """[H, n, n] of each utterance's n valid frames, where the PyTorch twin has kept them; never with gradients."""
+    """The map itself, where storing it pays; never with gradients. From the PyTorch twin [H, n, n] of each utterance's
+    n valid frames; from Triton one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
@@ -88,8 +96,11 @@ KEPT = 2**23
 def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
     _, T, H, d = q.shape
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return onednn.serves(q) and not needs_gradient and T * T * d >= BY_HEADS and T * T * H <= KEPT
+    return onednn.serves(q) and not _needs_gradient(q, k, v) and T * T * d >= BY_HEADS and T * T * H <= KEPT
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
 
 
 def _by_heads(
@@ -241,7 +252,7 @@ class _Attention(torch.autograd.Function):
         resoftmax: bool,
     ) -> tuple[Tensor, Tensor]:
         if use_op:
-            out, lse = _attend_fwd(q, k, v, lengths, seed, dropout)
+            out, lse, _ = _attend_fwd(q, k, v, lengths, seed, dropout, False)
         else:
             out, lse = attention_forward(q, k, v, lengths, seed, dropout, resoftmax), q.new_empty(0)
         ctx.save_for_backward(q, k, v, out, lse, lengths, seed)
@@ -304,27 +315,49 @@ class _Reuse(torch.autograd.Function):
 
 
 def _attend_fwd_torch(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, lengths, seed, dropout, False), _row_sums(q, k, lengths)[0]
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse, _, p = _row_sums(q, k, lengths)
+    kept = F.pad(p, (0, pitched(p.shape[-1]) - p.shape[-1])).to(q.dtype) if keep else q.new_empty(0)
+    return attention_forward(q, k, v, lengths, seed, dropout, False), lse, kept
 
 
-def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the kernels save of each row, [B, H, T]: log-sum-exp, and Z of the second softmax; padded rows 0 and 1."""
+def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels save of each row, [B, H, T]: log-sum-exp, and Z of the second softmax; padded rows 0 and 1.
+
+    And the map [B, H, T, T], padded rows 0.
+    """
     T = q.shape[1]
     valid = frame_mask(q.new_full((len(q),), T, dtype=torch.int64) if lengths is None else lengths, T)
     logits = torch.matmul(q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
     logits = logits.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid[:, None, None], -torch.inf)
-    norm = logits.softmax(-1).exp().masked_fill(~valid[:, None, None], 0).sum(-1)
+    p = logits.softmax(-1)
+    norm = p.exp().masked_fill(~valid[:, None, None], 0).sum(-1)
     row = valid[:, None]
-    return torch.where(row, logits.logsumexp(-1), 0), torch.where(row, norm, 1)
+    return torch.where(row, logits.logsumexp(-1), 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
 
 
 def _attend_fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, d = q.shape
-    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T)
+    kept = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
+    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T), kept
+
+
+def _reattend_kept_fwd_torch(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+    p = kept[..., : v.shape[1]]
+    if resoftmax:
+        weights = p.to(torch.promote_types(p.dtype, torch.float32))
+        if lengths is not None:
+            weights = weights.masked_fill(~frame_mask(lengths, v.shape[1])[:, None, None], -torch.inf)
+        p = weights.softmax(-1).to(p.dtype)
+    return torch.matmul(p, v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def _reattend_kept_fwd_fake(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+    B, T, H, d = v.shape
+    return v.new_empty(B, T, H * d)
 
 
 def _reattend_fwd_torch(
@@ -393,7 +426,8 @@ def _float_rows(q: Tensor, B: int, H: int, T: int) -> Tensor:
 
 _attend_fwd = register(
     "attend_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? seed, float dropout) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? seed, float dropout, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
     triton_fn="triton_reuse_attention:attend_forward",
     torch_fn=_attend_fwd_torch,
     fake_fn=_attend_fwd_fake,
@@ -412,6 +446,13 @@ _reattend_fused_fwd = register(
     triton_fn="triton_reuse_attention:reattend_fused_forward",
     torch_fn=_reattend_fused_fwd_torch,
     fake_fn=_reattend_fused_fwd_fake,
+)
+_reattend_kept_fwd = register(
+    "reattend_kept_fwd",
+    "(Tensor kept, Tensor v, Tensor? lengths, bool resoftmax) -> Tensor",
+    triton_fn="triton_reuse_attention:reattend_kept_forward",
+    torch_fn=_reattend_kept_fwd_torch,
+    fake_fn=_reattend_kept_fwd_fake,
 )
 _attention_bwd = register(
     "attention_bwd",
@@ -436,37 +477,6 @@ def _resolve(impl: Impl, q: Tensor) -> Literal["triton", "torch"]:
     return chosen
 
 
-def _measured_variants() -> dict[str, list[list[int]]]:
-    """GPU family -> [batch, frames]: up to that batch, projecting inside paid up to so many frames.."""
-    path = Path(__file__).with_name("variants.json")
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-VARIANTS = _measured_variants()
-"""Written by `python -m armhubert.bench gpu adopt` from what bench/gpu.sh measured."""
-
-
-def _family(device: int) -> str:
-    """ "sm_90" of a Hopper."""
-    properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def project_inside(q: Tensor) -> bool:
-    """Whether one fused kernel beats projection then attention on the GPU of q [B, T, H, d].
-
-    By measurement where there is one for its family, else by a guess from operation counts: each block of 128 queries
-    would repeat the projection of all T frames, so only a single block pays; the saving is a launch and the round trip
-    of V.
-    """
-    utterances, frames = q.shape[:2]
-    table = VARIANTS.get(_family(q.device.index)) if VARIANTS and q.is_cuda else None
-    if not table:
-        return frames <= 128
-    longest = next((longest for batch, longest in table if utterances <= batch), table[-1][1])
-    return frames <= longest
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -475,7 +485,7 @@ def attend(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
-    reused: bool = True,
+    reused: int = 1,
     impl: Impl = "auto",
 ) -> tuple[Tensor, AttentionMap]:
     """softmax(q k^T / sqrt(d)) v over valid keys, and a handle to its map for the layers that reuse it.
@@ -486,7 +496,7 @@ def attend(
         dropout: probability of dropping an entry of this layer's map; the handle is the map before dropout.
         seed: of the dropout: an int, or an int64 tensor of one element on q's device (no synchronisation). None draws
             one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
-        reused: whether layers will reuse the map; with False the PyTorch twin never keeps it, which changes no value.
+        reused: how many layers will reuse the map: whether to store it for them depends on that, no value does.
         impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
 
     Returns:
@@ -513,7 +523,7 @@ def attend(
     chosen = _resolve(impl, q)
     if chosen == "torch" and not dropout:
         if _heads_apart(q, k, v):
-            out, maps = _by_heads(q, k, v, lengths, reused)
+            out, maps = _by_heads(q, k, v, lengths, bool(reused))
             return out, AttentionMap(q, k, None, lengths, maps)
         return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
     if chosen == "torch" and torch.compiler.is_compiling():
@@ -521,6 +531,9 @@ def attend(
             raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
         return _sdpa(q, k, v, lengths, dropout), AttentionMap(q, k, None, lengths)
     key = _seed_tensor(seed, q.device) if dropout else None
+    if chosen == "triton" and not _needs_gradient(q, k, v) and store_map(q, reused):
+        out, lse, kept = _attend_fwd(q, k, v, lengths, key, dropout, True)
+        return out, AttentionMap(q, k, lse, lengths, (kept,))
     out, lse = _Attention.apply(chosen == "triton", q, k, v, lengths, key, dropout, False)
     return out, AttentionMap(q, k, lse if chosen == "triton" else None, lengths)
 
@@ -593,6 +606,9 @@ def reattend(
         if torch.compiler.is_compiling():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
+    if maps is not None and not _needs_gradient(q, k, x, weight, bias):
+        v = linear(x, weight, bias).view(B, T, H, d)
+        return _reattend_kept_fwd(maps[0], v, lengths, resoftmax)
     if project_inside(q):
         return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
     v = linear(x, weight, bias).view(B, T, H, d)

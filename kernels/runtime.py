@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -58,19 +59,45 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "torch":
         return "torch"
-    runnable = HAS_TRITON and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
+    runnable = HAS_TRITON and _supported(x)
     if impl == "auto":
         return "triton" if runnable and x.dtype in TRITON_DTYPES else "torch"
     if not HAS_TRITON:
         raise ValueError("impl='triton' needs the package triton (pip install triton), which is not installed")
     if not runnable:
         raise ValueError(
-            f"impl='triton' needs a CUDA tensor, got device={x.device}; "
+            f"impl='triton' needs a tensor on a GPU of compute capability 8.0 or later, got device={x.device}; "
             "move the input, or set TRITON_INTERPRET=1 before importing armhubert"
         )
     if x.dtype not in TRITON_DTYPES:
         raise ValueError(f"impl='triton' takes float32, float16 or bfloat16, got {x.dtype}; use impl='torch'")
     return "triton"
+
+
+def _supported(x: Tensor) -> bool:
+    """Whether Triton makes code for the device of x: Ampere and later, or AMD's; the interpreter, a CPU."""
+    if not x.is_cuda:
+        return INTERPRET and x.device.type == "cpu"
+    return torch.compiler.is_compiling() or _capability(x.device.index) >= (
+        8,
+        0,
+    )  # a compiler cannot trace the question
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def float32_precision() -> str:
+    """How tl.dot multiplies float32: "tf32" where the caller allows PyTorch's products that, else "ieee"."""
+    # by its new name: allow_tf32 raises once a caller has set that one
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """Contiguous, as kernels read what has no strides among their arguments."""
+    return None if t is None else t.contiguous()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

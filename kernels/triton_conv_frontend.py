@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armhubert.kernels.conv_frontend import frame_counts, padded_counts, waveform_gradient
+from armhubert.kernels.runtime import contiguous, float32_precision
 
 # ---- tiles ------------------------------------------------------------------
 
@@ -205,22 +206,24 @@ def norm_kernel(
 # ---- backward ---------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["numbers", "T", "P", "g_P"])
+@triton.jit(do_not_specialize=["rows", "T", "P", "g_P"])
 def gelu_backward_kernel(
-    g_ptr, z_ptr, gz_ptr, a_ptr, numbers, T, P, g_P, N: tl.constexpr, BLOCK: tl.constexpr
+    g_ptr, z_ptr, gz_ptr, a_ptr, rows, T, P, g_P, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """Gradient of z, 0 on rows of padding; where a_ptr, GELU(z) too, which the weight gradient above it needs."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = i // N
-    t = row % P
-    live = (i < numbers) & (t < T)
-    z = tl.load(z_ptr + i, mask=live, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + (row // P * g_P + t) * N + i % N, mask=live, other=0.0).to(tl.float32)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, WIDTH)
+    t = m % P
+    row = m.to(tl.int64)
+    live = ((m < rows) & (t < T))[:, None] & (n < N)[None, :]
+    z = tl.load(z_ptr + (row * N)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
+    g_row = (m // P).to(tl.int64) * g_P + t
+    g = tl.load(g_ptr + (g_row * N)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
     half = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
     slope = half + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    tl.store(gz_ptr + i, (g * slope).to(gz_ptr.dtype.element_ty), mask=i < numbers)
+    _put(gz_ptr, row, n, g * slope, m < rows, N)
     if a_ptr is not None:
-        tl.store(a_ptr + i, (z * half).to(a_ptr.dtype.element_ty), mask=i < numbers)
+        _put(a_ptr, row, n, z * half, m < rows, N)
 
 
 # ---- shipped configurations -------------------------------------------------
@@ -251,13 +254,9 @@ def config(kernel: str, dtype: torch.dtype) -> Config:
 
 SUMS_BLOCK, SUMS_WARPS = 256, 4
 NORM_BLOCK, NORM_WARPS = 4, 4
-GELU_BLOCK, GELU_WARPS = 2048, 8
+GELU_NUMBERS, GELU_WARPS = 2048, 4
 
 # ---- launchers --------------------------------------------------------------
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _taps(kernel: int) -> int:
@@ -277,7 +276,7 @@ def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> t
     blocks = triton.cdiv(T, SUMS_BLOCK)
     partial = x.new_empty(B, blocks, kernel + 1, kernel, dtype=torch.float64)
     window_sums_kernel[(B * blocks,)](
-        x, frames, partial, x.stride(0), T, K=kernel, STRIDE=stride, TAPS=triton.next_power_of_2(kernel),
+        x, contiguous(frames), partial, x.stride(0), T, K=kernel, STRIDE=stride, TAPS=triton.next_power_of_2(kernel),
         BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS,
     )  # fmt: skip
     return partial[:, :, kernel].sum(1), partial[:, :, :kernel].sum(1)  # two tensors: an op's outputs share no memory
@@ -291,7 +290,7 @@ def _wave(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor, stride: int, T: int,
     grid = (B * triton.cdiv(P, shipped.BLOCK_M) * triton.cdiv(C, shipped.BLOCK_N),)
     wave_kernel[grid](
         x, shift, w0, b0, out, x.stride(0), w0.stride(0), T, P,
-        K=K, STRIDE=stride, TAPS=_taps(K), N=C, ACTIVATE=activate, PRECISION=_precision(),
+        K=K, STRIDE=stride, TAPS=_taps(K), N=C, ACTIVATE=activate, PRECISION=float32_precision(),
         BLOCK_M=shipped.BLOCK_M, BLOCK_N=shipped.BLOCK_N, num_warps=shipped.num_warps, num_stages=shipped.num_stages,
     )  # fmt: skip
     return out
@@ -322,7 +321,7 @@ def forward(
     padded = padded_counts(counts, strides)
     final = len(weights)
     kept: list[Tensor] = []
-    common: dict[str, Any] = {"PRECISION": _precision()}
+    common: dict[str, Any] = {"PRECISION": float32_precision()}
 
     def target(layer: int, channels: int) -> tuple[Tensor, int]:
         """The buffer of a_l and its rows an utterance: the last layer's holds valid frames only."""
@@ -391,8 +390,10 @@ def _activation_backward(
         y, mean, rstd = torch.native_layer_norm(z, (N,), weight, bias, eps)
     gy = z.new_empty(z.shape)
     a = z.new_empty(z.shape) if activation else None
-    gelu_backward_kernel[(triton.cdiv(z.numel(), GELU_BLOCK),)](
-        g, y, gy, a, z.numel(), T, P, g.shape[1], N=N, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS
+    width = triton.next_power_of_2(N)
+    block, rows = max(1, GELU_NUMBERS // width), len(z) * P
+    gelu_backward_kernel[(triton.cdiv(rows, block),)](
+        g, y, gy, a, rows, T, P, g.shape[1], N=N, WIDTH=width, BLOCK_M=block, num_warps=GELU_WARPS
     )
     if not norms:
         return gy, a, []
@@ -411,14 +412,14 @@ def _input_gradient(gz: Tensor, weight: Tensor, stride: int) -> Tensor:
     """[B, P, N] -> [B, P s, C]: matrix products into the s-fold view of the input."""
     B, P, N = gz.shape
     C, taps, matrix = weight.shape[1], weight.shape[2], _matrix(weight)
-    out = (gz.new_zeros if taps < stride else gz.new_empty)(B * P, stride * C)
     g = gz.view(B * P, N)
-    for first, count, ahead in _taps_by_stride(taps, stride):
-        product = g[: max(B * P - ahead, 0)] @ matrix[:, first * C : (first + count) * C]
-        if first == 0 and count == stride:
-            out = product
-        else:
-            out[ahead:, : count * C] += product
+    if taps < stride:
+        out = gz.new_zeros(B * P, stride * C)
+        out[:, : taps * C] = g @ matrix
+    else:
+        out = g @ matrix[:, : stride * C]
+    for first, count, ahead in _taps_by_stride(taps, stride)[1:]:
+        out[ahead:, : count * C] += g[: max(B * P - ahead, 0)] @ matrix[:, first * C : (first + count) * C]
     return out.view(B, P * stride, C)
 
 
@@ -431,7 +432,7 @@ def _weight_gradient(gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tens
         (g[: max(len(g) - ahead, 0)].t() @ inputs[ahead:, : count * C]).view(N, count, C)
         for _, count, ahead in _taps_by_stride(taps, stride)
     ]
-    return torch.cat(parts, 1).transpose(1, 2)
+    return torch.cat(parts, 1).transpose(1, 2).contiguous()  # as the op's fake says
 
 
 def backward(

@@ -8,12 +8,14 @@ stored. Partial sums are added in a fixed order afterwards: reruns are bitwise e
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from armhubert.kernels.runtime import contiguous, float32_precision
 
 # ---- kernel -----------------------------------------------------------------
 
@@ -110,6 +112,11 @@ def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in flat)
 
 
+def _pointers(layers: Sequence[Tensor]) -> tuple[Any, ...]:
+    """For the kernel to choose from: AMD's compiler fails to choose between tensors that it is told are small."""
+    return tuple(triton.reinterpret(x, x.dtype) for x in layers)
+
+
 def forward(
     hidden: Sequence[Tensor],
     weight: Tensor,
@@ -131,11 +138,11 @@ def forward(
     partial = weight.new_empty(L, tiles, dtype=torch.float32)
     hidden, clean = _frames(hidden), _frames(clean)
     masked = None if masked is None else _frames(masked)
+    views = _pointers(clean), None if masked is None else _pointers(masked)
     forward_kernel[(L * tiles,)](
-        hidden, weight.contiguous(), bias.contiguous(), clean, masked, None if mask is None else mask.contiguous(),
-        lengths, residual, partial,
+        _pointers(hidden), weight.contiguous(), bias.contiguous(), *views, contiguous(mask), contiguous(lengths),
+        residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
-        L=L, C=C, E=E, L1=l1, KEEP=keep,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **shipped._asdict(),
+        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(),
     )  # fmt: skip
     return partial.sum(1) / E, residual

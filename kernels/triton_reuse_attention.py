@@ -16,10 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from armhubert.kernels.reuse_attention import PITCH as _PITCH
+from armhubert.kernels.reuse_attention import pitched
+from armhubert.kernels.runtime import contiguous, float32_precision
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # 7 rounds of Philox 4x32 pass BigCrush; its authors' default of 10 is a safety margin
 ROUNDS = tl.constexpr(7)
+PITCH = tl.constexpr(_PITCH)
 
 # ---- tiles ------------------------------------------------------------------
 
@@ -116,7 +121,13 @@ def _place(T, H, lengths_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _head(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    return ptr + tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
+    return ptr + tl.multiple_of(b * stride_b + tl.cast(h, tl.int64) * stride_h, ALIGN)
+
+
+@triton.jit
+def _pitch(T):
+    """Numbers from one row of a stored map to the next: rows start at multiples of 16 bytes."""
+    return tl.cdiv(T, PITCH) * PITCH
 
 
 @triton.constexpr_function
@@ -139,13 +150,13 @@ def _kept(seed_ptr, pair, m, n, T, threshold):
 
 @triton.jit(do_not_specialize=["T"])
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, seed_ptr, out_ptr, lse_ptr, map_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, H, scale, threshold, inverse_keep,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q k^T scale) v with a running maximum, and the log-sum-exp of each row."""
+    """out = softmax(q k^T scale) v with a running maximum, the log-sum-exp of each row and, where map_ptr, the map."""
     b, h, m0, valid = _place(T, H, lengths_ptr, BLOCK_M)
     pair = b * H + h
     m = m0 + tl.arange(0, BLOCK_M)
@@ -178,6 +189,15 @@ def attend_kernel(
     _store(out_ptr, m0, H * D, T, acc * factor, acc_tail * factor, D, HEAD, TAIL, BLOCK_M)
     lse = tl.where(row, (top + tl.log2(tl.where(row, total, 1.0))) * LN2, 0.0)
     tl.store(lse_ptr + pair * T + m, lse, mask=m < T)
+    if map_ptr is not None:
+        # a row's sum is known only now, so its logits are made once more
+        pitch = _pitch(T)
+        map_ptr += pair * T * pitch
+        for n0 in range(0, pitch, BLOCK_N):
+            k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
+            key = n0 + tl.arange(0, BLOCK_N) < valid
+            p = tl.where(row[:, None], _probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION), 0.0)
+            _store_columns(map_ptr, m0, pitch, T, p, n0, pitch, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -206,7 +226,8 @@ def _finish(
     factor = tl.where(row, 1.0, 0.0)
     if RESOFTMAX:
         norm = tl.where(row, total + tl.cast(valid, tl.float32), 1.0)
-        tl.store(norm_ptr + (b * H + h) * T + m, norm, mask=m < T)
+        if norm_ptr is not None:
+            tl.store(norm_ptr + (b * H + h) * T + m, norm, mask=m < T)
         factor = factor / norm
         acc += v_sum[None, :]
         if TAIL > 0:
@@ -247,6 +268,38 @@ def reattend_kernel(
                 v_sum_tail += tl.sum(v_tail.to(tl.float32), 0)
     _finish(
         out_ptr, norm_ptr, acc, acc_tail, total, v_sum, v_sum_tail, b, h, m0, valid, T, H,
+        D, HEAD, TAIL, RESOFTMAX, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def reattend_kept_kernel(
+    map_ptr, v_ptr, lengths_ptr, out_ptr, v_b, v_t, v_h, T, H,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    RESOFTMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A stored map times given values: no queries, no keys, and nothing to normalise in the plain form."""
+    b, h, m0, valid = _place(T, H, lengths_ptr, BLOCK_M)
+    pitch = _pitch(T)
+    map_ptr += (b * H + h) * T * pitch
+    v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGN)
+    acc, acc_tail = _zeros(BLOCK_M, HEAD, TAIL)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    v_sum = tl.zeros([HEAD], tl.float32)
+    v_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
+    for n0 in range(0, tl.where(m0 < valid, valid, 0), BLOCK_N):
+        p = _columns(map_ptr, m0, pitch, valid, n0, pitch, PITCH, BLOCK_M, BLOCK_N, True)
+        v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
+        if RESOFTMAX:
+            e = _weigh(p.to(tl.float32), RESOFTMAX)
+            total += tl.sum(e, 1)
+            v_sum += tl.sum(v.to(tl.float32), 0)
+            if TAIL > 0:
+                v_sum_tail += tl.sum(v_tail.to(tl.float32), 0)
+            p = e.to(v.dtype)
+        acc, acc_tail = _accumulate(acc, acc_tail, p, v, v_tail, TAIL, PRECISION)
+    _finish(
+        out_ptr, None, acc, acc_tail, total, v_sum, v_sum_tail, b, h, m0, valid, T, H,
         D, HEAD, TAIL, RESOFTMAX, BLOCK_M,
     )  # fmt: skip
 
@@ -317,6 +370,16 @@ def reattend_fused_kernel(
 
 
 # ---- backward ---------------------------------------------------------------
+# The second softmax divides by Z, T to T + 1.72: its gradients carry T / Z, as 1 / Z would leave float16's range where
+# gradients are small, and are divided by T when they are stored.
+
+
+@triton.jit
+def _divisor(valid, RESOFTMAX: tl.constexpr):
+    """What the gradients of a second softmax are multiplied with on the way."""
+    if RESOFTMAX:
+        return tl.cast(tl.maximum(valid, 1), tl.float32)
+    return 1.0
 
 
 @triton.jit
@@ -341,7 +404,7 @@ def backward_q_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     RESOFTMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the row terms that backward_kv_kernel needs: delta = sum_j p dp, and shift = D / Z for resoftmax."""
+    """dq, and the row terms that backward_kv_kernel needs: delta = sum_j p dp, and shift = D T / Z for resoftmax."""
     b, h, m0, valid = _place(T, H, lengths_ptr, BLOCK_M)
     pair = b * H + h
     m = m0 + tl.arange(0, BLOCK_M)
@@ -360,12 +423,13 @@ def backward_q_kernel(
         delta += tl.sum(u_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
     shift = delta
     keys = tl.where(m0 < valid, valid, 0)
+    divisor = _divisor(valid, RESOFTMAX)
     if RESOFTMAX:
-        norm = tl.load(norm_ptr + rows, mask=row, other=1.0)
-        u = (u.to(tl.float32) / norm[:, None]).to(q.dtype)
+        factor = divisor / tl.load(norm_ptr + rows, mask=row, other=1.0)
+        u = (u.to(tl.float32) * factor[:, None]).to(q.dtype)
         if TAIL > 0:
-            u_tail = (u_tail.to(tl.float32) / norm[:, None]).to(q.dtype)
-        shift = delta / norm
+            u_tail = (u_tail.to(tl.float32) * factor[:, None]).to(q.dtype)
+        shift = delta * factor
         tl.store(shift_ptr + rows, shift, mask=m < T)
         # the first softmax's row term has no closed form here: one pass over the keys for it
         delta = tl.zeros([BLOCK_M], tl.float32)
@@ -393,6 +457,7 @@ def backward_q_kernel(
         )  # fmt: skip
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq, dq_tail = _accumulate(dq, dq_tail, ds, k, k_tail, TAIL, PRECISION)
+    scale /= divisor
     _store(dq_ptr + dense, m0, H * D, T, dq * scale, dq_tail * scale, D, HEAD, TAIL, BLOCK_M)
 
 
@@ -415,6 +480,7 @@ def backward_kv_kernel(
     dense = (b * T * H + h) * D
     dk, dk_tail = _zeros(BLOCK_N, HEAD, TAIL)
     dv, dv_tail = _zeros(BLOCK_N, HEAD, TAIL)
+    divisor = _divisor(valid, RESOFTMAX)
     u_sum = tl.zeros([HEAD], tl.float32)
     u_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
     for m0 in range(0, tl.where(n0 < valid, valid, 0), BLOCK_M):
@@ -430,13 +496,13 @@ def backward_kv_kernel(
         p = tl.where((n < valid)[:, None], tl.exp2(s - (lse * LOG2E)[None, :]), 0.0)  # [N, M]
         weights = _weigh(p, RESOFTMAX)
         if RESOFTMAX:
-            norm = tl.load(norm_ptr + rows, mask=row, other=1.0)
+            factor = divisor / tl.load(norm_ptr + rows, mask=row, other=1.0)
             shift = tl.load(shift_ptr + rows, mask=row, other=0.0)
-            scaled = u.to(tl.float32) / norm[:, None]
+            scaled = u.to(tl.float32) * factor[:, None]
             u_sum += tl.sum(scaled, 0)
             u = scaled.to(q.dtype)
             if TAIL > 0:
-                scaled_tail = u_tail.to(tl.float32) / norm[:, None]
+                scaled_tail = u_tail.to(tl.float32) * factor[:, None]
                 u_sum_tail += tl.sum(scaled_tail, 0)
                 u_tail = scaled_tail.to(q.dtype)
         keep = True
@@ -450,10 +516,11 @@ def backward_kv_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk, dk_tail = _accumulate(dk, dk_tail, ds, q, q_tail, TAIL, PRECISION)
     if RESOFTMAX:
-        factor = tl.where(n < valid, 1.0, 0.0)[:, None]
-        dv += factor * u_sum[None, :]
+        key = tl.where(n < valid, 1 / divisor, 0.0)[:, None]
+        dv = key * (dv + u_sum[None, :])
         if TAIL > 0:
-            dv_tail += factor * u_sum_tail[None, :]
+            dv_tail = key * (dv_tail + u_sum_tail[None, :])
+    scale /= divisor
     _store(dk_ptr + dense, n0, H * D, T, dk * scale, dk_tail * scale, D, HEAD, TAIL, BLOCK_N)
     _store(dv_ptr + dense, n0, H * D, T, dv, dv_tail, D, HEAD, TAIL, BLOCK_N)
 
@@ -494,6 +561,8 @@ def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Co
         return Config(64, 32, 4, 2)
     if "backward" in kernel:
         return Config(64, 64, 4, 2)
+    if kernel == "reattend_kept":  # it reads and hardly computes: small blocks, many loads in flight
+        return Config(64, 64 if crowded else 128, 4, 2 if d > 64 else 3)
     return Config(128, 64, 8, 2)
 
 
@@ -502,7 +571,7 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
     small = Config(32, 16, 8, 1)
     if kernel == "attend":
         return Config(64, 32, 8, 2) if d <= 64 else Config(32, 32, 8, 1)
-    if kernel == "reattend":
+    if kernel in ("reattend", "reattend_kept"):
         return small if d > 64 else Config(64, 32, 8, 1 if crowded and d <= 48 else 2)
     if kernel == "reattend_fused":
         if d > 64 or (crowded and d <= 48):
@@ -516,10 +585,6 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
 
 
 # ---- launchers --------------------------------------------------------------
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _rows_dense(*tensors: Tensor) -> list[Tensor]:
@@ -555,20 +620,35 @@ def _grid(shape: torch.Size, block: int) -> tuple[int]:
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """-> out [B, T, H D], log-sum-exp [B, H, T] float32."""
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out [B, T, H D], log-sum-exp [B, H, T] float32, with `keep` the map [B, H, T, pitched(T)] (else empty)."""
     q, k, v = _rows_dense(q, k, v)
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
+    kept = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
     strides = _strides(q, k, v)
     shipped = config("attend", D, q.dtype, seed is not None)
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        q, k, v, lengths, seed, out, lse, *strides, T, H, D**-0.5, *_scalars(dropout),
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), **shipped._asdict(),
+        q, k, v, contiguous(lengths), seed, out, lse, kept if keep else None, *strides, T, H, D**-0.5,
+        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), **shipped._asdict(),
     )  # fmt: skip
-    return out, lse
+    return out, lse, kept
+
+
+def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+    """A stored map [B, H, T, pitched(T)] times v [B, T, H, D] -> out [B, T, H D]."""
+    (v,) = _rows_dense(v)
+    B, T, H, D = v.shape
+    out = v.new_empty(B, T, H * D)
+    strides = _strides(v)
+    shipped = config("reattend_kept", D, v.dtype, resoftmax)
+    reattend_kept_kernel[_grid(v.shape, shipped.BLOCK_M)](
+        kept.contiguous(), v, contiguous(lengths), out, *strides, T, H,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
+    )  # fmt: skip
+    return out
 
 
 def reattend_forward(
@@ -582,8 +662,8 @@ def reattend_forward(
     strides = _strides(q, k, v)
     shipped = config("reattend", D, q.dtype, resoftmax)
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        q, k, v, lse.contiguous(), lengths, out, norm, *strides, T, H, D**-0.5,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
+        q, k, v, lse.contiguous(), contiguous(lengths), out, norm, *strides, T, H, D**-0.5,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
     )  # fmt: skip
     return out, norm
 
@@ -606,9 +686,9 @@ def reattend_fused_forward(
     strides = _strides(q, k, x)
     shipped = config("reattend_fused", D, q.dtype, resoftmax)
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        q, k, x, weight.contiguous(), bias, lse.contiguous(), lengths, out, norm, *strides, T, H, D**-0.5,
-        C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=_precision(), RESOFTMAX=resoftmax, BLOCK_C=32,
-        **shipped._asdict(),
+        q, k, x, weight.contiguous(), contiguous(bias), lse.contiguous(), contiguous(lengths), out, norm, *strides,
+        T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
+        RESOFTMAX=resoftmax, BLOCK_C=32, **shipped._asdict(),
     )  # fmt: skip
     return out, norm
 
@@ -634,10 +714,11 @@ def attention_backward(
     shift = lse.new_empty(B, H, T) if resoftmax else delta
     strides = _strides(q, k, v)
     common: dict[str, Any] = {
-        **_tiles(D), "ALIGN": _align(*strides), "PRECISION": _precision(), "RESOFTMAX": resoftmax
+        **_tiles(D), "ALIGN": _align(*strides), "PRECISION": float32_precision(), "RESOFTMAX": resoftmax
     }  # fmt: skip
     scalars = (*strides, T, H, D**-0.5, *_scalars(dropout))
-    g, out, lse = d_out.contiguous(), out.contiguous(), lse.contiguous()
+    g, out, lse, norm = (t.contiguous() for t in (d_out, out, lse, norm))
+    lengths = contiguous(lengths)
     crowded = resoftmax or seed is not None
     shipped = config("backward_q", D, q.dtype, crowded)
     backward_q_kernel[_grid(q.shape, shipped.BLOCK_M)](

@@ -3,17 +3,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu_check, gpu_micro, gpu_report, isolate, report
+from armhubert.bench import cases, gpu, gpu_check, gpu_micro, gpu_report, isolate, report
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
-from armhubert.kernels import costs, reuse_attention
+from armhubert.kernels import costs, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,6 +104,35 @@ def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
     assert (rows[3]["value"], rows[4]["value"]) == ("good", "also good")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time, pathlib\n"
+        "from armhubert.bench import isolate\n"
+        "def work(job):\n"
+        "    pathlib.Path(job).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "    return {}\n"
+        "if __name__ == '__main__':\n"
+        "    list(isolate.run(work, [sys.argv[1]], workers=1, job_seconds=60, deadline=time.monotonic() + 60))\n"
+    )
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, script, told])
+    wait_for(lambda: told.is_file() and told.read_text())
+    worker = Path("/proc") / told.read_text()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not worker.exists() or "\nState:\tZ" in (worker / "status").read_text())
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    stop = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop
+        time.sleep(0.1)
+
+
 def test_jobs_past_the_deadline_are_rows_too():
     rows = dict(isolate.run(misbehave, ["good"], workers=1, job_seconds=5, deadline=time.monotonic() - 1))
     assert rows[0]["unreached"]
@@ -140,16 +170,17 @@ def row(label: str, ours: float, released: float, floor: float) -> dict[str, Any
 def measured(tmp_path):
     """Files as the stages write them; the figures are made up for the test."""
     cpu = torch.device("cpu")
-    write_results(
+    gpu_report.write_stage(
         "check", [{"job": "a", "ok": True, "ratio": 0.5, "at": "x"}, {"job": "b", "error": "E"}], cpu, tmp_path
     )
-    write_results("micro", [row("fast", 1e-5, 3e-5, 5e-6), row("slow", 2e-5, 1e-5, 5e-6)], cpu, tmp_path)
-    variants = [
-        {"B": 1, "T": T, "inside_s": inside, "outside_s": 2.0} for T, inside in ((50, 1.0), (100, 1.5), (200, 3.0))
+    gpu_report.write_stage("micro", [row("fast", 1e-5, 3e-5, 5e-6), row("slow", 2e-5, 1e-5, 5e-6)], cpu, tmp_path)
+    grid = [
+        {"B": 1, "T": T, "inside_s": inside, "outside_s": 2.0, "stored_s": 1.2, "storing_s": 0.6}
+        for T, inside in ((50, 1.0), (100, 1.5), (200, 3.0))
     ]
-    write_results("variants", variants, cpu, tmp_path)
+    gpu_report.write_stage("variants", grid, cpu, tmp_path)
     whole = {"median": 0.01, "low": 0.01, "high": 0.01, "hours_of_audio_per_second": 4.4, "peak_extra_bytes": None}
-    write_results(
+    gpu_report.write_stage(
         "model",
         [{"kind": "inference", "batch": 16, "seconds_each": 10.0, "candidates": {"ours": whole}}],
         cpu,
@@ -159,13 +190,13 @@ def measured(tmp_path):
 
 
 def test_stages_become_one_report(measured, capsys):
-    path = gpu_report.report(torch.device("cpu"), measured)
+    path = gpu_report.report(measured)
     shown = capsys.readouterr().out
     assert "1 passed, 1 FAILED" in shown
     assert "nothing here is a GPU figure" in shown
     assert "ours behind the best baseline in 1" in shown
     content = json.loads(path.read_text())
-    assert content["project_inside"] == [[1, 100]]
+    assert content["choices"] == {"inside": [[1, 100]], "stored": [[1, 50, 0], [1, 100, 3], [1, 200, 1]]}
     assert not content["conditions"]["real"]
     assert {p.name for p in measured.iterdir()} == {
         f"{path.stem}{end}" for end in (".json", "-roofline.png", "-bars.png")
@@ -176,7 +207,7 @@ def test_stages_become_one_report(measured, capsys):
 
 
 def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
-    path = gpu_report.report(torch.device("cpu"), measured)
+    path = gpu_report.report(measured)
     content = json.loads(path.read_text())
     content["conditions"] |= {"real": True, "device": "Some GPU", "capability": "sm_90"}
     path.write_text(json.dumps(content))
@@ -185,16 +216,48 @@ def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
     assert "Not passed: b." in text
     assert "behind the best baseline in 1 of 2 rows" in text
     assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in text
-    monkeypatch.setattr(reuse_attention, "__file__", str(measured / "reuse_attention.py"))
-    assert json.loads(gpu_report.adopt(path).read_text()) == {"sm_90": [[1, 100]]}
+    monkeypatch.setattr(variants, "FILE", measured / "variants.json")
+    assert json.loads(gpu_report.adopt(path).read_text()) == {"sm_90": content["choices"]}
+
+
+def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
+    """A stage that runs again replaces its rows, the others stay; a report of another folder is taken in alike."""
+    path = gpu_report.report(measured)
+    before = json.loads(path.read_text())
+    gpu_report.write_stage("check", [{"job": "a", "ok": True, "ratio": 0.1, "at": "x"}], torch.device("cpu"), measured)
+    after = json.loads(gpu_report.report(measured).read_text())
+    assert len(after["check"]) == 1
+    assert after["micro"] == before["micro"]
+    elsewhere = tmp_path_factory.mktemp("other")
+    with pytest.raises(ArmhubertError, match="found none"):
+        gpu_report.report(elsewhere)
+    assert json.loads(gpu_report.report(elsewhere, path).read_text()) == after
+
+
+def test_a_stage_that_is_killed_leaves_its_rows(tmp_path, monkeypatch):
+    """Jobs that crash, hang or raise cost a row each, with the whole trace; the file is there from the start."""
+    stage = gpu.Stage(lambda device, quick: ["raise", "crash", "good", "hang"], misbehave, False, 2)
+    monkeypatch.setitem(gpu.STAGES, "check", stage)
+    monkeypatch.setattr(gpu, "_label", str)
+    seen = []
+    write = gpu_report.write_stage
+    monkeypatch.setattr(gpu_report, "write_stage", lambda *a: (seen.append([dict(r) for r in a[1]]), write(*a)))
+    gpu.run_stage("check", torch.device("cpu"), quick=True, budget=100, out=tmp_path)
+    assert all(row.get("unreached") for row in seen[0])
+    rows = {row["job"]: row for row in json.loads((tmp_path / "check.json").read_text())["rows"]}
+    assert "on purpose" in rows["raise"]["traceback"]
+    assert "in misbehave" in rows["raise"]["traceback"]
+    assert "exit code 3" in rows["crash"]["error"]
+    assert rows["good"]["value"] == "good"
+    assert "stopped after" in rows["hang"]["error"]
 
 
 def test_of_a_cell_measured_twice_the_one_with_more_baselines_counts():
     few, many = row("x", 1.0, 2.0, 0.5), row("x", 1.5, 2.0, 0.5)
     many["candidates"]["sdpa"] = many["candidates"]["released"]
-    assert gpu_report.measured({"micro": [few, many]}) == [many]
-    assert gpu_report.measured({"micro": [many, few]}) == [many]
-    assert gpu_report.measured({"micro": [{"job": "x", "error": "E"}, few]}) == [few]
+    assert gpu_report.measured({"micro": [few, many], "compiled": []}) == [many]
+    assert gpu_report.measured({"micro": [many], "compiled": [few]}) == [many]
+    assert gpu_report.measured({"micro": [{"job": "x", "error": "E"}, few], "compiled": []}) == [few]
 
 
 def test_jobs_of_a_gpu_are_many_and_picklable():

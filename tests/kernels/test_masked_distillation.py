@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch
+from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +99,18 @@ def test_strides_and_dtypes_of_targets():
     assert torch.equal(plain, other)
 
 
+@pytest.mark.needs_triton
+def test_strides_of_the_small_inputs():
+    hidden, weight, bias, clean, masked, mask, _ = inputs(2, 3, 9, 16, 12, dtype=torch.float32)
+    lengths, row = torch.tensor([5], device=DEVICE), bias[:1, :1]
+    views = [lengths.expand(3), mask.t().contiguous().t(), row.expand(2, 12)]
+    got, want = (
+        distillation_loss(hidden, weight, b, clean, masked, m, n, impl="triton")
+        for n, m, b in (views, [v.contiguous() for v in views])
+    )
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
 def test_only_the_needed_view_and_valid_frames_count(impl):
     hidden, weight, bias, clean, masked, mask, lengths = inputs(2, 2, 9, 16, 12, dtype=torch.float32)
@@ -122,9 +134,9 @@ def test_opcheck(distance):
     l1 = distance == "l1"
     for keep in (False, True):
         views = (list(clean), list(masked), mask) if keep else (list(clean), None, None)
-        torch.library.opcheck(module._forward, (h, w, b, *views, lengths, l1, keep))
+        check_op(module._forward, (h, w, b, *views, lengths, l1, keep))
     _, residuals = module._forward(h, w, b, list(clean), list(masked), mask, lengths, l1, True)
-    torch.library.opcheck(module._backward, (torch.ones(2, device=DEVICE), residuals, h, w, l1))
+    check_op(module._backward, (torch.ones(2, device=DEVICE), residuals, h, w, l1))
 
 
 def test_op_compiles_whole(monkeypatch):
@@ -170,6 +182,7 @@ def test_bad_input_is_told_before_any_launch():
     for match, arguments in {
         "no gradient": (hidden, weight, bias, clean.clone().requires_grad_(), masked, mask),
         "one \\[B, T, D\\] for each": (hidden[:1], weight, bias, clean),
+        "clean and masked must share one dtype": (hidden, weight, bias, clean, masked.double(), mask),
         "clean must have 2 layers": (hidden, weight, bias, clean[:1]),
         r"clean\[0\] must be \[2, 5, 4\]": (hidden, weight, bias, clean[..., :3]),
         "masked needs mask": (hidden, weight, bias, clean, masked),

@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch
+from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -154,6 +157,44 @@ def test_strides():
 
 
 @pytest.mark.needs_triton
+def test_strides_of_the_small_inputs(monkeypatch):
+    """Lengths and biases may be views: one number for all, or every second one."""
+    q = draw(3, 9, 2, 16, dtype=torch.float32)
+    x, weight, numbers = (draw(*s, dtype=torch.float32) for s in ((3, 9, 8), (32, 8), (64,)))
+    lengths = torch.tensor([5], device=DEVICE).expand(3)
+    for inside in (True, False):
+        monkeypatch.setattr(module, "project_inside", lambda q, inside=inside: inside)
+        results = []
+        for n, bias in ((lengths, numbers[::2]), (lengths.clone(), numbers[::2].clone())):
+            leaf = q.clone().requires_grad_()
+            out, kept = attend(leaf, leaf, leaf, n, impl="triton")
+            reused = reattend(kept, x, weight, bias, impl="triton")
+            results.append([out, reused, *torch.autograd.grad((out.square() + reused.square()).sum(), leaf)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.needs_triton
+def test_small_gradients_in_float16():
+    """A second softmax over many keys has small weights: what is divided by their sum must stay in float16's range."""
+    B, T, H, d = 1, 130, 1, 16
+    g = 2e-4 * draw(B, T, d, dtype=torch.float16, seed=9)
+
+    def gradients(impl, kind):
+        leaves = [draw(B, T, H, d, seed=s).to(torch.float16).to(kind).requires_grad_() for s in range(2)]
+        x = draw(B, T, 8, seed=3).to(torch.float16).to(kind)
+        weight = (draw(d, 8) / 3).to(torch.float16).to(kind)
+        kept = attend(*leaves, leaves[1], impl=impl)[1]
+        out = reattend(kept, x, weight.requires_grad_(), setting="resoftmax", impl=impl)
+        return torch.autograd.grad(out, [*leaves, weight], g.to(kind))
+
+    got, low, high = (
+        gradients(*way) for way in (("triton", torch.float16), ("torch", torch.float16), ("torch", torch.float64))
+    )
+    for name, a, b, c in zip(("d_q", "d_k", "d_weight"), got, low, high, strict=True):
+        assert_no_worse_than_torch(name, a, b, c)
+
+
+@pytest.mark.needs_triton
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     B=st.integers(1, 3),
@@ -176,6 +217,53 @@ def test_projection_inside_equals_two_stages(setting, monkeypatch):
     outside = layer_pair("triton", torch.float32, setting, **shape)
     for name in inside:
         torch.testing.assert_close(inside[name], outside[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d"), [(1, 40), (7, 36), (63, 64), (129, 40)])
+def test_stored_map(T, d, dtype, setting, monkeypatch):
+    """Stored by the computing layer, applied by the reusing one: as exact as recomputed, 0 where none attends."""
+    monkeypatch.setattr(module, "store_map", lambda q, reused: True)
+    B, H = (1, 1) if T > 100 else (3, 2)
+    q, k, v = draw(B, T, 3, H, d, dtype=dtype, seed=T).unbind(2)
+    x, weight, bias = draw(B, T, 20, dtype=dtype), draw(H * d, 20, dtype=dtype, seed=2) / 4, draw(H * d, dtype=dtype)
+    lengths = ragged(B, T) - int(T > 100)
+    shown = valid_frames(lengths, T)
+
+    def pair(impl, *inputs):
+        q, k, v, x, weight, bias = inputs
+        out, kept = attend(q, k, v, lengths, impl=impl)
+        return out * shown, reattend(kept, x, weight, bias, setting=setting, impl=impl) * shown, kept
+
+    inputs = (q, k, v, x, weight, bias)
+    *got, kept = pair("triton", *inputs)
+    (p,) = kept.probabilities
+    assert p.shape == (B, H, T, module.pitched(T))
+    valid = shown[:, None] & shown[:, None, :, 0, None].transpose(2, 3)  # [B, 1, T, T]
+    assert not p[..., T:].any()
+    assert not p[..., :T].masked_select(~valid).any()
+    assert bool((p[..., :T].sum(-1).masked_select(shown[:, None, :, 0]) - 1).abs().max() < 2e-2)
+    low, high = pair("torch", *inputs), pair("torch", *(t.double() for t in inputs))
+    for name, a, b, c in zip(("computed", "reused"), got, low, high, strict=False):
+        assert_no_worse_than_torch(name, a, b, c)
+
+
+@pytest.mark.needs_triton
+def test_stored_map_is_for_inference(monkeypatch):
+    """With gradients there is none; a map stored without them still lets gradients through, by way of q and k."""
+    monkeypatch.setattr(module, "store_map", lambda q, reused: bool(reused))
+    q, x, weight = (draw(*s, dtype=torch.float32) for s in ((2, 9, 2, 16), (2, 9, 8), (32, 8)))
+    kept = attend(q, q, q, impl="triton")[1]
+    assert kept.probabilities is not None
+    assert attend(q, q, q, reused=0, impl="triton")[1].probabilities is None
+    x.requires_grad_()
+    reused = reattend(kept, x, weight, impl="triton")
+    torch.testing.assert_close(reused, reattend(kept, x.detach(), weight, impl="triton"))
+    assert torch.autograd.grad(reused.sum(), x)[0].any()
+    q.requires_grad_()
+    assert attend(q, q, q, impl="triton")[1].probabilities is None
 
 
 @pytest.mark.needs_triton
@@ -266,13 +354,34 @@ def test_opcheck(setting):
     x, weight, bias = (draw(*s, dtype=torch.float32) for s in ((2, 7, 12), (32, 12), (32,)))
     lengths, resoftmax = ragged(2, 7), setting == "resoftmax"
     seed = torch.tensor([3], device=DEVICE)
-    out, lse = module._attend_fwd(q, k, v, lengths, None, 0.0)
+    out, lse, kept = module._attend_fwd(q, k, v, lengths, None, 0.0, True)
     _, norm = module._reattend_fwd(q, k, v, lse, lengths, resoftmax)
-    check = torch.library.opcheck
-    check(module._attend_fwd, (q, k, v, lengths, seed, 0.2))
-    check(module._reattend_fwd, (q, k, v, lse, lengths, resoftmax))
-    check(module._reattend_fused_fwd, (q, k, x, weight, bias, lse, None, resoftmax))
-    check(module._attention_bwd, (out, q, k, v, out, lse, norm, lengths, None, 0.0, resoftmax))
+    for keep in (False, True):
+        check_op(module._attend_fwd, (q, k, v, lengths, seed, 0.2, keep))
+    check_op(module._reattend_kept_fwd, (kept, v, lengths, resoftmax))
+    check_op(module._reattend_fwd, (q, k, v, lse, lengths, resoftmax))
+    check_op(module._reattend_fused_fwd, (q, k, x, weight, bias, lse, None, resoftmax))
+    check_op(module._attention_bwd, (out, q, k, v, out, lse, norm, lengths, None, 0.0, resoftmax))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_stored_map_compiles_whole(setting, monkeypatch):
+    monkeypatch.setattr(module, "store_map", lambda q, reused: True)
+    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
+    torch._dynamo.reset()
+
+    def pair(q, k, v, x, weight, lengths):
+        out, kept = attend(q, k, v, lengths)
+        return out + reattend(kept, x, weight, setting=setting)
+
+    compiled = torch.compile(pair, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 13):
+        q, k, v = (draw(2, T, 2, 16, dtype=torch.float32, seed=s) for s in range(3))
+        x, weight = draw(2, T, 8, dtype=torch.float32), draw(32, 8, dtype=torch.float32)
+        lengths = torch.tensor([T, T - 2], device=DEVICE)
+        shown = valid_frames(lengths, T)
+        got, want = (f(q, k, v, x, weight, lengths) for f in (compiled, pair))
+        torch.testing.assert_close(got * shown, want * shown)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -317,6 +426,17 @@ def test_inference_and_checkpointing(impl):
         torch.manual_seed(5)
         grads += torch.autograd.grad(run(q, x).sum(), q)
     torch.testing.assert_close(*grads)
+
+
+def test_float32_precision_follows_pytorch():
+    """By the old and by the new name of the setting, of which PyTorch lets nobody read the old once the new is set."""
+    script = (
+        "import torch; from armhubert.kernels.runtime import float32_precision as p; m = torch.backends.cuda.matmul\n"
+        "seen = [p()]; m.allow_tf32 = True; seen += [p()]; m.allow_tf32 = False; seen += [p()]\n"
+        "m.fp32_precision = 'tf32'; seen += [p()]; m.fp32_precision = 'ieee'; seen += [p()]; print(*seen)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee"]
 
 
 def test_autocast_of_the_twin():
