@@ -142,7 +142,7 @@ def plan_suite(
         data: the root; below it each task's data, in the folder that its download unpacks to, or itself.
         out: folder of all runs.
         settings: of `EvaluateConfig`, for all tasks.
-        per_task: the same, for single tasks; `data` among them names a task's own root.
+        per_task: the same, for single tasks; `data` among them names a task's own root, relative to `data`.
 
     Raises:
         ArmhubertError: two models of one name, unknown tasks or settings, or data for no task at all.
@@ -160,7 +160,7 @@ def plan_suite(
         own = dict(per_task.get(task.name, {}))
         root = own.pop("data", None)
         try:
-            found = Path(root) if root else find_data(task, Path(data), settings, own)
+            found = Path(data, root) if root else find_data(task, Path(data), settings, own)
         except ArmhubertError as error:
             skipped[task.name] = str(error)
             continue
