@@ -77,6 +77,10 @@ def evaluate(
     lexicon: Annotated[
         str | None, typer.Option(help="pr: WORD, tab, phones. [lexicon.txt beside the data]", rich_help_panel=DATA)
     ] = None,
+    g2p: Annotated[
+        bool | None,
+        typer.Option("--g2p", help="pr: machine pronunciations for words outside the lexicon.", rich_help_panel=DATA),
+    ] = None,
     train: Annotated[
         list[str] | None,
         typer.Option(help="Subsets to train on; may be repeated. [train-clean-100]", rich_help_panel=DATA),
@@ -105,6 +109,9 @@ def evaluate(
     accumulate: Annotated[int | None, typer.Option(help="Batches a step.", rich_help_panel=TRAINING)] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=TRAINING)] = None,
     optimizer: Annotated[str | None, typer.Option(help="Adam or AdamW.", rich_help_panel=TRAINING)] = None,
+    head_size: Annotated[
+        int | None, typer.Option(help="asr, sf: units of the LSTMs. [1024]", rich_help_panel=TRAINING)
+    ] = None,
     crop_seconds: Annotated[
         float | None, typer.Option(help="Train on random crops; 0: whole utterances.", rich_help_panel=TRAINING)
     ] = None,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import build, read_mapping
 from armhubert.convert.tensors import read_pickle
-from armhubert.distributed import device_name, pick_device
+from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.superb.audio import Measured, ahead, measure_corpus, padded
@@ -358,7 +358,7 @@ class _Training:
         config, self.settings = evaluation.config, evaluation.config.training
         self.rate, self.device, self.corpus = learning_rate, evaluation.device, evaluation.corpus
         with chance(torch.device("cpu"), config.seed):
-            head = evaluation.task.head(evaluation.upstream.width, self.corpus)
+            head = evaluation.task.head(evaluation.upstream.width, self.corpus, self.settings)
             self.probe = Probe(WeightedSum(evaluation.upstream.count, config.normalize_layers), head)
         self.probe.to(self.device)
         self.trained = [parameter for parameter in self.probe.parameters() if parameter.requires_grad]
@@ -769,7 +769,8 @@ class _Evaluation:
             "details": _details(tests["test"]),
             "versions": versions(),
             "hardware": {
-                "device": device_name(self.device), "machine": platform.machine(), "system": platform.system(),
+                "device": device_name(self.device), "processor": processor_name(), "threads": torch.get_num_threads(),
+                "machine": platform.machine(), "system": platform.system(),
             },
             **more,
         }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from armhubert.config import build
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
-from armhubert.superb.config import EvaluateConfig
+from armhubert.superb.config import EvaluateConfig, given_in_vain
 from armhubert.superb.runner import Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
@@ -158,16 +158,18 @@ def plan_suite(
     configs, skipped = [], {}
     for task in tasks.values():
         own = dict(per_task.get(task.name, {}))
+        vain = given_in_vain(task, settings)
+        common = {name: value for name, value in settings.items() if name not in vain}
         root = own.pop("data", None)
         try:
-            found = Path(data, root) if root else find_data(task, Path(data), settings, own)
+            found = Path(data, root) if root else find_data(task, Path(data), common, own)
         except ArmhubertError as error:
             skipped[task.name] = str(error)
             continue
         configs += [
             build(
                 EvaluateConfig,
-                {**settings, **own, "model": model, "task": task.name, "data": str(found),
+                {**common, **own, "model": model, "task": task.name, "data": str(found),
                  "out": str(Path(out) / label(model) / task.name)},
                 f"the settings of {task.name}",
             )
@@ -191,7 +193,7 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
         raise ArmhubertError(f"data root {str(root)!r} does not exist")
     given = {**settings, **own}
     train, dev, test = (tuple(given.get(name) or ()) for name in ("train", "dev", "test"))
-    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0)
+    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0, g2p=bool(given.get("g2p")))
     folders = [root / name for name in task.folders if (root / name).is_dir()]
     if root.absolute().name in {Path(name).name for name in task.folders} or task.name in MINI:
         folders.append(root)

@@ -1,7 +1,7 @@
 """What a SUPERB task is: how to read its data, which head it trains, how predictions are scored.
 
     task.read(root, options) -> Corpus                items of train, dev and test, with labels
-    task.head(width, corpus) -> Head                  head.loss(batch), head.predict(batch)
+    task.head(width, corpus, settings) -> Head        head.loss(batch), head.predict(batch)
     task.score(predictions, split, corpus) -> Scores  metrics as SUPERB prints them, and what pictures need
 
 Everything else (upstream, weighted sum of layers, features cache, batches, optimizer, resuming) is the runner's, the
@@ -97,7 +97,9 @@ class Options:
     seed: int = 0
     """Of everything that a reader draws: splits, mixtures, queries."""
     language_model: str | None = None
-    """asr: ARPA or KenLM file for beam search; none: greedy."""
+    """asr: ARPA file for beam search; none: greedy."""
+    g2p: bool = False
+    """pr: machine pronunciations for words outside the lexicon, whose utterances are left out otherwise."""
 
 
 # ---- training --------------------------------------------------------------
@@ -149,6 +151,8 @@ class Defaults:
     validate_every: int = 5_000
     crop_seconds: float | None = None
     """Train on random crops of this many seconds of features; dev and test are whole."""
+    head_size: int = 0
+    """Units of asr's and sf's projection and of each direction of their LSTMs; 0: the head has no such size."""
     balanced: bool = False
     """Draw training items so that every class (of the first group) is equally likely."""
 
@@ -218,8 +222,8 @@ class Task(ABC):
             ArmhubertError: layout not recognised, lists or transcripts missing, labels that cannot be used.
         """
 
-    def head(self, width: int, corpus: Corpus) -> Head:
-        """A fresh head for features [B, T, width]."""
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> Head:
+        """A fresh head for features [B, T, width], of `settings.head_size` where the task's head has a size."""
         raise NotImplementedError(f"{self.name} is not trained")
 
     def score(self, predictions: Sequence[Any], split: Split, corpus: Corpus) -> Scores:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig
@@ -73,6 +74,11 @@ def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     assert first == json.loads((tmp_path / "run/result.json").read_text())
     assert first["changed"].keys() == {"steps", "batch", "accumulate", "learning_rate", "validate_every"}
     assert {"torch", "numpy", "armhubert", "python"} <= first["versions"].keys()
+
+    assert first["hardware"]["device"] == f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    assert re.fullmatch("[0-9a-f]{32}", first["config_hash"])
+    assert re.fullmatch("[0-9a-f]{32}", first["model"]["identity"])
+    assert first["wall_seconds"] > 0
     assert all(re.fullmatch("[0-9a-f]{32}", split["hash"]) for split in first["data"].values())
     assert first["data"]["train"] == second["data"]["train"]
     assert str(tmp_path) not in json.dumps(first["data"])
@@ -187,7 +193,14 @@ def test_global_state_is_left_alone(config):
         ({"steps": 0}, "steps must be above 0, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"data": "/nowhere"}, "must be a folder that exists"),
-        ({"fold": 2}, "fold must be within 1 and 1"),
+        ({"fold": 2}, "ks has no folds: leave out --fold"),
+        ({"task": "er", "fold": 6}, "fold must be within 1 and 5 for er, got 6"),
+        ({"head_size": 8}, "ks has no head whose size can be set: leave out --head-size"),
+        ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
+        ({"task": "qbe"}, "qbe has no training: leave out --learning-rate"),
+        ({"rates": (1e-3, 1e-4)}, "add --sweep lr"),
+        ({"rates": (1e-3, 1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
+        ({"rates": (1e-3, -1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
         ({"sweep": "lr"}, "leave out --learning-rate"),
         ({"rates": (1e-3,), "sweep": "lr", "learning_rate": None}, "at least 2 rates"),
     ],

@@ -163,7 +163,7 @@ def test_head_has_a_group_a_slot(labelled):
     corpus = TASK.read(labelled, Options())
     items = corpus.splits["train"].items[:4]
     batch = Batch(torch.randn(4, 9, 5), torch.tensor([9, 5, 7, 3]), items, (0,) * 4, 320)
-    head = TASK.head(5, corpus)
+    head = TASK.head(5, corpus, TASK.defaults)
     assert [logits.shape for logits in head.logits(batch)] == [(4, 1), (4, 3), (4, 2)]
     assert torch.isfinite(head.loss(batch))
 

@@ -21,7 +21,7 @@ class SpeechRecognition(Task):
     data = "LibriSpeech"
     folders = ("LibriSpeech",)
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000)
+    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets."""
@@ -44,9 +44,9 @@ class SpeechRecognition(Task):
             beam = Beam(options.language_model, arpa_words(Path(options.language_model)))
         return Corpus({split: Split(found) for split, found in items.items()}, (tokens,), tuple(notes + more), beam)
 
-    def head(self, width: int, corpus: Corpus) -> CTCRecurrent:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
         """Linear to 1024, two bidirectional LSTMs of 1024, linear to the characters; SpecAugment while training."""
-        return CTCRecurrent(width, corpus.labels[0], beam=corpus.extra)
+        return CTCRecurrent(width, corpus.labels[0], settings.head_size, beam=corpus.extra)
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """WER and CER."""

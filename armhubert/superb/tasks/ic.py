@@ -66,7 +66,7 @@ class IntentClassification(Task):
         splits = {name: [items[place] for place in places[name]] for name in SPLITS}
         return classes(splits, "intent", notes=(*notes, *more), extra=("intent", *slots))
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, a linear layer for each slot."""
         return PooledClassifier(width, corpus.labels)
 

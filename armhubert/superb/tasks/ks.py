@@ -84,7 +84,7 @@ class KeywordSpotting(Task):
             notes.append(f"no {TEST_FOLDER}: tested on testing_list.txt, whose words are not balanced as there")
         return classes(splits, "keyword", notes=notes)
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 

@@ -53,7 +53,7 @@ class MiniPhonemes(Task):
         splits = {"train": Split(tuple(train)), "dev": Split(tuple(held[::3])), "test": Split(tuple(test))}
         return Corpus(splits, (tokens,))
 
-    def head(self, width: int, corpus: Corpus) -> CTCLinear:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCLinear:
         """Linear to 256, linear to the phones."""
         return CTCLinear(width, corpus.labels[0])
 

@@ -81,7 +81,7 @@ class SpeakerIdentification(Task):
         notes = [f"{len(missing)} recordings of {LIST} are missing ({', '.join(missing[:3])})"] if missing else []
         return classes(items, "speaker", notes=notes)
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 
