@@ -148,6 +148,11 @@ def evaluate(
     if suite is not None:
         if suite not in ("superb", "mini"):
             raise ArmhubertError(f"suite must be superb or mini, got {suite!r}")
+        if resume is not None or force:
+            raise ArmhubertError(
+                "a suite goes on where it was stopped and repeats nothing that is done: leave out "
+                f"--{'force' if resume is None else 'resume'}, or name another --out to start anew"
+            )
         run_suite(suite, model or (["fbank", "mini"] if suite == "mini" else []), root, out, settings)
     else:
         run_task(model or [], task, root, out, settings, resume, force)

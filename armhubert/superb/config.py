@@ -14,6 +14,8 @@ from armhubert.superb.upstream import FeatureChoice
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 """SUPERB's range for the learning rate."""
+MOST_RATE = 10.0
+"""Above it no Adam learns anything."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ArmhubertError(f"{name} must be above 0, got {value}")
+        for rate in (self.learning_rate or 0.0, *(self.rates if self.sweep else ())):
+            if rate > MOST_RATE:
+                raise ArmhubertError(f"a learning rate must be at most {MOST_RATE:g}, got {rate:g}")
         for name in ("crop_seconds", "workers", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:

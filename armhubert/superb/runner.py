@@ -407,7 +407,10 @@ class _Training:
         path = self.folder / CHECKPOINT_FILE
         if not path.is_file():
             return
-        content = read_pickle(path)
+        try:
+            content = read_pickle(path)
+        except ArmhubertError as error:
+            raise ArmhubertError(f"{error}; start anew with --force") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}): start anew with --force")
         mine = self.identity()
@@ -628,6 +631,8 @@ class _Evaluation:
         finally:
             if config.dry_run:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()  # where the dry run made it
 
     def _checked(self, corpus: Corpus) -> Corpus:
         for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
@@ -642,12 +647,12 @@ class _Evaluation:
 
     def _start(self) -> Iterator[Report]:
         config = self.config
-        if not config.dry_run:
-            write_atomic(Path(config.out) / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         steps, parameters, first = config.training.steps, 0, 0
         if steps:
             training = _Training(self, config.training.learning_rate, self.folder)
             parameters, first = sum(p.numel() for p in training.trained), training.state.step
+        if not config.dry_run:
+            write_atomic(Path(config.out) / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         splits = {
             name: (len(split.items), sum(self.measured.samples(item) for item in split.items) / SAMPLE_RATE)
             for name, split in self.corpus.splits.items()
@@ -706,7 +711,8 @@ class _Evaluation:
                     yield from training.run(until)
                     scores[rate] = training.state.best[metric.name]
             if not scores:
-                raise Diverged(f"every learning rate of the sweep diverged ({', '.join(f'{r:g}' for r in rates)})")
+                tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
+                raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
             ranked = sorted(scores, key=scores.__getitem__, reverse=metric.higher_is_better)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
             for rate in rates:

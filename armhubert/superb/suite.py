@@ -13,7 +13,7 @@ from armhubert.superb.runner import Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
 from armhubert.superb.tasks.mini import bundled_speech
-from armhubert.superb.upstream import load_upstream
+from armhubert.superb.upstream import FeatureChoice, load_upstream
 
 
 class Column(NamedTuple):
@@ -216,13 +216,18 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
 def run_suite(
     plan: SuitePlanned, out: Path, *, should_stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Report | TaskBegun | SuiteFinished]:
-    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated."""
+    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated.
+
+    Raises:
+        ArmhubertError: a model cannot be loaded, before anything is run; else as `runner.evaluate`.
+    """
     results: dict[str, dict[str, Mapping[str, Any]]] = {}
     upstream, loaded = None, None
+    for model, features, device_choice in _to_load(plan)[1:]:  # the first is loaded at once anyway
+        load_upstream(model, features=features, device=runner.pick_device(device_choice))
     for number, config in enumerate(plan.configs, start=1):
         yield TaskBegun(number, len(plan.configs), config)
-        begun = Path(config.out) / runner.CONFIG_FILE
-        same = begun.is_file() and runner.load_run_config(Path(config.out), {}) == config
+        same = _is_begun(config)
         if same and (Path(config.out) / runner.RESULT_FILE).is_file():
             last: Report = next(iter(runner.evaluate(config, resume=True)))
         else:
@@ -240,6 +245,18 @@ def run_suite(
             return
         results.setdefault(label(config.model), {})[config.task] = last.result
     yield SuiteFinished(results, _columns(plan), "done", out)
+
+
+def _is_begun(config: EvaluateConfig) -> bool:
+    """Whether the run's folder holds a run of the same settings."""
+    folder = Path(config.out)
+    return (folder / runner.CONFIG_FILE).is_file() and runner.load_run_config(folder, {}) == config
+
+
+def _to_load(plan: SuitePlanned) -> list[tuple[str, FeatureChoice, str]]:
+    """Model, features and device of the runs that are not done."""
+    left = [c for c in plan.configs if not (_is_begun(c) and (Path(c.out) / runner.RESULT_FILE).is_file())]
+    return list(dict.fromkeys((config.model, config.features, config.device) for config in left))
 
 
 def _columns(plan: SuitePlanned) -> tuple[Column, ...]:

@@ -9,8 +9,7 @@ same for all tasks. A task without training (`defaults.steps == 0`) has no head 
 """
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -254,7 +253,7 @@ class Task(ABC):
 
 def classes(
     splits: Mapping[SplitName, Sequence[Item]],
-    what: str,
+    what: str | Sequence[str],
     *,
     notes: Sequence[str] = (),
     extra: Any = None,
@@ -263,7 +262,7 @@ def classes(
 
     Args:
         splits: items by split.
-        what: the classes' noun, for messages: speaker, emotion, keyword.
+        what: the classes' noun, for messages: speaker, emotion, keyword; or one for each group of classes.
         notes: of the reader.
         extra: as in `Corpus`.
 
@@ -274,21 +273,39 @@ def classes(
         if not splits.get(name):
             raise ArmhubertError(f"the {name} split has no utterances: check the data root and its lists")
     groups = len(splits["train"][0].label)
+    nouns = (what,) * groups if isinstance(what, str) else what
+    notes = list(notes)
     labels = tuple(tuple(sorted({item.label[group] for item in splits["train"]})) for group in range(groups))
     if all(len(group) < 2 for group in labels):
-        raise ArmhubertError(f"training needs at least 2 {what}s, got {len(labels[0])} ({labels[0][0]}): add data")
+        raise ArmhubertError(f"training needs at least 2 {nouns[0]}s, got {len(labels[0])} ({labels[0][0]}): add data")
     for name in ("dev", "test"):
         for group in range(groups):
-            unseen = Counter(item.label[group] for item in splits[name])
-            for label in labels[group]:
-                unseen.pop(label, None)
-            if unseen:
+            there = {item.label[group] for item in splits[name]}
+            if unseen := there.difference(labels[group]):
                 raise ArmhubertError(
-                    f"{len(unseen)} {what}s of the {name} split are not in the training split "
-                    f"({', '.join(map(str, sorted(unseen)[:5]))}{', ...' if len(unseen) > 5 else ''}): "
-                    "no head can learn them; correct the lists"
+                    f"{len(unseen)} {nouns[group]}s of the {name} split are not in the training split "
+                    f"({some(unseen)}): no head can learn them; correct the lists"
                 )
+            if absent := set(labels[group]) - there:
+                notes.append(f"{len(absent)} {nouns[group]}s have no utterance in the {name} split ({some(absent)})")
     return Corpus({name: Split(tuple(splits[name])) for name in SPLITS}, labels, tuple(notes), extra)
+
+
+def some(names: Iterable[Any], most: int = 5) -> str:
+    """The first of sorted names, for messages."""
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+def unseen_tokens(splits: Mapping[SplitName, Sequence[Item]], what: str) -> list[str]:
+    """Notes on tokens of dev and test that no training label has."""
+    known = {token for item in splits["train"] for token in item.label}
+    found = {name: {token for item in items for token in item.label} - known for name, items in splits.items()}
+    return [
+        f"{what} of {name} that training lacks count as errors: {some(tokens, 20)}"
+        for name, tokens in found.items()
+        if tokens
+    ]
 
 
 def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:

@@ -1,33 +1,12 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
-from armhubert import cli
-
 SMALL = ["--steps", "2", "--batch", "4", "--accumulate", "1", "--workers", "0", "--device", "cpu"]
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Run `armhubert ...` in this process, in tmp_path: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture

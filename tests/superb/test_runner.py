@@ -8,6 +8,7 @@ import torch
 
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
+from armhubert.superb import config as config_module
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
@@ -148,7 +149,8 @@ def test_an_interrupted_cache_is_completed(config, tmp_path):
     assert 0 < missing < len(WORDS)
 
 
-def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config):
+def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
+    monkeypatch.setattr(config_module, "MOST_RATE", 1e38)
     swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e30), steps=16)
     result, reports = run(swept)
     tried = [r for r in reports if isinstance(r, RateTried)]
@@ -198,7 +200,9 @@ def test_global_state_is_left_alone(config):
         ({"head_size": 8}, "ks has no head whose size can be set: leave out --head-size"),
         ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
         ({"task": "qbe"}, "qbe has no training: leave out --learning-rate"),
+        ({"learning_rate": 1e30}, "a learning rate must be at most 10, got 1e+30"),
         ({"rates": (1e-3, 1e-4)}, "add --sweep lr"),
+        ({"rates": (1e-3, 1e3), "sweep": "lr", "learning_rate": None}, "a learning rate must be at most 10, got 1000"),
         ({"rates": (1e-3, 1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
         ({"rates": (1e-3, -1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
         ({"sweep": "lr"}, "leave out --learning-rate"),

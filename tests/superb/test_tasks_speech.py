@@ -11,7 +11,7 @@ import torch
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb.g2p import pronounce
-from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier
+from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier, beam_decoder
 from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
@@ -235,7 +235,7 @@ ngram 1=5
 def test_beam_search_prefers_likely_words(tmp_path):
     tokens = sorted(" ACTU")
     (tmp_path / "lm.arpa").write_text(ARPA)
-    head = CTCRecurrent(3, tokens, size=4, beam=Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))).eval()
+    head = CTCRecurrent(3, tokens, size=4).eval()
     path = ["<blank>", "C", "<blank>", "U", "<blank>", "T", " ", "<blank>"]
     scores = torch.full((1, len(path), len(head.tokens)), -8.0)
     for frame, token in enumerate(path):
@@ -244,8 +244,12 @@ def test_beam_search_prefers_likely_words(tmp_path):
     head.logits = lambda batch: scores  # type: ignore[method-assign]
     batch = Batch(torch.zeros(1, len(path), 3), torch.tensor([len(path)]), (Item("a", (), tuple("CAT")),), (0,), 320)
     assert "".join(CTCHead.predict(head, batch)[0]).strip() == "CUT"
+    beam = Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))
     if importlib.util.find_spec("flashlight") is None:
         with pytest.raises(ArmhubertError, match="needs flashlight-text"):
-            head.predict(batch)
+            beam_decoder(beam, tokens)
     else:
+        head.decoder = beam_decoder(beam, tokens)
         assert "".join(head.predict(batch)[0]) == "CAT"
+        with pytest.raises(ArmhubertError, match="none of the 1 words of language model"):
+            beam_decoder(Beam(beam.language_model, ("DOG",)), tokens)

@@ -22,6 +22,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     read_lines,
+    unseen_tokens,
 )
 
 LEXICONS = ("lexicon.txt", "librispeech-lexicon.txt", "librispeech-lexicon-200k-g2p.txt")
@@ -70,7 +71,8 @@ class PhonemeRecognition(Task):
         for split, path in timit.items():
             items[split] = [Item.of_file(audio, path, phones) for audio, phones in read_timit(path)]
             notes.append(f"{split} is TIMIT's hand labels, folded to 39 phones without closures and pauses")
-        _check_lexicon(missing, items, notes)
+        _check_lexicon(missing, items, notes, options)
+        notes += unseen_tokens(items, "phones")
         tokens = tuple(sorted({phone for item in items["train"] for phone in item.label}))
         return Corpus({split: Split(tuple(found)) for split, found in items.items()}, (tokens,), tuple(notes))
 
@@ -141,17 +143,20 @@ def _add_machine_pronunciations(
     return [f"{len(made)} words outside the lexicon have machine pronunciations by {source} ({some})"] if made else []
 
 
-def _check_lexicon(missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str]) -> None:
+def _check_lexicon(
+    missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str], options: Options
+) -> None:
     if not missing:
         return
     some = ", ".join(word for word, _ in missing.most_common(LISTED)) + (", ..." if len(missing) > LISTED else "")
+    remedy = "which --g2p cannot read in the lexicon's phones" if options.g2p else "or let --g2p make pronunciations"
     for split in ("train", "dev", "test"):
         if split in items and not items[split]:
             raise ArmhubertError(
                 f"every {split} utterance has words outside the lexicon ({len(missing)} words: {some}): "
-                "give a lexicon of this data with --lexicon, or let --g2p make pronunciations"
+                f"give a lexicon of this data with --lexicon, {remedy}"
             )
     notes.append(
         f"{len(missing)} words are outside the lexicon ({some}): their utterances are left out; "
-        "add pronunciations to the lexicon, or let --g2p make them"
+        f"add pronunciations to the lexicon, {remedy}"
     )

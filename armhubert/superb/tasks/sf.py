@@ -22,6 +22,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     read_lines,
+    unseen_tokens,
 )
 from armhubert.superb.tasks.ic import Labelled, read_json_slots, split_utterances
 
@@ -65,8 +66,7 @@ class SlotFilling(Task):
                     f"{len(unseen)} slots of the {split} split are not in the training split "
                     f"({', '.join(unseen[:5])}): no head can learn them; correct the lists"
                 )
-            if unseen := sorted(token for token in tokens[split] - tokens["train"] if len(token) == 1):
-                notes.append(f"characters of {split} that training lacks count as errors: {' '.join(unseen)}")
+        notes += unseen_tokens(splits, "characters")
         return Corpus(
             {split: Split(tuple(splits[split])) for split in SPLITS}, (tuple(sorted(tokens["train"])),), tuple(notes)
         )
