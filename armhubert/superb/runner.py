@@ -556,9 +556,9 @@ class _Training:
     def _validate(self) -> Validated:
         split = self.corpus.splits["dev"]
         scores = self.evaluation.task.score(self.predict(split), split, self.corpus)
-        state, metric = self.state, self.evaluation.task.metrics[0]
+        state, choose = self.state, self.evaluation.task.metrics
         metrics = {name: float(value) for name, value in scores.metrics.items()}
-        best = not state.best or _better(metric, metrics[metric.name], state.best[metric.name])
+        best = not state.best or _rank(choose, metrics) > _rank(choose, state.best)
         if best:
             state.best, state.best_step = metrics, state.step
             write_atomic(self.folder / BEST_FILE, _pickled(self.probe.state_dict()))
@@ -566,8 +566,9 @@ class _Training:
         return Validated(state.step, metrics, best)
 
 
-def _better(metric: Metric, one: float, other: float) -> bool:
-    return one > other if metric.higher_is_better else one < other
+def _rank(choose: Sequence[Metric], metrics: Mapping[str, float]) -> tuple[float, ...]:
+    """Higher is better: the first metric decides, the next ones between equals (no utterance is wholly right yet)."""
+    return tuple(metrics[m.name] if m.higher_is_better else -metrics[m.name] for m in choose if m.name in metrics)
 
 
 def _pickled(content: Any) -> bytes:
@@ -700,24 +701,25 @@ class _Evaluation:
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, _Training]:
         """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up."""
-        metric, steps = self.task.metrics[0], self.config.training.steps
+        choose, steps = self.task.metrics, self.config.training.steps
         rates = sorted(self.config.rates)
         for share in (8, 4, 2, 1):
             until = max(1, steps // share)
-            scores: dict[float, float] = {}
+            scores: dict[float, dict[str, float]] = {}
             for rate in rates:
                 training = _Training(self, rate, self.folder / f"lr-{rate:g}")
                 with contextlib.suppress(Diverged):
                     yield from training.run(until)
-                    scores[rate] = training.state.best[metric.name]
+                    scores[rate] = training.state.best
             if not scores:
                 tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
                 raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
-            ranked = sorted(scores, key=scores.__getitem__, reverse=metric.higher_is_better)
+            ranked = sorted(scores, key=lambda rate: _rank(choose, scores[rate]), reverse=True)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
             for rate in rates:
-                tried.append({"rate": rate, "step": until, "dev": scores.get(rate), "kept": rate in kept})
-                yield RateTried(rate, until, scores.get(rate), rate in kept)
+                score = scores[rate][choose[0].name] if rate in scores else None
+                tried.append({"rate": rate, "step": until, "dev": score, "kept": rate in kept})
+                yield RateTried(rate, until, score, rate in kept)
             rates = sorted(kept)
         return _Training(self, rates[0], self.folder / f"lr-{rates[0]:g}")
 

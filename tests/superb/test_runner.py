@@ -12,6 +12,7 @@ from armhubert.superb import config as config_module
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
+from armhubert.superb.tasks import find
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -147,6 +148,15 @@ def test_an_interrupted_cache_is_completed(config, tmp_path):
     _, reports = run(cached, force=True)
     missing = next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items
     assert 0 < missing < len(WORDS)
+
+
+def test_between_equals_the_next_metric_decides():
+    rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
+    first, second = (runner._rank(find("ic").metrics, row) for row in rows)
+    assert second > first
+    errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
+    ranks = [runner._rank(find("asr").metrics, row) for row in errors]
+    assert ranks == sorted(ranks)
 
 
 def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
