@@ -374,7 +374,7 @@ class _Training:
             self.weights = [1 / counts[item.label[0]] for item in self.items]
         self.state = _State()
         self.restore()
-        self.earlier = self.state.wall
+        evaluation.came_back(folder, self.state.wall)
 
     # -- to disk and back --
 
@@ -390,7 +390,7 @@ class _Training:
 
     def save(self) -> None:
         """Write the state of the training."""
-        self.state.wall = self.earlier + time.perf_counter() - self.evaluation.began
+        self.state.wall = self.evaluation.earlier + time.perf_counter() - self.evaluation.began
         content = {
             "format": FORMAT,
             "state": dataclasses.asdict(self.state),
@@ -600,7 +600,8 @@ class _Evaluation:
     ) -> None:
         self.config, self.task, self.upstream, self.fold = config, task, upstream, fold
         self.folder, self.device, self.should_stop = folder, device, should_stop
-        self.began = time.perf_counter()
+        self.began, self.earlier = time.perf_counter(), 0.0
+        self._seen: set[Path] = set()
         if config.dry_run:
             settings = {"steps": DRY_STEPS, "validate_every": DRY_STEPS, "batch": min(config.training.batch, DRY_ITEMS)}
             if config.training.steps:
@@ -634,6 +635,12 @@ class _Evaluation:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     out.rmdir()  # where the dry run made it
+
+    def came_back(self, folder: Path, wall: float) -> None:
+        """A training was restored: what it took before counts, unless that was in this process, as in a sweep."""
+        if folder not in self._seen:
+            self._seen.add(folder)
+            self.earlier = max(self.earlier, wall)
 
     def _checked(self, corpus: Corpus) -> Corpus:
         for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
@@ -696,7 +703,7 @@ class _Evaluation:
             sweep=tried,
             history=training.state.history,
             train_seconds=training.state.seconds,
-            earlier_seconds=training.earlier,
+            earlier_seconds=self.earlier,
         )  # fmt: skip
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, _Training]:
