@@ -172,11 +172,8 @@ class CTCRecurrent(CTCHead):
         if self.training:
             x = spec_augment(x, batch.lengths)
         x = self.project(x)
-        lengths = batch.lengths.cpu()
         for layer in self.recurrent:
-            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            x = pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])[0]
-            x = F.dropout(x, 0.2, self.training)
+            x = F.dropout(both_ways(layer, x, batch.lengths), 0.2, self.training)
         return self.classify(x)
 
     def predict(self, batch: Batch) -> list[Any]:
@@ -185,6 +182,25 @@ class CTCRecurrent(CTCHead):
             return super().predict(batch)
         hypotheses = self.decoder(self.logits(batch).log_softmax(2).float().cpu().contiguous(), batch.lengths.cpu())
         return [list(" ".join(best[0].words)) if best else [] for best in hypotheses]
+
+
+def both_ways(layer: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
+    """A bidirectional LSTM over each utterance alone: [B, T, D], [B] -> [B, T, 2 x size], zero beyond the lengths.
+
+    A GPU gets packed sequences. On a CPU their gradients take time that grows with the square of T; there the second
+    direction reads utterances that were turned around within their lengths.
+    """
+    if x.device.type != "cpu":
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+    frames = torch.arange(x.shape[1])
+    turned = torch.where(frames < lengths[:, None], lengths[:, None] - 1 - frames, frames)[..., None]  # its own inverse
+    state = x.new_zeros(1, len(x), layer.hidden_size)
+    ahead, back = (
+        torch.lstm(inputs, (state, state), weights, True, 1, 0.0, layer.training, False, True)[0]
+        for inputs, weights in zip((x, x.take_along_dim(turned, 1)), layer.all_weights, strict=True)
+    )
+    return torch.cat([ahead, back.take_along_dim(turned, 1)], 2) * frame_mask(lengths, x.shape[1])[..., None]
 
 
 def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
