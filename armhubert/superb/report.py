@@ -15,13 +15,15 @@ from armhubert.superb.tasks import TASKS, find
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
+_ARROWS = {True: "↑", False: "↓", None: ""}
+
 _STYLE = """
 :root{color-scheme:light dark;--text:#1d2433;--dim:#5b6475;--line:#d9dee7;--page:#fff;--card:#f6f8fb;--link:#1a5fb4;
 --best:#0b6b3a;--best-back:#e3f4ea}
 @media(prefers-color-scheme:dark){:root{--text:#e4e8ef;--dim:#9aa4b5;--line:#343c4a;--page:#14181f;--card:#1c222c;
 --link:#7db4ff;--best:#7fe0a8;--best-back:#16331f}}
 *{box-sizing:border-box}
-body{font:16px/1.55 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1.5rem 1rem 4rem;color:var(--text);
+body{font:16px/1.55 system-ui,sans-serif;margin:0 auto;max-width:80rem;padding:1.5rem 1rem 4rem;color:var(--text);
 background:var(--page);overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.25rem;margin:2.8rem 0 .4rem;scroll-margin-top:1rem}
 a{color:var(--link)}nav{margin:1rem 0 0;padding:.6rem .9rem;background:var(--card);border-radius:.5rem}
@@ -32,6 +34,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .65rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 tbody:last-child tr:last-child>*{border-bottom:0}thead th{font-weight:600;background:var(--card)}
 th:first-child,td.text{text-align:left}tbody th{font-weight:500}tbody th[scope=row]{white-space:normal;min-width:8.5rem}
+.summary th,.summary td{padding:.35rem .5rem}.summary tbody th[scope=row]{min-width:9.5rem}
 .summary th:first-child{position:sticky;left:0;background:var(--page)}
 .summary thead th:first-child{background:var(--card)}
 td.best{font-weight:700;color:var(--best);background:var(--best-back)}
@@ -39,7 +42,7 @@ td.best{font-weight:700;color:var(--best);background:var(--best-back)}
 tr.group th{text-align:left;font-size:.85rem;font-weight:600;color:var(--dim);background:var(--card)}
 td.text{white-space:normal;min-width:12rem}
 .figures{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
-figure{margin:.4rem 0;max-width:100%;flex:0 1 34rem}figure.wide{flex-basis:100%}
+figure{margin:.4rem 0;max-width:100%;flex:0 1 38rem}figure.wide{flex-basis:100%}
 img{display:block;max-width:100%;height:auto;background:#fff;border-radius:.5rem;border:1px solid var(--line)}
 figcaption{font-size:.88rem;margin-top:.25rem}
 details{margin:.5rem 0;border:1px solid var(--line);border-radius:.5rem;padding:.45rem .8rem}
@@ -134,7 +137,7 @@ def summary(results: Results, columns: Sequence[Column]) -> str:
 
 
 def _heading(column: Column, linked: bool) -> str:
-    text = f"{escape(column.title)} {'↑' if column.higher_is_better else '↓'}"
+    text = f"{escape(column.title)} {_ARROWS[column.higher_is_better]}"
     return f"<th><a href=#{column.task}>{text}</a></th>" if linked else f"<th>{text}</th>"
 
 
@@ -164,13 +167,17 @@ def _cell(text: str, best: bool = False) -> str:
 def _best(values: Sequence[float | None], column: Column | Metric) -> float | None:
     """The best of several values; None where there is nothing to choose from."""
     known = [value for value in values if value is not None]
-    if len(known) < 2:
+    if len(known) < 2 or column.higher_is_better is None:
         return None
     return max(known) if column.higher_is_better else min(known)
 
 
 def _number(value: float | None, column: Column) -> str:
     return _plain(value, 4 if column.scale != 1 else 2)
+
+
+def _digits(metric: Metric) -> int:
+    return 0 if metric.higher_is_better is None else 2 if metric.unit else 4
 
 
 def _plain(value: float | None, digits: int) -> str:
@@ -219,12 +226,12 @@ def _scores_table(task: Task, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     columns.append(
         (f"{metrics[0].title} on dev", metrics[0], [r["dev"].get(metrics[0].name) for r in by_model.values()])
     )
-    titles = [f"{title} {'↑' if metric.higher_is_better else '↓'}" for title, metric, _ in columns]
+    titles = [f"{title} {_ARROWS[metric.higher_is_better]}" for title, metric, _ in columns]
     head = "".join(f"<th>{escape(text)}</th>" for text in ["model", *titles, "best step", "rate", "minutes"])
     rows = []
     for place, (model, result) in enumerate(by_model.items()):
         cells = [
-            _cell(_plain(values[place], 2 if metric.unit else 4), top is not None and values[place] == top)
+            _cell(_plain(values[place], _digits(metric)), top is not None and values[place] == top)
             for _, metric, values in columns
             for top in (_best(values, metric),)
         ]

@@ -68,7 +68,7 @@ class MiniPhonemes(Task):
 class NormalizedCTC(CTCLinear):
     """pr's head over features of mean 0 and deviation 1 within the utterance, as FBANK's are already.
 
-    Without, the few steps that a proxy has go into the scale of the features: of a student after its first minutes, whose
+    Without, the few steps of a proxy go into the scale of the features: of a student after its first minutes, whose
     features are a constant and small deviations from it, the head learns nothing at all.
     """
 
