@@ -163,7 +163,8 @@ class Metric(NamedTuple):
     """As in `Scores.metrics`: per, accuracy, eer..."""
     title: str
     """As in tables: PER, Accuracy, EER..."""
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None: neither is, as of the number of a layer."""
     unit: str = "%"
     """% for rates, which are printed as SUPERB does (5.41); empty for plain numbers."""
 
