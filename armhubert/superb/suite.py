@@ -133,6 +133,7 @@ def plan_suite(
     out: str,
     settings: Mapping[str, Any],
     per_task: Mapping[str, Mapping[str, Any]],
+    only: Sequence[str] = (),
 ) -> SuitePlanned:
     """Which tasks the data root has, with the settings of each.
 
@@ -143,6 +144,7 @@ def plan_suite(
         out: folder of all runs.
         settings: of `EvaluateConfig`, for all tasks.
         per_task: the same, for single tasks; `data` among them names a task's own root, relative to `data`.
+        only: these tasks; none: all.
 
     Raises:
         ArmhubertError: two models of one name, unknown tasks or settings, or data for no task at all.
@@ -153,10 +155,11 @@ def plan_suite(
     names = [label(model) for model in models]
     if len(set(names)) < len(names):
         raise ArmhubertError(f"models must differ in the last part of their names, got {', '.join(models)}")
-    if unknown := sorted(set(per_task) - set(tasks)):
-        raise ArmhubertError(f"unknown task {unknown[0]!r} in the settings; known: {', '.join(tasks)}")
+    for where, named in (("in the settings", per_task), ("of the suite", only)):
+        if unknown := sorted(set(named) - set(tasks)):
+            raise ArmhubertError(f"unknown task {unknown[0]!r} {where}; known: {', '.join(tasks)}")
     configs, skipped = [], {}
-    for task in tasks.values():
+    for task in (task for task in tasks.values() if not only or task.name in only):
         own = dict(per_task.get(task.name, {}))
         vain = given_in_vain(task, settings)
         common = {name: value for name, value in settings.items() if name not in vain}
@@ -176,7 +179,8 @@ def plan_suite(
             for model in models
         ]  # fmt: skip
     if not configs:
-        raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; pr: {skipped.get('pr')}")
+        first, reason = next(iter(skipped.items()))
+        raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; {first}: {reason}")
     configs.sort(key=lambda config: models.index(config.model))  # a model is loaded once
     return SuitePlanned(tuple(configs), skipped)
 

@@ -108,6 +108,9 @@ def test_settings_for_single_tasks(tmp_path, waves):
     per_task = {"ks": {"data": str(tmp_path / "words"), "steps": 7}}
     plan = plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {"steps": 3}, per_task)
     assert [config.steps for config in plan.configs if config.task == "ks"] == [7]
+    only = plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {}, per_task, ["ks"])
+    assert [config.task for config in only.configs] == ["ks"]
+    assert not only.skipped
     relative = plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"data": "words"}})
     assert relative.configs[0].data == str(tmp_path / "words")
     with pytest.raises(ArmhubertError, match="unknown task 'kss'"):
