@@ -31,9 +31,12 @@ def summarize(name: str, folder: Path) -> dict[str, Any]:
     if not results:
         raise ArmhubertError(f"{folder} has no <task>/{RESULT_FILE}: give a model's folder of an evaluated suite")
     model = next(iter(results.values()))["model"]
+    run = Path(model["source"]) / "distill.json"
+    distilled = read_mapping(run) if run.is_file() else {}
     return {
         "name": name,
         "model": {key: value for key, value in model.items() if key != "source"},
+        "distilled": {key: value for key, value in distilled.items() if key not in ("out", "data", "valid")},
         "tasks": {task: _task(result, TASKS[task].metrics[0].name) for task, result in results.items()},
     }
 
@@ -71,9 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m armhubert.bench superb", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER")
     parser.add_argument("--name", default="superb")
+    parser.add_argument("--note", default="", help="what no file tells, such as how a student's run went")
     options = parser.parse_args()
     pairs = [(model.rpartition("=")[0] or Path(model).name, model.rpartition("=")[2]) for model in options.models]
-    rows = [summarize(label, Path(folder)) for label, folder in pairs]
+    rows: list[dict[str, Any]] = [summarize(label, Path(folder)) for label, folder in pairs]
     out = Path(os.environ.get("OUT", "bench/results"))
     draw(rows, out / f"{options.name}.png")
+    rows[0]["note"] = options.note
     print(write_results(options.name, rows, torch.device("cpu"), out))
