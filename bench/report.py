@@ -117,8 +117,8 @@ def _superb(content: dict[str, Any]) -> list[str]:
             cells.append(", ".join(f"{found[metric]:.{digits}f}" for metric in metrics) if found else "")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return [
-        "SUPERB's ten tasks, its heads and metrics, on five hours of LibriSpeech and at most an hour of any other kind of"
-        " speech: few training steps, smaller LSTMs for asr and sf, rates chosen on dev from the same candidates for"
+        "SUPERB's ten tasks, its heads and metrics, on five hours of LibriSpeech and at most an hour of any other"
+        " speech: few steps, smaller LSTMs for asr and sf, rates chosen on dev from the same candidates for"
         f" every model (`bench/superb-mini.yaml`; {_conditions(content)}). The rows compare with each other, **not with"
         " published ones**. Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher.",
         *([note] if (note := content["rows"][0].get("note")) else []),
