@@ -173,6 +173,7 @@ class CTCRecurrent(CTCHead):
             x = spec_augment(x, batch.lengths)
         x = self.project(x)
         for layer in self.recurrent:
+            assert isinstance(layer, nn.LSTM)
             x = F.dropout(both_ways(layer, x, batch.lengths), 0.2, self.training)
         return self.classify(x)
 
@@ -197,7 +198,7 @@ def both_ways(layer: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
     turned = torch.where(frames < lengths[:, None], lengths[:, None] - 1 - frames, frames)[..., None]  # its own inverse
     state = x.new_zeros(1, len(x), layer.hidden_size)
     ahead, back = (
-        torch.lstm(inputs, (state, state), weights, True, 1, 0.0, layer.training, False, True)[0]
+        torch.lstm(inputs, (state, state), tuple(weights), True, 1, 0.0, layer.training, False, True)[0]
         for inputs, weights in zip((x, x.take_along_dim(turned, 1)), layer.all_weights, strict=True)
     )
     return torch.cat([ahead, back.take_along_dim(turned, 1)], 2) * frame_mask(lengths, x.shape[1])[..., None]
