@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
@@ -110,6 +111,19 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(after, config, tmp_path):
     assert same(whole, resumed)
 
 
+def test_dropout_and_augmentation_are_resumed_bit_for_bit(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=6, dev_clean=2, test_clean=2)
+    asr = EvaluateConfig(
+        "fbank", "asr", str(tmp_path), str(tmp_path / "whole"), head_size=6, steps=6, batch=2, workers=0
+    )
+    whole, _ = run(asr)
+    steps = iter(range(100))
+    run(replace(asr, out=str(tmp_path / "part")), should_stop=lambda: next(steps) >= 3)
+    resumed, _ = run(load_run_config(tmp_path / "part", {}), resume=True)
+    assert same(whole, resumed)
+    assert whole["changed"]["head_size"] == 6
+
+
 def test_a_finished_run_is_not_repeated(config):
     first, _ = run(config)
     again, reports = run(config, resume=True)
@@ -132,6 +146,9 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert plan.items == len(WORDS)
     assert plan.bytes == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.fp16"))
     assert first["layer_weights"] == pytest.approx(plain["layer_weights"], abs=1e-3)  # fp16 rounds features to 5e-4
+    losses = [[row["loss"] for row in result["history"] if row["kind"] == "train"] for result in (first, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert (first["metrics"], first["dev"]) == (plain["metrics"], plain["dev"])
     second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
     assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
     assert same(first, second)
