@@ -1,9 +1,11 @@
 """Several processes under torchrun, or one: what the training loop needs to know of the others."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -68,7 +70,17 @@ def device_name(device: torch.device) -> str:
     """Readable name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """What the system calls its processor; Linux tells it in a file, others to `platform`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
 
 
 @contextmanager

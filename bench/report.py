@@ -19,6 +19,8 @@ def render(results: Path = RESULTS) -> str:
         parts += _profile(_read(results / "profile-cpu" / "profile.json"))
     if (results / "distill-mini.json").is_file():
         parts += _distillation(_read(results / "distill-mini.json"))
+    if (results / "superb-mini.json").is_file():
+        parts += _superb(_read(results / "superb-mini.json"))
     if (results / "teacher-views.json").is_file():
         parts += _teacher_views(_read(results / "teacher-views.json"))
     if (results / "cpu-microbench.json").is_file():
@@ -85,6 +87,43 @@ def _distillation(content: dict[str, Any]) -> list[str]:
         "frames and, after so few steps, is far behind on it. Whose features are better is for SUPERB's tasks to say.",
         "\n".join(lines),
         "![held-out error](bench/results/distill-mini.png)",
+    ]
+
+
+_SUPERB = (
+    ("PER", "pr", "test", ("per",)),
+    ("PER, TIMIT", "pr", "test:timit-sample", ("per",)),
+    ("WER, CER", "asr", "test", ("wer", "cer")),
+    ("KS", "ks", "test", ("accuracy",)),
+    ("QbE", "qbe", "test", ("mtwv",)),
+    ("SID", "sid", "test", ("accuracy",)),
+    ("ASV", "asv", "test", ("eer",)),
+    ("SD", "sd", "test", ("der",)),
+    ("IC, slots", "ic", "test", ("slot_accuracy",)),
+    ("SF F1, CER", "sf", "test", ("slot_f1", "slot_cer")),
+    ("ER", "er", "test", ("accuracy",)),
+)
+"""Title, task, test set and metrics of each column."""
+
+
+def _superb(content: dict[str, Any]) -> list[str]:
+    """The ten tasks on little real speech, and what may be concluded from them."""
+    lines = [f"| model | {' | '.join(title for title, *_ in _SUPERB)} |", f"|---|{'---|' * len(_SUPERB)}"]
+    for row in content["rows"]:
+        cells = []
+        for _, task, test, metrics in _SUPERB:
+            found = row["tasks"].get(task, {}).get("tests", {}).get(test)
+            digits = 3 if task == "qbe" else 1
+            cells.append(", ".join(f"{found[metric]:.{digits}f}" for metric in metrics) if found else "")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return [
+        "SUPERB's ten tasks, its heads and metrics, on five hours of LibriSpeech and at most an hour of any other"
+        " speech: few steps, smaller LSTMs for asr and sf, rates chosen on dev from the same candidates for"
+        f" every model (`bench/superb-mini.yaml`; {_conditions(content)}). The rows compare with each other, **not with"
+        " published ones**. Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher.",
+        *([note] if (note := content["rows"][0].get("note")) else []),
+        "\n".join(lines),
+        "![learning curves and layer weights](bench/results/superb-mini.png)",
     ]
 
 

@@ -34,7 +34,10 @@ def evaluate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="pr, asr, ks, qbe, sid, asv, sd, ic, sf, er, or similarity. [pr]", rich_help_panel=RUN),
+        typer.Option(
+            help="pr, asr, ks, qbe, sid, asv, sd, ic, sf, er, or similarity; with --suite several, as pr,asr. [pr]",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     suite: Annotated[
         str | None,
@@ -77,6 +80,10 @@ def evaluate(
     lexicon: Annotated[
         str | None, typer.Option(help="pr: WORD, tab, phones. [lexicon.txt beside the data]", rich_help_panel=DATA)
     ] = None,
+    g2p: Annotated[
+        bool | None,
+        typer.Option("--g2p", help="pr: machine pronunciations for words outside the lexicon.", rich_help_panel=DATA),
+    ] = None,
     train: Annotated[
         list[str] | None,
         typer.Option(help="Subsets to train on; may be repeated. [train-clean-100]", rich_help_panel=DATA),
@@ -105,6 +112,9 @@ def evaluate(
     accumulate: Annotated[int | None, typer.Option(help="Batches a step.", rich_help_panel=TRAINING)] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=TRAINING)] = None,
     optimizer: Annotated[str | None, typer.Option(help="Adam or AdamW.", rich_help_panel=TRAINING)] = None,
+    head_size: Annotated[
+        int | None, typer.Option(help="asr, sf: units of the LSTMs. [1024]", rich_help_panel=TRAINING)
+    ] = None,
     crop_seconds: Annotated[
         float | None, typer.Option(help="Train on random crops; 0: whole utterances.", rich_help_panel=TRAINING)
     ] = None,
@@ -125,9 +135,7 @@ def evaluate(
         given.pop(name, None)
     if "rates" in given:
         given["rates"] = [part for part in given["rates"].split(",") if part.strip()]
-    if task is not None and suite is not None:
-        raise ArmhubertError("give --task or --suite, not both")
-    if task == "similarity":
+    if task == "similarity" and suite is None:
         similarity(model or [], against, data or [], out, utterances, given)
         return
     if against is not None:
@@ -141,7 +149,13 @@ def evaluate(
     if suite is not None:
         if suite not in ("superb", "mini"):
             raise ArmhubertError(f"suite must be superb or mini, got {suite!r}")
-        run_suite(suite, model or (["fbank", "mini"] if suite == "mini" else []), root, out, settings)
+        if resume is not None or force:
+            raise ArmhubertError(
+                "a suite goes on where it was stopped and repeats nothing that is done: leave out "
+                f"--{'force' if resume is None else 'resume'}, or name another --out to start anew"
+            )
+        only = [name.strip() for name in (task or "").split(",") if name.strip()]
+        run_suite(suite, model or (["fbank", "mini"] if suite == "mini" else []), root, out, settings, only)
     else:
         run_task(model or [], task, root, out, settings, resume, force)
 
@@ -177,7 +191,14 @@ def run_task(
             show(report, bar)
 
 
-def run_suite(suite: str, models: Sequence[str], root: str | None, out: str | None, settings: dict[str, Any]) -> None:
+def run_suite(
+    suite: str,
+    models: Sequence[str],
+    root: str | None,
+    out: str | None,
+    settings: dict[str, Any],
+    only: Sequence[str],
+) -> None:
     """Several models on several tasks."""
     from armhubert.superb.report import write_report
     from armhubert.superb.suite import SuiteFinished, TaskBegun, plan_suite, settings_of
@@ -189,7 +210,7 @@ def run_suite(suite: str, models: Sequence[str], root: str | None, out: str | No
     if suite == "superb" and not models:
         raise ArmhubertError("--suite superb needs a model: armhubert evaluate MODEL --suite superb --data ROOT")
     folder = out or f"runs/{suite}"
-    plan = plan_suite(suite, models, root, folder, common, per_task)
+    plan = plan_suite(suite, models, root, folder, common, per_task, only)
     show_plan(plan)
     with stop_on_signal() as stop, ui.progress() as bar:
         for report in run(plan, Path(folder), should_stop=stop.is_set):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu, gpu_check, gpu_micro, gpu_report, isolate, report
+from armhubert.bench import cases, gpu, gpu_check, gpu_micro, gpu_report, isolate, report, superb
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -37,6 +37,43 @@ def test_the_readme_shows_what_the_result_files_hold():
     text = (ROOT / "README.md").read_text("utf-8")
     shown = report.BEGIN + text.split(report.BEGIN)[1].split(report.END)[0] + report.END
     assert shown == report.render(ROOT / "bench" / "results")
+
+
+def test_a_suite_is_collected_without_its_paths_and_drawn(tmp_path, monkeypatch):
+    for model, layers in (("fbank", 1), ("student", 2)):
+        result = {
+            "model": {"source": "/somewhere/x", "identity": model, "layers": layers, "features": "hidden"},
+            "metrics": {"per": 60.0}, "tests": {"test": {"per": 60.0}, "test:timit-sample": {"per": 70.0}},
+            "dev": {"per": 59.0}, "best_step": 4, "training": {"learning_rate": 1e-2}, "config": {"seed": 0},
+            "layer_weights": [1 / layers] * layers,
+            "history": [{"kind": "train", "step": 2, "loss": 3.0}, {"kind": "dev", "step": 4, "per": 59.0}],
+        }  # fmt: skip
+        (tmp_path / model / "pr").mkdir(parents=True)
+        (tmp_path / model / "pr/result.json").write_text(json.dumps(result))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    argv = [
+        "superb",
+        str(tmp_path / "fbank"),
+        f"teacher={tmp_path / 'student'}",
+        "--note",
+        "a few steps",
+        "--name",
+        "superb-mini",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    superb.main()
+    text = (tmp_path / "superb-mini.json").read_text()
+    assert "somewhere" not in text
+    rows = json.loads(text)["rows"]
+    assert [row["name"] for row in rows] == ["fbank", "teacher"]
+    assert rows[1]["tasks"]["pr"]["dev_curve"] == [[4, 59.0]]
+    assert (tmp_path / "superb-mini.png").read_bytes().startswith(b"\x89PNG")
+    shown = report.render(tmp_path)
+    assert "a few steps" in shown
+    assert "| teacher | 60.0 | 70.0 | " in shown
+    monkeypatch.setattr(sys, "argv", ["superb", str(tmp_path)])
+    with pytest.raises(ArmhubertError, match="give a model's folder of an evaluated suite"):
+        superb.main()
 
 
 # ---- cases ------------------------------------------------------------------

@@ -134,6 +134,8 @@ class FeatureCache:
             try:
                 digest, *numbers = json.loads(line)
                 place = _Place(*map(int, numbers))
+                if not isinstance(digest, str) or min(place) < 0:
+                    continue
             except (ValueError, TypeError):
                 continue  # torn by an interruption
             if place.shard not in sizes:

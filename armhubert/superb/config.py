@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import Defaults, Options
+from armhubert.superb.task import Defaults, Options, Task
 from armhubert.superb.tasks import find
 from armhubert.superb.upstream import FeatureChoice
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 """SUPERB's range for the learning rate."""
+MOST_RATE = 10.0
+"""Above it no Adam learns anything."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class EvaluateConfig:
     """As train; every further one is scored by the same head."""
     fold: int | None = None
     """Of tasks with folds, from 1; none: all of them."""
+    g2p: bool = False
+    """pr: machine pronunciations for words outside the lexicon; else their utterances are left out."""
     language_model: str | None = None
     """asr: ARPA file for beam search; none: greedy."""
 
@@ -60,6 +65,8 @@ class EvaluateConfig:
     """Largest gradient norm."""
     crop_seconds: float | None = None
     """Train on random crops of this length; 0: whole utterances."""
+    head_size: int | None = None
+    """asr, sf: units of the projection and of each LSTM's direction; SUPERB's 1024 take minutes a step on two cores."""
     sweep: Literal["lr"] | None = None
     """Try several learning rates and keep the best on dev."""
     rates: tuple[float, ...] = RATES
@@ -85,10 +92,22 @@ class EvaluateConfig:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ArmhubertError(f"{name} must be a finite number, got {value}")
-        for name in ("learning_rate", "batch", "accumulate", "steps", "clip", "validate_every", "log_every"):
+        for name in (
+            "learning_rate",
+            "batch",
+            "accumulate",
+            "steps",
+            "clip",
+            "validate_every",
+            "log_every",
+            "head_size",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ArmhubertError(f"{name} must be above 0, got {value}")
+        for rate in (self.learning_rate or 0.0, *(self.rates if self.sweep else ())):
+            if rate > MOST_RATE:
+                raise ArmhubertError(f"a learning rate must be at most {MOST_RATE:g}, got {rate:g}")
         for name in ("crop_seconds", "workers", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -97,14 +116,17 @@ class EvaluateConfig:
             raise ArmhubertError(f"--data must name the root of {task.name}'s data: {task.data}")
         if not Path(self.data).is_dir():
             raise ArmhubertError(f"data root {self.data!r} must be a folder that exists: {task.data}")
+        for name in given_in_vain(task, vars(self)):
+            what = {"fold": "folds", "head_size": "head whose size can be set"}.get(name, "training")
+            raise ArmhubertError(f"{task.name} has no {what}: leave out --{name.replace('_', '-')}")
         if self.fold is not None and not 1 <= self.fold <= task.folds:
             raise ArmhubertError(f"fold must be within 1 and {task.folds} for {task.name}, got {self.fold}")
         if self.sweep and self.learning_rate is not None:
             raise ArmhubertError("--sweep lr chooses the learning rate: leave out --learning-rate")
-        if self.sweep and not task.defaults.steps:
-            raise ArmhubertError(f"{task.name} is not trained: leave out --sweep")
-        if self.sweep and (len(self.rates) < 2 or min(self.rates) <= 0):
-            raise ArmhubertError(f"a sweep needs at least 2 rates above 0, got {list(self.rates)}")
+        if self.sweep and (len(set(self.rates)) < max(2, len(self.rates)) or min(self.rates) <= 0):
+            raise ArmhubertError(f"a sweep needs at least 2 rates, different and above 0, got {list(self.rates)}")
+        if not self.sweep and self.rates != RATES:
+            raise ArmhubertError("rates are those of a sweep: add --sweep lr, or give one with --learning-rate")
 
     @property
     def training(self) -> Defaults:
@@ -124,7 +146,15 @@ class EvaluateConfig:
 
     def options(self, fold: int) -> Options:
         """What the task is told about its data; `fold` from 0."""
-        return Options(self.lexicon, self.train, self.dev, self.test, fold, self.seed, self.language_model)
+        return Options(self.lexicon, self.train, self.dev, self.test, fold, self.seed, self.language_model, self.g2p)
+
+
+def given_in_vain(task: Task, settings: Mapping[str, Any]) -> list[str]:
+    """Settings that a task has no use for and that would be thought to work: of training, folds, the head's size."""
+    useless = {"fold": task.folds == 1, "head_size": not task.defaults.head_size, "sweep": not task.defaults.steps}
+    if not task.defaults.steps:
+        useless |= dict.fromkeys((field.name for field in dataclasses.fields(Defaults)), True)
+    return [name for name, value in settings.items() if value is not None and useless.get(name, False)]
 
 
 # What may differ when a run is resumed: how it is carried out, not what it computes.

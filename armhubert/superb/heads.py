@@ -81,6 +81,7 @@ class PooledClassifier(Head):
 
 # ---- connectionist temporal classification ---------------------------------
 
+SPECIAL = ("<blank>", "<end>", "<unknown>")
 BLANK, END, UNKNOWN = 0, 1, 2
 """s3prl's tokenizers put these before the tokens, and end every target with END."""
 
@@ -103,7 +104,7 @@ class CTCHead(Head):
 
     def __init__(self, tokens: Sequence[str]) -> None:
         super().__init__()
-        self.tokens = ("<blank>", "<end>", "<unknown>", *tokens)
+        self.tokens = (*SPECIAL, *tokens)
         self.place = {token: number for number, token in enumerate(self.tokens)}
 
     def logits(self, batch: Batch) -> Tensor:
@@ -153,18 +154,17 @@ class CTCRecurrent(CTCHead):
         width: D.
         tokens: characters, and slot tokens for sf.
         size: of the projection and of each LSTM's direction; SUPERB's is 1024.
-        beam: search with a language model instead of taking the best path.
+        decoder: of `beam_decoder` over the same tokens, to search with a language model; None: the best path.
     """
 
-    def __init__(self, width: int, tokens: Sequence[str], size: int = 1024, beam: Beam | None = None) -> None:
+    def __init__(self, width: int, tokens: Sequence[str], size: int = 1024, decoder: Any = None) -> None:
         super().__init__(tokens)
         self.project = nn.Linear(width, size)
         self.recurrent = nn.ModuleList(
             nn.LSTM(inputs, size, batch_first=True, bidirectional=True) for inputs in (size, 2 * size)
         )
         self.classify = nn.Linear(2 * size, len(self.tokens))
-        self.beam = beam
-        self._decoder: Any = None
+        self.decoder = decoder
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, C]."""
@@ -172,27 +172,43 @@ class CTCRecurrent(CTCHead):
         if self.training:
             x = spec_augment(x, batch.lengths)
         x = self.project(x)
-        lengths = batch.lengths.cpu()
         for layer in self.recurrent:
-            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            x = pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])[0]
-            x = F.dropout(x, 0.2, self.training)
+            assert isinstance(layer, nn.LSTM)
+            x = F.dropout(both_ways(layer, x, batch.lengths), 0.2, self.training)
         return self.classify(x)
 
     def predict(self, batch: Batch) -> list[Any]:
         """The characters of each utterance, greedily or by beam search."""
-        if self.beam is None:
+        if self.decoder is None:
             return super().predict(batch)
-        self._decoder = self._decoder or beam_decoder(self.beam, self.tokens)
-        hypotheses = self._decoder(self.logits(batch).log_softmax(2).float().cpu().contiguous(), batch.lengths.cpu())
+        hypotheses = self.decoder(self.logits(batch).log_softmax(2).float().cpu().contiguous(), batch.lengths.cpu())
         return [list(" ".join(best[0].words)) if best else [] for best in hypotheses]
 
 
+def both_ways(layer: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
+    """A bidirectional LSTM over each utterance alone: [B, T, D], [B] -> [B, T, 2 x size], zero beyond the lengths.
+
+    A GPU gets packed sequences. On a CPU their gradients take time that grows with the square of T; there the second
+    direction reads utterances that were turned around within their lengths.
+    """
+    if x.device.type != "cpu":
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+    frames = torch.arange(x.shape[1])
+    turned = torch.where(frames < lengths[:, None], lengths[:, None] - 1 - frames, frames)[..., None]  # its own inverse
+    state = x.new_zeros(1, len(x), layer.hidden_size)
+    ahead, back = (
+        torch.lstm(inputs, (state, state), tuple(weights), True, 1, 0.0, layer.training, False, True)[0]
+        for inputs, weights in zip((x, x.take_along_dim(turned, 1)), layer.all_weights, strict=True)
+    )
+    return torch.cat([ahead, back.take_along_dim(turned, 1)], 2) * frame_mask(lengths, x.shape[1])[..., None]
+
+
 def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
-    """torchaudio's CTC decoder (flashlight-text) over characters, words spelled by `beam.words`.
+    """torchaudio's CTC decoder (flashlight-text) over a head's characters, words spelled by `beam.words`.
 
     Raises:
-        ArmhubertError: flashlight-text is not installed, or cannot read the language model.
+        ArmhubertError: flashlight-text is not installed, cannot read the language model, or no word can be spelled.
     """
     try:
         from torchaudio.models.decoder import CTCDecoderLM, ctc_decoder  # noqa: F401 - the first fails without flashlight
@@ -205,21 +221,26 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
 
     known = set(tokens)
     spelled = [f"{word} {' '.join(word)} |" for word in beam.words if set(word) <= known]
+    if not spelled:
+        raise ArmhubertError(
+            f"none of the {len(beam.words)} words of language model {beam.language_model} can be spelled with the "
+            "characters of the training transcripts: give one of the data's language"
+        )
     with tempfile.NamedTemporaryFile("w", suffix=".lexicon", encoding="utf-8") as lexicon:
         lexicon.write("\n".join(spelled) + "\n")
         lexicon.flush()
         try:
             return ctc_decoder(
                 lexicon=lexicon.name,
-                tokens=["|" if token == " " else token for token in tokens],
+                tokens=[*SPECIAL, *("|" if token == " " else token for token in tokens)],
                 lm=beam.language_model,
                 beam_size=beam.size,
                 beam_threshold=beam.threshold,
                 lm_weight=beam.weight,
                 word_score=beam.word_score,
-                blank_token=tokens[BLANK],
+                blank_token=SPECIAL[BLANK],
                 sil_token="|",
-                unk_word="<unknown>",
+                unk_word=SPECIAL[UNKNOWN],
             )
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -93,7 +93,7 @@ def read_subset(folder: Path) -> tuple[list[Transcribed], list[str]]:
         ArmhubertError: no transcripts, or none with audio.
     """
     audio = {path.stem: path for path in sorted(folder.glob("*/*/*")) if path.suffix.lower() in AUDIO_SUFFIXES}
-    utterances, silent = [], []
+    utterances, silent, wordless = [], [], []
     lists = sorted(folder.glob("*/*/*.trans.txt"))
     if not lists:
         raise ArmhubertError(f"{folder} has no transcripts: expected <speaker>/<chapter>/*.trans.txt")
@@ -105,13 +105,20 @@ def read_subset(folder: Path) -> tuple[list[Transcribed], list[str]]:
                 silent.append(key)
             elif words:
                 utterances.append(Transcribed(file, file.parent.parent.name, tuple(words)))
+            else:
+                wordless.append(key)
     notes = []
     if silent:
         notes.append(f"{folder.name}: {_some(silent, 'transcripts')} without audio left out")
+    if wordless:
+        notes.append(f"{folder.name}: {_some(wordless, 'transcripts')} without words left out")
     if audio:
         notes.append(f"{folder.name}: {_some(audio, 'recordings')} without transcript left out")
     if not utterances:
-        raise ArmhubertError(f"none of the {len(silent)} transcripts in {folder} has audio beside it: check the folder")
+        raise ArmhubertError(
+            f"none of the {len(silent) + len(wordless)} transcripts in {folder} has both words and audio beside it "
+            f"({'; '.join(notes)}): check the folder"
+        )
     return utterances, notes
 
 

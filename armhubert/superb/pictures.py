@@ -10,13 +10,15 @@ from armhubert.superb import metrics
 
 MOST_CLASSES = 60
 """A confusion matrix of more has no readable labels; it is drawn without."""
+LONGEST = 40
+"""Characters of a name that a picture shows."""
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
     """Every picture that a result has data for, by name."""
     details = result["details"]
     found = {
-        "training": _training(result) if result.get("history") else None,
+        "training": training({result["model"]["source"]: result}) if result.get("history") else None,
         "layers": layer_weights({result["model"]["source"]: result["layer_weights"]})
         if len(result.get("layer_weights") or ()) > 1
         else None,
@@ -27,16 +29,23 @@ def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: picture for name, picture in found.items() if picture is not None}
 
 
-def _training(result: Mapping[str, Any]) -> bytes | None:
-    name = next(iter(result["dev"]))
+def plain(text: str) -> str:
+    """A name as matplotlib shows it as it is: no formulas, and short enough for a legend."""
+    short = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return short.replace("$", r"\$")
+
+
+def training(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Training loss and the deciding metric on dev over the steps; a dot at the step that was chosen."""
     figure, (left, right) = figures.panels(2)
-    rows = result["history"]
-    for axes, kind, key in ((left, "train", "loss"), (right, "dev", name)):
-        points = [(row["step"], row[key]) for row in rows if row["kind"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if kind == "dev" else None, markersize=3)
-        axes.set(xlabel="step", ylabel="training loss" if kind == "train" else f"{name} on dev")
-    right.axvline(result["best_step"], color="gray", linestyle=":", label=f"chosen: step {result['best_step']}")
+    for (model, result), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
+        name = next(iter(result["dev"]))
+        for axes, kind, key in ((left, "train", "loss"), (right, "dev", name)):
+            points = [(row["step"], row[key]) for row in result["history"] if row["kind"] == kind]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, label=plain(model) if axes is left else None)
+            axes.set(xlabel="step", ylabel="training loss" if kind == "train" else f"{name} on dev")
+        right.plot(result["best_step"], result["dev"][name], "o", color=color)
     return figures.png(figure)
 
 
@@ -44,7 +53,7 @@ def layer_weights(by_model: Mapping[str, Sequence[float]]) -> bytes:
     """Softmax weights of the layers, one line a model; 0 is the input of the first layer."""
     figure, (axes,) = figures.panels()
     for (name, weights), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
-        axes.plot(range(len(weights)), weights, marker="o", color=color, label=name)
+        axes.plot(range(len(weights)), weights, marker="o", color=color, label=plain(name))
     axes.set(xlabel="layer", ylabel="weight", ylim=(0, None))
     return figures.png(figure)
 
@@ -53,7 +62,7 @@ def confusion(matrix: Mapping[str, Any]) -> bytes:
     """Shares of each true class (rows) taken for each class (columns)."""
     counts = np.asarray(matrix["counts"], float)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    labels, size = matrix["labels"], len(matrix["labels"])
+    labels, size = [plain(label) for label in matrix["labels"]], len(matrix["labels"])
     side = min(16.0, max(4.5, 0.28 * size + 2))
     figure, (axes,) = figures.panels(width=side + 1, height=side)
     axes.grid(visible=False)
@@ -72,7 +81,7 @@ def errors_by_label(by_label: Mapping[str, Sequence[int]]) -> bytes:
         ((100 * wrong / max(1, total), total, name) for name, (wrong, total) in by_label.items()), reverse=True
     )
     figure, (axes,) = figures.panels(width=max(figures.WIDTH, 0.22 * len(shares) + 2))
-    axes.bar([name for _, _, name in shares], [share for share, _, _ in shares], color=figures.shades(3)[1])
+    axes.bar([plain(name) for _, _, name in shares], [share for share, _, _ in shares], color=figures.shades(3)[1])
     axes.tick_params(axis="x", labelsize=7, labelrotation=90)
     axes.margins(x=0.01)
     axes.set(ylabel="substituted or deleted, %")
@@ -89,7 +98,7 @@ def det(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
     for (name, trials), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
         curve = metrics.detection_curve(trials["targets"], trials["scores"])
         alarm, miss = (np.clip(np.asarray(rate, float), 5e-4, 1 - 5e-4) for rate in (curve.false_alarms, curve.misses))
-        label = f"{name}, EER {metrics.equal_error_rate(curve):.2f} %"
+        label = f"{plain(name)}, EER {metrics.equal_error_rate(curve):.2f} %"
         axes.plot([deviate(x) for x in alarm], [deviate(x) for x in miss], color=color, label=label)
     places = [deviate(tick / 100) for tick in ticks]
     axes.set_xticks(places, [f"{tick:g}" for tick in ticks])

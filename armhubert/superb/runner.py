@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import build, read_mapping
 from armhubert.convert.tensors import read_pickle
-from armhubert.distributed import device_name, pick_device
+from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.superb.audio import Measured, ahead, measure_corpus, padded
@@ -358,7 +358,7 @@ class _Training:
         config, self.settings = evaluation.config, evaluation.config.training
         self.rate, self.device, self.corpus = learning_rate, evaluation.device, evaluation.corpus
         with chance(torch.device("cpu"), config.seed):
-            head = evaluation.task.head(evaluation.upstream.width, self.corpus)
+            head = evaluation.task.head(evaluation.upstream.width, self.corpus, self.settings)
             self.probe = Probe(WeightedSum(evaluation.upstream.count, config.normalize_layers), head)
         self.probe.to(self.device)
         self.trained = [parameter for parameter in self.probe.parameters() if parameter.requires_grad]
@@ -374,7 +374,7 @@ class _Training:
             self.weights = [1 / counts[item.label[0]] for item in self.items]
         self.state = _State()
         self.restore()
-        self.earlier = self.state.wall
+        evaluation.came_back(folder, self.state.wall)
 
     # -- to disk and back --
 
@@ -390,7 +390,7 @@ class _Training:
 
     def save(self) -> None:
         """Write the state of the training."""
-        self.state.wall = self.earlier + time.perf_counter() - self.evaluation.began
+        self.state.wall = self.evaluation.earlier + time.perf_counter() - self.evaluation.began
         content = {
             "format": FORMAT,
             "state": dataclasses.asdict(self.state),
@@ -407,7 +407,10 @@ class _Training:
         path = self.folder / CHECKPOINT_FILE
         if not path.is_file():
             return
-        content = read_pickle(path)
+        try:
+            content = read_pickle(path)
+        except ArmhubertError as error:
+            raise ArmhubertError(f"{error}; start anew with --force") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}): start anew with --force")
         mine = self.identity()
@@ -553,9 +556,9 @@ class _Training:
     def _validate(self) -> Validated:
         split = self.corpus.splits["dev"]
         scores = self.evaluation.task.score(self.predict(split), split, self.corpus)
-        state, metric = self.state, self.evaluation.task.metrics[0]
+        state, choose = self.state, self.evaluation.task.metrics
         metrics = {name: float(value) for name, value in scores.metrics.items()}
-        best = not state.best or _better(metric, metrics[metric.name], state.best[metric.name])
+        best = not state.best or _rank(choose, metrics) > _rank(choose, state.best)
         if best:
             state.best, state.best_step = metrics, state.step
             write_atomic(self.folder / BEST_FILE, _pickled(self.probe.state_dict()))
@@ -563,8 +566,9 @@ class _Training:
         return Validated(state.step, metrics, best)
 
 
-def _better(metric: Metric, one: float, other: float) -> bool:
-    return one > other if metric.higher_is_better else one < other
+def _rank(choose: Sequence[Metric], metrics: Mapping[str, float]) -> tuple[float, ...]:
+    """Higher is better: the first metric decides, the next ones between equals (no utterance is wholly right yet)."""
+    return tuple(metrics[m.name] if m.higher_is_better else -metrics[m.name] for m in choose if m.name in metrics)
 
 
 def _pickled(content: Any) -> bytes:
@@ -596,7 +600,8 @@ class _Evaluation:
     ) -> None:
         self.config, self.task, self.upstream, self.fold = config, task, upstream, fold
         self.folder, self.device, self.should_stop = folder, device, should_stop
-        self.began = time.perf_counter()
+        self.began, self.earlier = time.perf_counter(), 0.0
+        self._seen: set[Path] = set()
         if config.dry_run:
             settings = {"steps": DRY_STEPS, "validate_every": DRY_STEPS, "batch": min(config.training.batch, DRY_ITEMS)}
             if config.training.steps:
@@ -628,6 +633,14 @@ class _Evaluation:
         finally:
             if config.dry_run:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()  # where the dry run made it
+
+    def came_back(self, folder: Path, wall: float) -> None:
+        """A training was restored: what it took before counts, unless that was in this process, as in a sweep."""
+        if folder not in self._seen:
+            self._seen.add(folder)
+            self.earlier = max(self.earlier, wall)
 
     def _checked(self, corpus: Corpus) -> Corpus:
         for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
@@ -642,12 +655,12 @@ class _Evaluation:
 
     def _start(self) -> Iterator[Report]:
         config = self.config
-        if not config.dry_run:
-            write_atomic(Path(config.out) / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         steps, parameters, first = config.training.steps, 0, 0
         if steps:
             training = _Training(self, config.training.learning_rate, self.folder)
             parameters, first = sum(p.numel() for p in training.trained), training.state.step
+        if not config.dry_run:
+            write_atomic(Path(config.out) / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         splits = {
             name: (len(split.items), sum(self.measured.samples(item) for item in split.items) / SAMPLE_RATE)
             for name, split in self.corpus.splits.items()
@@ -690,28 +703,30 @@ class _Evaluation:
             sweep=tried,
             history=training.state.history,
             train_seconds=training.state.seconds,
-            earlier_seconds=training.earlier,
+            earlier_seconds=self.earlier,
         )  # fmt: skip
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, _Training]:
         """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up."""
-        metric, steps = self.task.metrics[0], self.config.training.steps
+        choose, steps = self.task.metrics, self.config.training.steps
         rates = sorted(self.config.rates)
         for share in (8, 4, 2, 1):
             until = max(1, steps // share)
-            scores: dict[float, float] = {}
+            scores: dict[float, dict[str, float]] = {}
             for rate in rates:
                 training = _Training(self, rate, self.folder / f"lr-{rate:g}")
                 with contextlib.suppress(Diverged):
                     yield from training.run(until)
-                    scores[rate] = training.state.best[metric.name]
+                    scores[rate] = training.state.best
             if not scores:
-                raise Diverged(f"every learning rate of the sweep diverged ({', '.join(f'{r:g}' for r in rates)})")
-            ranked = sorted(scores, key=scores.__getitem__, reverse=metric.higher_is_better)
+                tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
+                raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
+            ranked = sorted(scores, key=lambda rate: _rank(choose, scores[rate]), reverse=True)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
             for rate in rates:
-                tried.append({"rate": rate, "step": until, "dev": scores.get(rate), "kept": rate in kept})
-                yield RateTried(rate, until, scores.get(rate), rate in kept)
+                score = scores[rate][choose[0].name] if rate in scores else None
+                tried.append({"rate": rate, "step": until, "dev": score, "kept": rate in kept})
+                yield RateTried(rate, until, score, rate in kept)
             rates = sorted(kept)
         return _Training(self, rates[0], self.folder / f"lr-{rates[0]:g}")
 
@@ -769,7 +784,8 @@ class _Evaluation:
             "details": _details(tests["test"]),
             "versions": versions(),
             "hardware": {
-                "device": device_name(self.device), "machine": platform.machine(), "system": platform.system(),
+                "device": device_name(self.device), "processor": processor_name(), "threads": torch.get_num_threads(),
+                "machine": platform.machine(), "system": platform.system(),
             },
             **more,
         }  # fmt: skip

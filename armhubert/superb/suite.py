@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from armhubert.config import build
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
-from armhubert.superb.config import EvaluateConfig
+from armhubert.superb.config import EvaluateConfig, given_in_vain
 from armhubert.superb.runner import Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
 from armhubert.superb.tasks.mini import bundled_speech
-from armhubert.superb.upstream import load_upstream
+from armhubert.superb.upstream import FeatureChoice, load_upstream
 
 
 class Column(NamedTuple):
@@ -133,6 +133,7 @@ def plan_suite(
     out: str,
     settings: Mapping[str, Any],
     per_task: Mapping[str, Mapping[str, Any]],
+    only: Sequence[str] = (),
 ) -> SuitePlanned:
     """Which tasks the data root has, with the settings of each.
 
@@ -142,7 +143,8 @@ def plan_suite(
         data: the root; below it each task's data, in the folder that its download unpacks to, or itself.
         out: folder of all runs.
         settings: of `EvaluateConfig`, for all tasks.
-        per_task: the same, for single tasks; `data` among them names a task's own root.
+        per_task: the same, for single tasks; `data` among them names a task's own root, relative to `data`.
+        only: these tasks; none: all.
 
     Raises:
         ArmhubertError: two models of one name, unknown tasks or settings, or data for no task at all.
@@ -153,28 +155,32 @@ def plan_suite(
     names = [label(model) for model in models]
     if len(set(names)) < len(names):
         raise ArmhubertError(f"models must differ in the last part of their names, got {', '.join(models)}")
-    if unknown := sorted(set(per_task) - set(tasks)):
-        raise ArmhubertError(f"unknown task {unknown[0]!r} in the settings; known: {', '.join(tasks)}")
+    for where, named in (("in the settings", per_task), ("of the suite", only)):
+        if unknown := sorted(set(named) - set(tasks)):
+            raise ArmhubertError(f"unknown task {unknown[0]!r} {where}; known: {', '.join(tasks)}")
     configs, skipped = [], {}
-    for task in tasks.values():
+    for task in (task for task in tasks.values() if not only or task.name in only):
         own = dict(per_task.get(task.name, {}))
+        vain = given_in_vain(task, settings)
+        common = {name: value for name, value in settings.items() if name not in vain}
         root = own.pop("data", None)
         try:
-            found = Path(root) if root else find_data(task, Path(data), settings, own)
+            found = Path(data, root) if root else find_data(task, Path(data), common, own)
         except ArmhubertError as error:
             skipped[task.name] = str(error)
             continue
         configs += [
             build(
                 EvaluateConfig,
-                {**settings, **own, "model": model, "task": task.name, "data": str(found),
+                {**common, **own, "model": model, "task": task.name, "data": str(found),
                  "out": str(Path(out) / label(model) / task.name)},
                 f"the settings of {task.name}",
             )
             for model in models
         ]  # fmt: skip
     if not configs:
-        raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; pr: {skipped.get('pr')}")
+        first, reason = next(iter(skipped.items()))
+        raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; {first}: {reason}")
     configs.sort(key=lambda config: models.index(config.model))  # a model is loaded once
     return SuitePlanned(tuple(configs), skipped)
 
@@ -191,7 +197,7 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
         raise ArmhubertError(f"data root {str(root)!r} does not exist")
     given = {**settings, **own}
     train, dev, test = (tuple(given.get(name) or ()) for name in ("train", "dev", "test"))
-    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0)
+    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0, g2p=bool(given.get("g2p")))
     folders = [root / name for name in task.folders if (root / name).is_dir()]
     if root.absolute().name in {Path(name).name for name in task.folders} or task.name in MINI:
         folders.append(root)
@@ -214,13 +220,18 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
 def run_suite(
     plan: SuitePlanned, out: Path, *, should_stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Report | TaskBegun | SuiteFinished]:
-    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated."""
+    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated.
+
+    Raises:
+        ArmhubertError: a model cannot be loaded, before anything is run; else as `runner.evaluate`.
+    """
     results: dict[str, dict[str, Mapping[str, Any]]] = {}
     upstream, loaded = None, None
+    for model, features, device_choice in _to_load(plan)[1:]:  # the first is loaded at once anyway
+        load_upstream(model, features=features, device=runner.pick_device(device_choice))
     for number, config in enumerate(plan.configs, start=1):
         yield TaskBegun(number, len(plan.configs), config)
-        begun = Path(config.out) / runner.CONFIG_FILE
-        same = begun.is_file() and runner.load_run_config(Path(config.out), {}) == config
+        same = _is_begun(config)
         if same and (Path(config.out) / runner.RESULT_FILE).is_file():
             last: Report = next(iter(runner.evaluate(config, resume=True)))
         else:
@@ -238,6 +249,18 @@ def run_suite(
             return
         results.setdefault(label(config.model), {})[config.task] = last.result
     yield SuiteFinished(results, _columns(plan), "done", out)
+
+
+def _is_begun(config: EvaluateConfig) -> bool:
+    """Whether the run's folder holds a run of the same settings."""
+    folder = Path(config.out)
+    return (folder / runner.CONFIG_FILE).is_file() and runner.load_run_config(folder, {}) == config
+
+
+def _to_load(plan: SuitePlanned) -> list[tuple[str, FeatureChoice, str]]:
+    """Model, features and device of the runs that are not done."""
+    left = [c for c in plan.configs if not (_is_begun(c) and (Path(c.out) / runner.RESULT_FILE).is_file())]
+    return list(dict.fromkeys((config.model, config.features, config.device) for config in left))
 
 
 def _columns(plan: SuitePlanned) -> tuple[Column, ...]:

@@ -1,7 +1,7 @@
 """What a SUPERB task is: how to read its data, which head it trains, how predictions are scored.
 
     task.read(root, options) -> Corpus                items of train, dev and test, with labels
-    task.head(width, corpus) -> Head                  head.loss(batch), head.predict(batch)
+    task.head(width, corpus, settings) -> Head        head.loss(batch), head.predict(batch)
     task.score(predictions, split, corpus) -> Scores  metrics as SUPERB prints them, and what pictures need
 
 Everything else (upstream, weighted sum of layers, features cache, batches, optimizer, resuming) is the runner's, the
@@ -9,8 +9,7 @@ same for all tasks. A task without training (`defaults.steps == 0`) has no head 
 """
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,7 +96,9 @@ class Options:
     seed: int = 0
     """Of everything that a reader draws: splits, mixtures, queries."""
     language_model: str | None = None
-    """asr: ARPA or KenLM file for beam search; none: greedy."""
+    """asr: ARPA file for beam search; none: greedy."""
+    g2p: bool = False
+    """pr: machine pronunciations for words outside the lexicon, whose utterances are left out otherwise."""
 
 
 # ---- training --------------------------------------------------------------
@@ -149,6 +150,8 @@ class Defaults:
     validate_every: int = 5_000
     crop_seconds: float | None = None
     """Train on random crops of this many seconds of features; dev and test are whole."""
+    head_size: int = 0
+    """Units of asr's and sf's projection and of each direction of their LSTMs; 0: the head has no such size."""
     balanced: bool = False
     """Draw training items so that every class (of the first group) is equally likely."""
 
@@ -160,7 +163,8 @@ class Metric(NamedTuple):
     """As in `Scores.metrics`: per, accuracy, eer..."""
     title: str
     """As in tables: PER, Accuracy, EER..."""
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None: neither is, as of the number of a layer."""
     unit: str = "%"
     """% for rates, which are printed as SUPERB does (5.41); empty for plain numbers."""
 
@@ -218,8 +222,8 @@ class Task(ABC):
             ArmhubertError: layout not recognised, lists or transcripts missing, labels that cannot be used.
         """
 
-    def head(self, width: int, corpus: Corpus) -> Head:
-        """A fresh head for features [B, T, width]."""
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> Head:
+        """A fresh head for features [B, T, width], of `settings.head_size` where the task's head has a size."""
         raise NotImplementedError(f"{self.name} is not trained")
 
     def score(self, predictions: Sequence[Any], split: Split, corpus: Corpus) -> Scores:
@@ -250,7 +254,7 @@ class Task(ABC):
 
 def classes(
     splits: Mapping[SplitName, Sequence[Item]],
-    what: str,
+    what: str | Sequence[str],
     *,
     notes: Sequence[str] = (),
     extra: Any = None,
@@ -259,7 +263,7 @@ def classes(
 
     Args:
         splits: items by split.
-        what: the classes' noun, for messages: speaker, emotion, keyword.
+        what: the classes' noun, for messages: speaker, emotion, keyword; or one for each group of classes.
         notes: of the reader.
         extra: as in `Corpus`.
 
@@ -270,21 +274,39 @@ def classes(
         if not splits.get(name):
             raise ArmhubertError(f"the {name} split has no utterances: check the data root and its lists")
     groups = len(splits["train"][0].label)
+    nouns = (what,) * groups if isinstance(what, str) else what
+    notes = list(notes)
     labels = tuple(tuple(sorted({item.label[group] for item in splits["train"]})) for group in range(groups))
     if all(len(group) < 2 for group in labels):
-        raise ArmhubertError(f"training needs at least 2 {what}s, got {len(labels[0])} ({labels[0][0]}): add data")
+        raise ArmhubertError(f"training needs at least 2 {nouns[0]}s, got {len(labels[0])} ({labels[0][0]}): add data")
     for name in ("dev", "test"):
         for group in range(groups):
-            unseen = Counter(item.label[group] for item in splits[name])
-            for label in labels[group]:
-                unseen.pop(label, None)
-            if unseen:
+            there = {item.label[group] for item in splits[name]}
+            if unseen := there.difference(labels[group]):
                 raise ArmhubertError(
-                    f"{len(unseen)} {what}s of the {name} split are not in the training split "
-                    f"({', '.join(map(str, sorted(unseen)[:5]))}{', ...' if len(unseen) > 5 else ''}): "
-                    "no head can learn them; correct the lists"
+                    f"{len(unseen)} {nouns[group]}s of the {name} split are not in the training split "
+                    f"({some(unseen)}): no head can learn them; correct the lists"
                 )
+            if absent := set(labels[group]) - there:
+                notes.append(f"{len(absent)} {nouns[group]}s have no utterance in the {name} split ({some(absent)})")
     return Corpus({name: Split(tuple(splits[name])) for name in SPLITS}, labels, tuple(notes), extra)
+
+
+def some(names: Iterable[Any], most: int = 5) -> str:
+    """The first of sorted names, for messages."""
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+def unseen_tokens(splits: Mapping[SplitName, Sequence[Item]], what: str) -> list[str]:
+    """Notes on tokens of dev and test that no training label has."""
+    known = {token for item in splits["train"] for token in item.label}
+    found = {name: {token for item in items for token in item.label} - known for name, items in splits.items()}
+    return [
+        f"{what} of {name} that training lacks count as errors: {some(tokens, 20)}"
+        for name, tokens in found.items()
+        if tokens
+    ]
 
 
 def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, corpus: Corpus) -> Scores:

@@ -81,7 +81,7 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
     module, colon, function = source.rpartition(":")
     if colon and function.isidentifier() and not Path(source).exists():
         _refuse_heads(source, features)
-        return CustomUpstream(source, _import(module, function)(), device)
+        return CustomUpstream(source, _make(module, function), device)
     weights = load_weights(source)
     has_heads = weights.config.head_width is not None
     if features == "heads" and not has_heads:
@@ -243,15 +243,14 @@ class CustomUpstream(Upstream):
             frames = torch.as_tensor(frames, device=stacked.device).long()
             if stacked.ndim != 4 or frames.shape != stacked.shape[1:2] or int(frames.max()) > stacked.shape[2]:
                 raise ValueError(f"got layers {list(stacked.shape)} and lengths {frames.tolist()[:4]}")
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:
             raise ArmhubertError(
-                f"{self.source} must return (L tensors [B, T, D] of one shape, valid frames [B]): {reason}"
-            ) from None
+                f"{self.source} must return (L tensors [B, T, D] of one shape, valid frames [B]): {_reason(error)}"
+            ) from error
         return _masked(stacked, frames)
 
 
-def _import(module: str, function: str) -> Any:
+def _make(module: str, function: str) -> Any:
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
@@ -261,9 +260,20 @@ def _import(module: str, function: str) -> Any:
             spec.loader.exec_module(loaded)
         else:
             loaded = importlib.import_module(module)
-        return getattr(loaded, function)
-    except (ImportError, OSError, AttributeError, ValueError) as error:
+        make = getattr(loaded, function)
+    except Exception as error:  # a stranger's module may raise anything
         raise ArmhubertError(
-            f"upstream {module}:{function} cannot be imported ({' '.join(str(error).split())}): "
+            f"upstream {module}:{function} cannot be imported ({_reason(error)}): "
             "name an importable module, or a file.py:function"
-        ) from None
+        ) from error
+    try:
+        return make()
+    except Exception as error:
+        raise ArmhubertError(
+            f"upstream {module}:{function}() fails ({_reason(error)}): it must return the model when called without "
+            "arguments"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

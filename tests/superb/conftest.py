@@ -1,11 +1,14 @@
 """Small data sets of noise, in the layouts that the readers take."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+
+from armhubert import cli
 
 
 def write_wave(path: Path, seconds: float = 0.5, seed: int = 0, level: float = 0.1) -> Path:
@@ -26,6 +29,24 @@ def waves(tmp_path):
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Run `armhubert ...` in this process, in tmp_path: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
+from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
+from armhubert.superb import config as config_module
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
+from armhubert.superb.tasks import find
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -73,6 +78,11 @@ def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     assert first == json.loads((tmp_path / "run/result.json").read_text())
     assert first["changed"].keys() == {"steps", "batch", "accumulate", "learning_rate", "validate_every"}
     assert {"torch", "numpy", "armhubert", "python"} <= first["versions"].keys()
+
+    assert first["hardware"]["device"] == f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    assert re.fullmatch("[0-9a-f]{32}", first["config_hash"])
+    assert re.fullmatch("[0-9a-f]{32}", first["model"]["identity"])
+    assert first["wall_seconds"] > 0
     assert all(re.fullmatch("[0-9a-f]{32}", split["hash"]) for split in first["data"].values())
     assert first["data"]["train"] == second["data"]["train"]
     assert str(tmp_path) not in json.dumps(first["data"])
@@ -101,6 +111,19 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(after, config, tmp_path):
     assert same(whole, resumed)
 
 
+def test_dropout_and_augmentation_are_resumed_bit_for_bit(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=6, dev_clean=2, test_clean=2)
+    asr = EvaluateConfig(
+        "fbank", "asr", str(tmp_path), str(tmp_path / "whole"), head_size=6, steps=6, batch=2, workers=0
+    )
+    whole, _ = run(asr)
+    steps = iter(range(100))
+    run(replace(asr, out=str(tmp_path / "part")), should_stop=lambda: next(steps) >= 3)
+    resumed, _ = run(load_run_config(tmp_path / "part", {}), resume=True)
+    assert same(whole, resumed)
+    assert whole["changed"]["head_size"] == 6
+
+
 def test_a_finished_run_is_not_repeated(config):
     first, _ = run(config)
     again, reports = run(config, resume=True)
@@ -123,6 +146,9 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert plan.items == len(WORDS)
     assert plan.bytes == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.fp16"))
     assert first["layer_weights"] == pytest.approx(plain["layer_weights"], abs=1e-3)  # fp16 rounds features to 5e-4
+    losses = [[row["loss"] for row in result["history"] if row["kind"] == "train"] for result in (first, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert (first["metrics"], first["dev"]) == (plain["metrics"], plain["dev"])
     second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
     assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
     assert same(first, second)
@@ -142,9 +168,21 @@ def test_an_interrupted_cache_is_completed(config, tmp_path):
     assert 0 < missing < len(WORDS)
 
 
-def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config):
+def test_between_equals_the_next_metric_decides():
+    rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
+    first, second = (runner._rank(find("ic").metrics, row) for row in rows)
+    assert second > first
+    errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
+    ranks = [runner._rank(find("asr").metrics, row) for row in errors]
+    assert ranks == sorted(ranks)
+
+
+def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
+    monkeypatch.setattr(config_module, "MOST_RATE", 1e38)
     swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e30), steps=16)
+    started = time.perf_counter()
     result, reports = run(swept)
+    assert result["wall_seconds"] < time.perf_counter() - started + 0.1  # rates that are taken up again count once
     tried = [r for r in reports if isinstance(r, RateTried)]
     assert {r.rate for r in tried} == {1e-2, 1e-3, 1e30}
     assert [r.rate for r in tried if r.step == 16 and r.kept] == [result["training"]["learning_rate"]]
@@ -187,7 +225,16 @@ def test_global_state_is_left_alone(config):
         ({"steps": 0}, "steps must be above 0, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"data": "/nowhere"}, "must be a folder that exists"),
-        ({"fold": 2}, "fold must be within 1 and 1"),
+        ({"fold": 2}, "ks has no folds: leave out --fold"),
+        ({"task": "er", "fold": 6}, "fold must be within 1 and 5 for er, got 6"),
+        ({"head_size": 8}, "ks has no head whose size can be set: leave out --head-size"),
+        ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
+        ({"task": "qbe"}, "qbe has no training: leave out --learning-rate"),
+        ({"learning_rate": 1e30}, "a learning rate must be at most 10, got 1e+30"),
+        ({"rates": (1e-3, 1e-4)}, "add --sweep lr"),
+        ({"rates": (1e-3, 1e3), "sweep": "lr", "learning_rate": None}, "a learning rate must be at most 10, got 1000"),
+        ({"rates": (1e-3, 1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
+        ({"rates": (1e-3, -1e-3), "sweep": "lr", "learning_rate": None}, "at least 2 rates, different and above 0"),
         ({"sweep": "lr"}, "leave out --learning-rate"),
         ({"rates": (1e-3,), "sweep": "lr", "learning_rate": None}, "at least 2 rates"),
     ],

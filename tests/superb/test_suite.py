@@ -86,7 +86,7 @@ def test_the_report_is_one_file_with_everything_inside(small, tmp_path):
     page.feed(path.read_text())
     assert page.open == []
     assert page.sources
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
     assert "HuBERT Base" in page.text
     rows = json.loads((tmp_path / "out/suite.json").read_text())
     assert [row["model"] for row in rows] == ["fbank", "mfcc"]
@@ -108,6 +108,11 @@ def test_settings_for_single_tasks(tmp_path, waves):
     per_task = {"ks": {"data": str(tmp_path / "words"), "steps": 7}}
     plan = plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {"steps": 3}, per_task)
     assert [config.steps for config in plan.configs if config.task == "ks"] == [7]
+    only = plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {}, per_task, ["ks"])
+    assert [config.task for config in only.configs] == ["ks"]
+    assert not only.skipped
+    relative = plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"data": "words"}})
+    assert relative.configs[0].data == str(tmp_path / "words")
     with pytest.raises(ArmhubertError, match="unknown task 'kss'"):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"kss": {}})
     with pytest.raises(ArmhubertError, match="unknown key 'step' in the settings of ks; did you mean 'steps'"):

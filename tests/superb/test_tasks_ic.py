@@ -37,7 +37,10 @@ def test_fluent_speech_commands(fluent):
 def test_fluent_without_some_audio(fluent):
     (fluent / "wavs/speakers/a/2.wav").unlink()
     corpus = TASK.read(fluent, Options())
-    assert corpus.notes == ("1 recordings of the lists have no audio and are left out (wavs/speakers/a/2.wav)",)
+    assert corpus.notes == (
+        "1 recordings of the lists have no audio and are left out (wavs/speakers/a/2.wav)",
+        "1 actions have no utterance in the dev split (deactivate)",
+    )
     (fluent / "wavs/speakers/a/3.wav").unlink()
     with pytest.raises(ArmhubertError, match="the dev split has no utterances"):
         TASK.read(fluent, Options())
@@ -47,7 +50,7 @@ def test_fluent_lists(fluent):
     path = fluent / "data" / "test_data.csv"
     text = path.read_text()
     path.write_text(text.replace("lights", "lamp"))
-    with pytest.raises(ArmhubertError, match=r"1 intents of the test split are not in the training split \(lamp\)"):
+    with pytest.raises(ArmhubertError, match=r"1 objects of the test split are not in the training split \(lamp\)"):
         TASK.read(fluent, Options())
     path.write_text(text.replace("object", "thing"))
     with pytest.raises(ArmhubertError, match="has a row without object"):
@@ -163,7 +166,7 @@ def test_head_has_a_group_a_slot(labelled):
     corpus = TASK.read(labelled, Options())
     items = corpus.splits["train"].items[:4]
     batch = Batch(torch.randn(4, 9, 5), torch.tensor([9, 5, 7, 3]), items, (0,) * 4, 320)
-    head = TASK.head(5, corpus)
+    head = TASK.head(5, corpus, TASK.defaults)
     assert [logits.shape for logits in head.logits(batch)] == [(4, 1), (4, 3), (4, 2)]
     assert torch.isfinite(head.loss(batch))
 

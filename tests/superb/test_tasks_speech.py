@@ -1,14 +1,18 @@
 """Readers and scores of pr, asr, ks and sid."""
 
+import dataclasses
 import gzip
 import importlib.util
+import re
+import sys
 
 import pytest
 import torch
 
 from armhubert.errors import ArmhubertError
-from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier
-from armhubert.superb.task import Batch, Item, Options
+from armhubert.superb.g2p import pronounce
+from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier, beam_decoder
+from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
 from armhubert.superb.tasks.ks import GAIN, which_split
@@ -50,6 +54,35 @@ def test_pr_lists_words_outside_the_lexicon(tmp_path, waves):
         TASKS["pr"].read(tmp_path, Options())
 
 
+def test_g2p_pronounces_words_outside_the_lexicon(tmp_path, waves):
+    pytest.importorskip("phonemizer")
+    librispeech(tmp_path, waves, train_clean_100=4, dev_clean=2, test_clean=2)
+    with open(tmp_path / "test-clean/11/1/11-1.trans.txt", "w") as file:
+        file.write("11-1-0001 CAT 4TH ZWINGLI\n")
+    (tmp_path / "lexicon.txt").write_text("CAT\tK AE1 T\nHALLO\tHH AH0 L OW1\nZIPPING\tZ IH1 P IH0 NG\n")
+    corpus = TASKS["pr"].read(tmp_path, Options(g2p=True))
+    assert corpus.splits["train"].items[0].label == ("HH", "AH0", "L", "OW1", "K", "AE1", "T")
+    made = next(note for note in corpus.notes if "machine pronunciations" in note)
+    assert re.match(r"1 words .* by espeak-ng \d\.\d+.* \(HELLO HH AH0 L OW1\)", made)  # ZWINGLI has phones of no word
+    assert any("2 words are outside the lexicon (4TH, ZWINGLI)" in note for note in corpus.notes)
+    (tmp_path / "lexicon.txt").write_text("CAT\tK AE T\nHALLO\tHH AH L OW\n")
+    assert TASKS["pr"].read(tmp_path, Options(g2p=True)).splits["train"].items[0].label[:4] == ("HH", "AH", "L", "OW")
+
+
+def test_g2p_without_its_libraries_tells_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(ArmhubertError, match=r"pip install 'armhubert\[g2p\]'"):
+        pronounce(["HELLO"], stress=False)
+
+
+def test_the_head_of_asr_and_sf_has_the_size_that_was_set():
+    corpus = Corpus({}, (("A", "B"),))
+    for name in ("asr", "sf"):
+        assert TASKS[name].defaults.head_size == 1024
+        head = TASKS[name].head(6, corpus, dataclasses.replace(TASKS[name].defaults, head_size=12))
+        assert head.recurrent[1].weight_ih_l0.shape == (4 * 12, 2 * 12)
+
+
 def test_transcripts_without_audio_and_the_reverse_are_told(tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_100=6, dev_clean=2, test_clean=2)
     (tmp_path / "train-clean-100/10/1/10-1-0000.wav").unlink()
@@ -85,8 +118,6 @@ def test_named_subsets_must_exist(tmp_path, waves):
 
 
 def test_asr_scores_words_and_characters():
-    from armhubert.superb.task import Corpus, Split
-
     split = Split((Item("a", (), tuple("HELLO CAT")), Item("b", (), tuple("CAT"))))
     scores = TASKS["asr"].score([list("HELLO CUT "), list("CAT")], split, Corpus({"test": split}))
     assert scores.metrics["wer"] == pytest.approx(100 / 3)
@@ -204,7 +235,7 @@ ngram 1=5
 def test_beam_search_prefers_likely_words(tmp_path):
     tokens = sorted(" ACTU")
     (tmp_path / "lm.arpa").write_text(ARPA)
-    head = CTCRecurrent(3, tokens, size=4, beam=Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))).eval()
+    head = CTCRecurrent(3, tokens, size=4).eval()
     path = ["<blank>", "C", "<blank>", "U", "<blank>", "T", " ", "<blank>"]
     scores = torch.full((1, len(path), len(head.tokens)), -8.0)
     for frame, token in enumerate(path):
@@ -213,8 +244,12 @@ def test_beam_search_prefers_likely_words(tmp_path):
     head.logits = lambda batch: scores  # type: ignore[method-assign]
     batch = Batch(torch.zeros(1, len(path), 3), torch.tensor([len(path)]), (Item("a", (), tuple("CAT")),), (0,), 320)
     assert "".join(CTCHead.predict(head, batch)[0]).strip() == "CUT"
+    beam = Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))
     if importlib.util.find_spec("flashlight") is None:
         with pytest.raises(ArmhubertError, match="needs flashlight-text"):
-            head.predict(batch)
+            beam_decoder(beam, tokens)
     else:
+        head.decoder = beam_decoder(beam, tokens)
         assert "".join(head.predict(batch)[0]) == "CAT"
+        with pytest.raises(ArmhubertError, match="none of the 1 words of language model"):
+            beam_decoder(Beam(beam.language_model, ("DOG",)), tokens)

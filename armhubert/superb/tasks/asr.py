@@ -6,9 +6,21 @@ from pathlib import Path
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
-from armhubert.superb.heads import Beam, CTCRecurrent
+from armhubert.superb.heads import Beam, CTCRecurrent, beam_decoder
 from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, read_subset
-from armhubert.superb.task import Corpus, Defaults, Item, Metric, Options, Part, Scores, Split, SplitName, Task
+from armhubert.superb.task import (
+    Corpus,
+    Defaults,
+    Item,
+    Metric,
+    Options,
+    Part,
+    Scores,
+    Split,
+    SplitName,
+    Task,
+    unseen_tokens,
+)
 
 EXAMPLES = 10
 
@@ -21,7 +33,7 @@ class SpeechRecognition(Task):
     data = "LibriSpeech"
     folders = ("LibriSpeech",)
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000)
+    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets."""
@@ -39,14 +51,15 @@ class SpeechRecognition(Task):
             for split, utterances in read.items()
         }
         tokens = tuple(sorted({character for item in items["train"] for character in item.label}))
-        beam = None
+        decoder = None
         if options.language_model is not None:
-            beam = Beam(options.language_model, arpa_words(Path(options.language_model)))
-        return Corpus({split: Split(found) for split, found in items.items()}, (tokens,), tuple(notes + more), beam)
+            decoder = beam_decoder(Beam(options.language_model, arpa_words(Path(options.language_model))), tokens)
+        notes += more + unseen_tokens(items, "characters")
+        return Corpus({split: Split(found) for split, found in items.items()}, (tokens,), tuple(notes), decoder)
 
-    def head(self, width: int, corpus: Corpus) -> CTCRecurrent:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
         """Linear to 1024, two bidirectional LSTMs of 1024, linear to the characters; SpecAugment while training."""
-        return CTCRecurrent(width, corpus.labels[0], beam=corpus.extra)
+        return CTCRecurrent(width, corpus.labels[0], settings.head_size, decoder=corpus.extra)
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """WER and CER."""
@@ -79,7 +92,9 @@ def arpa_words(path: Path) -> tuple[str, ...]:
                 elif inside and line.strip():
                     words.append(line.split()[1])
     except (OSError, UnicodeDecodeError, IndexError, EOFError) as error:
-        raise ArmhubertError(f"language model {path} cannot be read as an ARPA file ({error})") from None
+        raise ArmhubertError(
+            f"language model {path} cannot be read ({error}): give an ARPA file, plain or .gz, as of openslr.org/11"
+        ) from None
     if not words:
         raise ArmhubertError(f"language model {path} must be an ARPA file with unigrams, plain or .gz")
     return tuple(sorted({word.upper() for word in words if not word.startswith("<")}))

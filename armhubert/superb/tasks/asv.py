@@ -116,7 +116,7 @@ class SpeakerVerification(Task):
             tuple(notes),
         )
 
-    def head(self, width: int, corpus: Corpus) -> "XVector":
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "XVector":
         """X-vector with AM-softmax over the training speakers."""
         return XVector(width, corpus.labels[0])
 

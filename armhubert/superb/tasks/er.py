@@ -61,7 +61,7 @@ class EmotionRecognition(Task):
             found = _read_folders(base, paths)
         return _by_speaker(found, base, options.fold)
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 

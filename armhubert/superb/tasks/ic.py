@@ -64,9 +64,10 @@ class IntentClassification(Task):
         values = [set(enumerate(item.label)) for item in items]
         places, more = split_utterances(labelled, values, options.seed)
         splits = {name: [items[place] for place in places[name]] for name in SPLITS}
-        return classes(splits, "intent", notes=(*notes, *more), extra=("intent", *slots))
+        nouns = ("intent", *(f"{slot} value" for slot in slots))
+        return classes(splits, nouns, notes=(*notes, *more), extra=("intent", *slots))
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, a linear layer for each slot."""
         return PooledClassifier(width, corpus.labels)
 
@@ -119,7 +120,7 @@ def _read_fluent(root: Path) -> Corpus:
         if missing
         else []
     )
-    return classes(splits, "intent", notes=notes, extra=SLOTS)
+    return classes(splits, SLOTS, notes=notes, extra=SLOTS)
 
 
 # ---- JSON labels -----------------------------------------------------------

@@ -23,6 +23,7 @@ from armhubert.superb.task import (
     classes,
     classification_scores,
     read_lines,
+    some,
 )
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -50,7 +51,8 @@ class KeywordSpotting(Task):
         if not words:
             raise ArmhubertError(f"{root} has no folders of words with audio in them: expected {self.data}")
         official = any(path.name in WORDS for path in words)
-        notes = []
+        silent = [path.name for path in folders if path not in words and path.name not in (NOISE, TEST_FOLDER)]
+        notes = [f"{len(silent)} folders without audio are left out ({some(silent)})"] if silent else []
         place: dict[str, SplitName] = {}
         lists = {"dev": root / "validation_list.txt", "test": root / "testing_list.txt"}
         if official or any(path.is_file() for path in lists.values()):
@@ -68,8 +70,7 @@ class KeywordSpotting(Task):
                 split = (place.pop(listed, "train")) if place or official else which_split(path.name)
                 splits[split].append(_keyword(path, root, label))
         if place:
-            some = ", ".join(sorted(place)[:3])
-            notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some}")
+            notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some(place, 3)}")
         for number, piece in enumerate(_noise(root)):
             splits[("dev", "test")[number % 10 // 9] if number % 10 >= 8 else "train"].append(piece)
         tests = [path for path in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if path.is_dir()]
@@ -84,7 +85,7 @@ class KeywordSpotting(Task):
             notes.append(f"no {TEST_FOLDER}: tested on testing_list.txt, whose words are not balanced as there")
         return classes(splits, "keyword", notes=notes)
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from armhubert.superb.heads import CTCLinear
+from torch import Tensor
+
+from armhubert.superb.heads import CTCLinear, frame_mask
 from armhubert.superb.librispeech import read_subset
 from armhubert.superb.task import (
+    Batch,
     Corpus,
     Defaults,
     Item,
@@ -53,10 +56,26 @@ class MiniPhonemes(Task):
         splits = {"train": Split(tuple(train)), "dev": Split(tuple(held[::3])), "test": Split(tuple(test))}
         return Corpus(splits, (tokens,))
 
-    def head(self, width: int, corpus: Corpus) -> CTCLinear:
-        """Linear to 256, linear to the phones."""
-        return CTCLinear(width, corpus.labels[0])
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "NormalizedCTC":
+        """As pr's, over features that are normalised."""
+        return NormalizedCTC(width, corpus.labels[0])
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """PER, and the errors by phone."""
         return phoneme_scores(predictions, split)
+
+
+class NormalizedCTC(CTCLinear):
+    """pr's head over features of mean 0 and deviation 1 within the utterance, as FBANK's are already.
+
+    Without, the few steps of a proxy go into the scale of the features: of a student after its first minutes, whose
+    features are a constant and small deviations from it, the head learns nothing at all.
+    """
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, C]."""
+        x, count = batch.features, batch.lengths[:, None, None]
+        valid = frame_mask(batch.lengths, x.shape[1])[..., None]
+        centered = (x - x.sum(1, keepdim=True) / count) * valid
+        deviation = (centered.square().sum(1, keepdim=True) / count).sqrt()
+        return super().logits(batch._replace(features=centered / (deviation + 1e-5)))

@@ -2,11 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
+from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import CTCLinear
 from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, is_timit, read_subset, read_timit
 from armhubert.superb.task import (
@@ -21,6 +22,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     read_lines,
+    unseen_tokens,
 )
 
 LEXICONS = ("lexicon.txt", "librispeech-lexicon.txt", "librispeech-lexicon-200k-g2p.txt")
@@ -55,6 +57,8 @@ class PhonemeRecognition(Task):
                 notes += more
         speech, more = hold_out(speech, [split for split in ("dev", "test") if split not in timit])
         notes += more
+        if options.g2p:
+            notes += _add_machine_pronunciations(lexicon, speech)
         items: dict[SplitName, list[Item]] = {split: [] for split in folders}
         missing: Counter[str] = Counter()
         for split, utterances in speech.items():
@@ -67,11 +71,12 @@ class PhonemeRecognition(Task):
         for split, path in timit.items():
             items[split] = [Item.of_file(audio, path, phones) for audio, phones in read_timit(path)]
             notes.append(f"{split} is TIMIT's hand labels, folded to 39 phones without closures and pauses")
-        _check_lexicon(missing, items, notes)
+        _check_lexicon(missing, items, notes, options)
+        notes += unseen_tokens(items, "phones")
         tokens = tuple(sorted({phone for item in items["train"] for phone in item.label}))
         return Corpus({split: Split(tuple(found)) for split, found in items.items()}, (tokens,), tuple(notes))
 
-    def head(self, width: int, corpus: Corpus) -> CTCLinear:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCLinear:
         """Linear to 256, linear to the phones."""
         return CTCLinear(width, corpus.labels[0])
 
@@ -121,17 +126,37 @@ def read_lexicon(path: Path, *, stress: bool = True) -> dict[str, tuple[str, ...
     return lexicon
 
 
-def _check_lexicon(missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str]) -> None:
+def _add_machine_pronunciations(
+    lexicon: dict[str, tuple[str, ...]], speech: Mapping[SplitName, Sequence[Transcribed]]
+) -> list[str]:
+    """Put into the lexicon what G2P makes of the words that it lacks; notes."""
+    words = {word.upper() for utterances in speech.values() for utterance in utterances for word in utterance.words}
+    unknown = sorted(words - lexicon.keys())
+    if not unknown:
+        return []
+    known = {phone for phones in lexicon.values() for phone in phones}
+    made, source = pronounce(unknown, stress=any(phone[-1].isdigit() for phone in known))
+    plain = {phone.rstrip("012") for phone in known}
+    made = {word: phones for word, phones in made.items() if plain.issuperset(phone.rstrip("012") for phone in phones)}
+    lexicon |= made
+    some = "; ".join(f"{word} {' '.join(phones)}" for word, phones in list(made.items())[:LISTED])
+    return [f"{len(made)} words outside the lexicon have machine pronunciations by {source} ({some})"] if made else []
+
+
+def _check_lexicon(
+    missing: Counter[str], items: dict[SplitName, list[Item]], notes: list[str], options: Options
+) -> None:
     if not missing:
         return
     some = ", ".join(word for word, _ in missing.most_common(LISTED)) + (", ..." if len(missing) > LISTED else "")
+    remedy = "which --g2p cannot read in the lexicon's phones" if options.g2p else "or let --g2p make pronunciations"
     for split in ("train", "dev", "test"):
         if split in items and not items[split]:
             raise ArmhubertError(
                 f"every {split} utterance has words outside the lexicon ({len(missing)} words: {some}): "
-                "give a lexicon of this data with --lexicon"
+                f"give a lexicon of this data with --lexicon, {remedy}"
             )
     notes.append(
         f"{len(missing)} words are outside the lexicon ({some}): their utterances are left out; "
-        "add pronunciations to keep them (a G2P tool can make them; none is built in)"
+        f"add pronunciations to the lexicon, {remedy}"
     )

@@ -67,7 +67,7 @@ class QueryByExample(Task):
         "queries from; recordings with transcripts alone (LibriSpeech) are searched too"
     )
     folders = ("quesst14Database", "timit-sample", "TIMIT")
-    metrics = (Metric("mtwv", "MTWV", True, ""), Metric("layer", "Layer", True, ""))
+    metrics = (Metric("mtwv", "MTWV", True, ""), Metric("layer", "Layer", None, ""))
     defaults = Defaults(steps=0)
 
     def read(self, root: Path, options: Options) -> Corpus:

@@ -94,7 +94,7 @@ class SpeakerDiarization(Task):
             notes = (*speakers.notes, f"mixtures of two speakers simulated with seed {options.seed}: {count}")
         return _corpus(splits, notes)
 
-    def head(self, width: int, corpus: Corpus) -> "FrameActivity":
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "FrameActivity":
         """One LSTM of 512 and a linear layer."""
         return FrameActivity(width, corpus.extra)
 

@@ -22,6 +22,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     read_lines,
+    unseen_tokens,
 )
 from armhubert.superb.tasks.ic import Labelled, read_json_slots, split_utterances
 
@@ -48,7 +49,7 @@ class SlotFilling(Task):
         Metric("slot_cer", "Slot CER", False),
         Metric("wer", "WER", False),
     )
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000)
+    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """JSON labels without transcripts: the text to recognise is the slot values, in the order of the file."""
@@ -65,15 +66,14 @@ class SlotFilling(Task):
                     f"{len(unseen)} slots of the {split} split are not in the training split "
                     f"({', '.join(unseen[:5])}): no head can learn them; correct the lists"
                 )
-            if unseen := sorted(token for token in tokens[split] - tokens["train"] if len(token) == 1):
-                notes.append(f"characters of {split} that training lacks count as errors: {' '.join(unseen)}")
+        notes += unseen_tokens(splits, "characters")
         return Corpus(
             {split: Split(tuple(splits[split])) for split in SPLITS}, (tuple(sorted(tokens["train"])),), tuple(notes)
         )
 
-    def head(self, width: int, corpus: Corpus) -> CTCRecurrent:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
         """As asr's, over characters and slot tokens."""
-        return CTCRecurrent(width, corpus.labels[0])
+        return CTCRecurrent(width, corpus.labels[0], settings.head_size)
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """F1 of slot types, CER of slot values, WER of the text without slot tokens."""

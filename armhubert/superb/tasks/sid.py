@@ -22,6 +22,7 @@ from armhubert.superb.task import (
     classes,
     classification_scores,
     read_lines,
+    some,
 )
 
 LIST = "iden_split.txt"
@@ -46,16 +47,19 @@ class SpeakerIdentification(Task):
         folder = root
         if options.train or is_librispeech(root):
             folder = choose_subsets(root, options)[0]["train"][0]
-        utterances = []
+        utterances, silent = [], []
         for speaker in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
             files = [path for path in sorted(speaker.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
             utterances += [Transcribed(path, speaker.name, ()) for path in files]
+            silent += [] if files else [speaker.name]
         if not utterances:
             raise ArmhubertError(f"{folder} has no folders of speakers with audio in them: expected {self.data}")
         count = Counter(utterance.speaker for utterance in utterances)
         many = {speaker for speaker in count if count[speaker] >= MIN_UTTERANCES}
         rare = count.keys() - many
         notes = [f"{len(rare)} speakers with fewer than {MIN_UTTERANCES} recordings left out"] if rare else []
+        if silent:
+            notes.append(f"{len(silent)} folders without audio are left out ({some(silent)})")
         if not many:
             raise ArmhubertError(f"no speaker in {folder} has {MIN_UTTERANCES} recordings, one a split: add data")
         splits, more = hold_out({"train": [u for u in utterances if u.speaker in many]}, by_speaker=True)
@@ -81,7 +85,7 @@ class SpeakerIdentification(Task):
         notes = [f"{len(missing)} recordings of {LIST} are missing ({', '.join(missing[:3])})"] if missing else []
         return classes(items, "speaker", notes=notes)
 
-    def head(self, width: int, corpus: Corpus) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 
