@@ -713,7 +713,7 @@ class _Evaluation:
             if not scores:
                 tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
                 raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
-            ranked = sorted(scores, key=scores.__getitem__, reverse=metric.higher_is_better)
+            ranked = sorted(scores, key=scores.__getitem__, reverse=bool(metric.higher_is_better))
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
             for rate in rates:
                 tried.append({"rate": rate, "step": until, "dev": scores.get(rate), "kept": rate in kept})
