@@ -1,17 +1,28 @@
-"""End to end: the student's inference and the distillation step, against what people run today; random weights."""
+"""End to end: the student's inference and the distillation step, against what people run today; random weights.
 
+On a GPU a stage of `bench/gpu.sh`. On a CPU, `python -m armhubert.bench model` times the step of distillation in
+float32; inference there is `armhubert profile`.
+"""
+
+import argparse
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from armhubert import encoder as encoder_module
 from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline
 from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend, sdpa_reattend
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.clock import write_results
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import SpeechEncoder
 from armhubert.frontend import FrontEnd, valid_mask
@@ -19,8 +30,6 @@ from armhubert.kernels import Impl
 from armhubert.losses import Objective, layer_weights
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import layer_mapping, teacher_targets
-
-SECONDS = 10.0
 
 
 class Job(NamedTuple):
@@ -33,6 +42,10 @@ class Job(NamedTuple):
     quick: bool
     compiled: bool = False
     """Also torch.compile of the whole student."""
+    seconds: float = 10.0
+    """Of audio an utterance."""
+    repeats: int = 20
+    """Of the step of distillation, in turn."""
 
 
 def jobs(device: str, quick: bool) -> list[Job]:
@@ -54,12 +67,13 @@ def work(job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def with_sdpa() -> Iterator[None]:
-    """Run our modules with PyTorch's attention and with convolutions, group norm and GELU apart."""
+    """Run our modules with PyTorch's linear maps and attention, and with convolutions, group norm and GELU apart."""
 
     def front_end(self: FrontEnd, waveforms: Tensor, *_: Any, **__: Any) -> Tensor:
         return released_front_end(self, waveforms)
 
     with (
+        mock.patch.object(encoder_module, "linear", F.linear),
         mock.patch.object(encoder_module, "attend", sdpa_attend),
         mock.patch.object(encoder_module, "reattend", sdpa_reattend),
         mock.patch.object(FrontEnd, "forward", front_end),
@@ -74,7 +88,7 @@ def _model(config: EncoderConfig, kind: type[SpeechEncoder], impl: Impl, device:
 
 
 def _samples(job: Job) -> int:
-    return 16_000 // 5 if job.quick else int(16_000 * SECONDS)
+    return 16_000 // 5 if job.quick else int(16_000 * job.seconds)
 
 
 # ---- inference --------------------------------------------------------------
@@ -143,8 +157,10 @@ def _inference(job: Job) -> dict[str, Any]:
 
 
 def _distillation(job: Job) -> dict[str, Any]:
-    """A training step under bf16 autocast, teacher HuBERT Base: forward of both, backward, clipping, AdamW."""
+    """A training step, teacher HuBERT Base: forward of both, backward, clipping, AdamW; under bf16 autocast where it is
+    rehearsed or on a GPU, in float32 on a CPU."""
     device = torch.device(job.device)
+    autocast = job.quick or device.type == "cuda"
     student_config = mini() if job.quick else armhubert()
     teacher_config = HUBERT_BASE
     if job.quick:
@@ -168,7 +184,7 @@ def _distillation(job: Job) -> dict[str, Any]:
         compute = sums(student, impl)
 
         def step() -> Tensor:
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 loss = (compute() * weights).sum() / total
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 10.0)
@@ -220,11 +236,11 @@ def _distillation(job: Job) -> dict[str, Any]:
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
-    timings = interleave(runs, device=device, repeats=3 if job.quick else 20, seconds=12)
+    timings = interleave(runs, device=device, repeats=3 if job.quick else job.repeats, seconds=12)
     audio = float(lengths.sum()) / 16_000
     return {
         "seconds_each": samples / 16_000,
-        "dtype": "float32 weights, bfloat16 autocast",
+        "dtype": "float32 weights, bfloat16 autocast" if autocast else "float32",
         "candidates": {
             name: {
                 **timing._asdict(),
@@ -240,3 +256,29 @@ def _distillation(job: Job) -> dict[str, Any]:
 
 def _fields(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+# ---- on a CPU ---------------------------------------------------------------
+
+
+def main() -> None:
+    """Time a step of distillation on this CPU, print it, and write distillation-step.json."""
+    parser = argparse.ArgumentParser(prog="python -m armhubert.bench model", description=__doc__)
+    parser.add_argument("--batch", type=int, default=4, help="utterances")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of audio an utterance")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; all cores where not given")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    row = work(Job("distillation", options.batch, "cpu", False, seconds=options.seconds, repeats=options.repeats))
+    ours = row["candidates"]["ours"]["median"]
+    table = Table("way", "seconds a step", "times ours")
+    for name, c in row["candidates"].items():
+        table.add_row(name, f"{c['median']:.3f} ({c['low']:.3f}-{c['high']:.3f})", f"{c['median'] / ours:.2f}")
+    console = Console(width=120)
+    console.print(table)
+    for name, why in row["failed"].items():
+        console.print(f"{name} failed: {why}", markup=False)
+    print(write_results("distillation-step", [row], torch.device("cpu"), options.out))
