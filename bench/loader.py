@@ -118,7 +118,9 @@ def write_formats(folder: Path) -> dict[str, list[Path]]:
 def main() -> None:
     """Measure, print, and write loader.json."""
     parser = argparse.ArgumentParser(
-        prog="python -m armhubert.bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m armhubert.bench loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", nargs="*", help="folders, files, manifests; a row for each kind of file")
     parser.add_argument("--workers", default="0,1,2", help="numbers of processes")
