@@ -201,10 +201,7 @@ def export(config: ExportConfig) -> Iterator[Report]:
     if config.int8:
         yield Stage("quantise")
         float_bytes = len(data)
-        if config.format == "onnx":
-            data = _quantise_onnx(data)
-        else:
-            data = _quantise_torch(traced, metadata, config.format)
+        data = _quantise_onnx(data) if config.format == "onnx" else _quantise_torch(traced, metadata, config.format)
         yield Stage("time")
         quantised = _compare(run, _open(data, config.format), float_bytes)
     write_atomic(Path(config.out), data)

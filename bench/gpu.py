@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from armhubert.bench import gpu_check, gpu_micro, gpu_report, isolate, model
+from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate
 from armhubert.clock import write_results
 from armhubert.distributed import pick_device
 
@@ -40,7 +40,7 @@ STAGES = {
     "check": Stage(gpu_check.jobs, gpu_check.work, True, 90),
     "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
     "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
-    "model": Stage(model.jobs, model.work, False, 75),
+    "model": Stage(gpu_model.jobs, gpu_model.work, False, 75),
 }
 
 

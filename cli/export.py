@@ -15,7 +15,7 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="onnx; torch for torch.export.load; aot, compiled for this processor, for torch._inductor.aoti_load_package."
+            help="onnx; torch, for torch.export.load; aot: compiled for this processor, loaded by AOTInductor."
         ),
     ] = "onnx",
     int8: Annotated[

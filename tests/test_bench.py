@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu_check, gpu_micro, gpu_report, isolate, loader, model, report
+from armhubert.bench import cases, gpu_check, gpu_micro, gpu_model, gpu_report, isolate, loader, report
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -87,8 +87,8 @@ def test_the_loader_is_measured_stage_by_stage(tmp_path):
 
 
 def test_a_step_of_distillation_is_timed_against_a_straightforward_loop():
-    job = model.Job("distillation", 2, "cpu", quick=True)
-    row = model.work(job)
+    job = gpu_model.Job("distillation", 2, "cpu", quick=True)
+    row = gpu_model.work(job)
     assert not row["failed"]
     assert {"ours", "straightforward: two teacher passes, sdpa, eager loss"} <= row["candidates"].keys()
 
