@@ -128,7 +128,7 @@ def draw_lengths(result: Profile, path: Path) -> None:
 
 
 def draw_quality(result: Profile, quality: Comparison, path: Path) -> None:
-    """A panel a task and cost: better is up, cheaper is left; the line joins what nothing else beats in both."""
+    """A panel a task and cost: better is up, cheaper is left; the line is the best that can be had at a cost."""
     tasks = list(dict.fromkeys(point.task for point in quality.points))
     costs = [name for name in COSTS if any(name in point.costs for point in quality.points)]
     names = {model.name: label(model) for model in result.models}
@@ -139,12 +139,14 @@ def draw_quality(result: Profile, quality: Comparison, path: Path) -> None:
     for panel, (cost, task) in zip(panels, grid, strict=True):
         shown = [point for point in quality.points if point.task == task and cost in point.costs]
         front = sorted((point for point in shown if cost in point.front), key=lambda point: point.costs[cost])
-        panel.plot([p.costs[cost] for p in front], [p.value for p in front], color="tab:blue", marker="o")
+        panel.plot(
+            [p.costs[cost] for p in front], [p.value for p in front], "o-", drawstyle="steps-post", label="Pareto front"
+        )  # fmt: skip
         rest = [point for point in shown if cost not in point.front]
         panel.plot([p.costs[cost] for p in rest], [p.value for p in rest], "o", color="gray")
         for point in shown:
             panel.annotate(
-                names[point.model], (point.costs[cost], point.value), textcoords="offset points", xytext=(6, 5)
+                names[point.model], (point.costs[cost], point.value), textcoords="offset points", xytext=(6, -11)
             )  # fmt: skip
         panel.margins(x=0.25, y=0.15)
         best = shown[0]

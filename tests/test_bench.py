@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu_check, gpu_micro, gpu_model, gpu_report, isolate, loader, report
+from armhubert.bench import cases, gpu_check, gpu_micro, gpu_report, isolate, report
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -75,22 +75,6 @@ def test_memory_of_the_twins_is_below_the_released_ways():
     runs = candidates(cases.Cell("pair", 2, 150, 4, 16), backward=False)
     memory = {name: peak_extra_bytes(run) for name, run in runs.items()}
     assert 2 * 150 * 64 * 4 < memory["ours"] < memory["released"] / 2
-
-
-def test_the_loader_is_measured_stage_by_stage(tmp_path):
-    formats = loader.write_formats(tmp_path)
-    assert formats.keys() == loader.FORMATS.keys()
-    row = loader.measure_folder(formats["opus"][:3], workers=(0, 1), batch_seconds=30, least=1, repeats=1)
-    assert row["files"] == 3
-    assert list(row["rates"]) == ["decode", "read", "scan", "0", "1"]
-    assert all(rate["cpu"] > 0 and rate["clock"] > 0 for rate in row["rates"].values())
-
-
-def test_a_step_of_distillation_is_timed_against_a_straightforward_loop():
-    job = gpu_model.Job("distillation", 2, "cpu", quick=True)
-    row = gpu_model.work(job)
-    assert not row["failed"]
-    assert {"ours", "straightforward: two teacher passes, sdpa, eager loss"} <= row["candidates"].keys()
 
 
 # ---- workers ----------------------------------------------------------------
