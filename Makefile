@@ -34,6 +34,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m armhubert.bench teacher_views
 	$(BIN)/python -m armhubert.bench model
 	$(BIN)/python -m armhubert.bench loader
+	$(BIN)/python -m armhubert.bench start
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .

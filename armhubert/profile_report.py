@@ -18,7 +18,7 @@ LENGTHS = 4
 
 def as_json(result: Profile, quality: Comparison | None = None) -> dict[str, Any]:
     """The profile as plain data; ratios are those of its own cells."""
-    content = {
+    content: dict[str, Any] = {
         "conditions": result.conditions,
         "rates": result.rates._asdict(),
         "models": [model._asdict() for model in result.models],

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("compare_runs", "cpu", "fuzz", "gpu", "loader", "lowering", "model", "report", "teacher_views")
+NAMES = ("compare_runs", "cpu", "fuzz", "gpu", "loader", "lowering", "model", "report", "start", "teacher_views")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

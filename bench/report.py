@@ -57,12 +57,13 @@ def _profile(content: dict[str, Any], folder: Path) -> list[str]:
         mode = "" if model["mode"] == "eager" else f", {model['mode']}"
         lines.append(f"| {title}{mode} | {' | '.join(shown)} | {memory} | {error} |")
     pictures = [folder / f"{name}.png" for name in ("profile", "profile-length", "profile-quality")]
+    rate = content["rates"]["macs_per_second"] / 1e9
     return [
         f"### {_processor(conditions)}",
-        "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in "
-        f"the same run; medians of {conditions['repeats']} interleaved runs, random weights, no heads "
-        f"({conditions['device']}, torch {conditions['torch']}, {conditions['date']}; matrix rate {content['rates']['macs_per_second'] / 1e9:.0f} GMAC/s). Memory is what "
-        "loading and the largest batch that all models ran add to a process.",
+        "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in the same "
+        f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
+        f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
+        "and the largest batch that all models ran add to a process.",
         "\n".join(lines),
         *_ragged(content.get("ragged", ())),
         *(f"![{p.stem}](bench/results/{folder.name}/{p.name})" for p in pictures if p.is_file()),

@@ -204,11 +204,11 @@ def render(result: "Profile") -> None:
         for name in ("model", "equal lengths", "LibriSpeech's, sorted", "unsorted"):
             unequal.add_column(name, justify="left" if name == "model" else "right")
         names = {model.name: label(model) for model in result.models}
-        for row in result.ragged:
-            equal = row.rate("equal")
+        for measured in result.ragged:
+            equal = measured.rate("equal")
             unequal.add_row(
-                names[row.name], f"{equal:.1f}",
-                *(f"{row.rate(way):.1f}, {row.rate(way) / equal:.0%}; padding {row.padding[way]:.1%}"
+                names[measured.name], f"{equal:.1f}",
+                *(f"{measured.rate(way):.1f}, {measured.rate(way) / equal:.0%}; padding {measured.padding[way]:.1%}"
                   for way in ("sorted", "unsorted")),
             )  # fmt: skip
         ui.draw(unequal)

@@ -1,6 +1,6 @@
 import json
 
-from armhubert.bench import gpu_model, loader, report
+from armhubert.bench import gpu_model, loader, report, start
 
 
 def test_the_loader_is_measured_stage_by_stage(tmp_path):
@@ -54,3 +54,9 @@ def test_the_readme_shows_every_machine_and_what_did_not_run(tmp_path):
     assert "eager 95% (80%)" in text
     assert text.count("![profile-length](bench/results/profile-b/profile-length.png)") == 1
     assert "profile-a/profile-length.png" not in text
+
+
+def test_every_command_is_started():
+    found = start.commands("folder")
+    assert found["armhubert --help"] == ["-m", "armhubert.cli", "--help"]
+    assert {"armhubert distill --help", "armhubert profile --help", "import, load"} <= found.keys()

@@ -1,12 +1,13 @@
 import csv
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import forecast, profile, profile_report, ragged
+from armhubert import cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.clock import Timing
 from armhubert.config import preset
@@ -236,6 +237,43 @@ def test_stages_cover_the_pass(student):
     parts = profile.stages(model, torch.zeros(1, 8000), repeats=1)
     assert all(seconds >= 0 for seconds in parts.values())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_command_shows_what_ran_and_what_is_known(student, tmp_path, monkeypatch, capfd):
+    identity = sorted(quality.identities(student))[0]
+    result = {
+        "task": "pr", "metrics": {"per": 7.5}, "data": {"test": {"hash": "d"}},
+        "model": {"source": "elsewhere", "identity": identity, "features": "hidden"},
+    }  # fmt: skip
+    for name, content in (("own", result), ("other", {**result, "model": {**result["model"], "identity": "x"}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+    monkeypatch.setattr("logging.disable", lambda level: None)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        settings = ["--device", "cpu", "--no-memory", "--repeats", "1", "--batch-sizes"]
+        monkeypatch.setattr(sys, "argv", ["armhubert", "profile", *map(str, argv), *settings, ""])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
+
+    code, out, _ = call(
+        student, "--baseline", "released", "--seconds", "0.1,11", "--limit", "1e-6", "--quality", tmp_path / "own",
+        "--quality", tmp_path / "other", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert f"left out of 1 x 11 s: {student} (eager), about" in out
+    assert "PER 7.5% ↓" in out
+    assert "not compared: released (eager), no result" in out
+    assert "result of a model that was not profiled here: elsewhere, pr PER 7.5" in out
+    assert (tmp_path / "out" / "profile-quality.png").is_file()
+    code, out, err = call(student, "--quality", tmp_path / "out" / "profile.json")
+    assert (code, out) == (2, "")
+    assert "is no result of armhubert evaluate" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow
