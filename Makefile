@@ -32,6 +32,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/test_ops.py -q -o addopts= --import-mode=importlib --benchmark-only \
 		--benchmark-columns=min,median,rounds --benchmark-sort=name
 	$(BIN)/python -m armhubert.bench teacher_views
+	$(BIN)/python -m armhubert.bench model
+	$(BIN)/python -m armhubert.bench loader
+	$(BIN)/python -m armhubert.bench start
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .

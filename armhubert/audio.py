@@ -8,6 +8,7 @@ libsndfile 1.2.2 does not give that by itself:
 - Vorbis: a seek into the last page lands on the page's beginning; so the last 30 s are reached by decoding.
 """
 
+import functools
 import math
 import os
 import stat
@@ -192,7 +193,8 @@ def _blocks(file: soundfile.SoundFile, position: int, stop: int | None) -> Itera
         block = file.read(frames if stop is None else min(frames, stop - position), dtype="float32", always_2d=True)
         if not len(block):
             return
-        yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        # Channel by channel: along a short row numpy's own mean takes as long as decoding FLAC
+        yield functools.reduce(np.add, block.T) / np.float32(block.shape[1]) if block.shape[1] > 1 else block[:, 0]
         position += len(block)
         if file.subtype.startswith("MPEG"):
             return

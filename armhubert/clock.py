@@ -1,5 +1,6 @@
 """Timing: interleaved runs, medians, and what they were measured on; for `profile` and the benchmarks."""
 
+import contextlib
 import datetime
 import json
 import platform
@@ -56,10 +57,28 @@ def interleave(
     return {name: summarize(values) for name, values in seconds.items()}
 
 
+_EXTENSIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "i8mm", "bf16", "asimd")
+
+
+def processor() -> tuple[str, tuple[str, ...]]:
+    """The CPU's name, and those of its matrix and vector extensions that decide how fast a model is."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(extension for extension in _EXTENSIONS if extension in flags)
+
+
 def conditions(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: device, versions, day."""
+    """What a figure depends on besides the code: device, processor, versions, day."""
+    name, extensions = processor()
     return {
         "device": device_name(device),
+        "processor": name,
+        "extensions": " ".join(extensions) or "unknown",
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -1,4 +1,5 @@
-"""A model as one file for other runtimes: ONNX, or a torch.export program; checked before it gets its name.
+"""A model as one file for other runtimes: ONNX, a torch.export program, or one compiled ahead of time; checked before
+it gets its name.
 
 Inputs `waveforms` [B, S] float32 at 16 kHz and `lengths` [B] int64, the valid samples of each; B and S are free, S at
 least two frames (720 samples). Outputs, in this order:
@@ -11,6 +12,9 @@ least two frames (720 samples). Outputs, in this order:
 As in the model itself, features do not depend on padding or on the rest of the batch, and the check is against each
 utterance computed alone. int8 in ONNX is the exception: its activations are quantised with one scale a batch, so that
 padding moves features by about the quantisation error; int8 in torch has a scale a frame and stays independent.
+
+`aot` compiles the torch.export program for the processor it is made on, by PyTorch's AOTInductor and a C++ compiler;
+the package loads without compiling anything (`torch._inductor.aoti_load_package`) and runs without Python.
 
 A `.pt2` file is a program: load files of strangers as `model.safetensors` instead, which cannot carry code.
 """
@@ -35,7 +39,7 @@ from armhubert.files import write_atomic
 from armhubert.student import ARMHuBERT
 from armhubert.weights import Weights
 
-Format = Literal["onnx", "torch"]
+Format = Literal["onnx", "torch", "aot"]
 
 TOLERANCE = 1e-4
 """Largest accepted difference of a float32 export, where outputs have a root mean square of 1 or less."""
@@ -43,7 +47,7 @@ TOLERANCE = 1e-4
 CASES = ((1, 0.0), (4, 1.0), (2, 3.3), (3, 7.77), (1, 15.0))
 """(utterances, seconds of the longest) of the check; 0: two frames."""
 
-_SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+_SUFFIX = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
 _ONNX_LIMIT = 2**31 - 2**20  # a protobuf message ends there
 
 
@@ -60,7 +64,7 @@ class ExportConfig:
     out: str
     """The file: `.onnx` or `.pt2`."""
     format: Format = "onnx"
-    """`onnx`, or `torch` for `torch.export.load`."""
+    """`onnx`, `torch` for `torch.export.load`, or `aot` for `torch._inductor.aoti_load_package`."""
     int8: bool = False
     """Quantise the weights of linear layers to 8 bits."""
     heads: bool = False
@@ -177,9 +181,12 @@ def export(config: ExportConfig) -> Iterator[Report]:
     remove_parametrizations(folded.position.conv, "weight")
     yield Stage("trace")
     program = _trace(traced)
-    yield Stage("translate" if config.format == "onnx" else "serialise")
+    yield Stage({"onnx": "translate", "torch": "serialise", "aot": "compile"}[config.format])
     metadata = _metadata(config, encoder)
-    data = _to_onnx(program, model.names, metadata) if config.format == "onnx" else _to_bytes(program, metadata)
+    if config.format == "onnx":
+        data = _to_onnx(program, model.names, metadata)
+    else:
+        data = _to_bytes(program, metadata, config.format)
     yield Stage("check")
     run = _open(data, config.format)
     checks = tuple(_check(model, run, utterances, seconds) for utterances, seconds in CASES)
@@ -194,7 +201,7 @@ def export(config: ExportConfig) -> Iterator[Report]:
     if config.int8:
         yield Stage("quantise")
         float_bytes = len(data)
-        data = _quantise_onnx(data) if config.format == "onnx" else _quantise_torch(traced, metadata)
+        data = _quantise_onnx(data) if config.format == "onnx" else _quantise_torch(traced, metadata, config.format)
         yield Stage("time")
         quantised = _compare(run, _open(data, config.format), float_bytes)
     write_atomic(Path(config.out), data)
@@ -208,13 +215,27 @@ def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[Program, in
         ArmhubertError: packages that are missing.
     """
     _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    # A model of its own, since folding a weight norm changes the class of every copy
-    folded = ARMHuBERT.from_weights(Weights(encoder.config, encoder.state_dict(), "the model"), impl="torch")
-    model = _Model(folded.requires_grad_(False), ExportConfig("", "unnamed.onnx")).eval()
-    remove_parametrizations(folded.position.conv, "weight")
+    model = _unnamed(encoder)
     data = _to_onnx(_trace(model), model.names, {})
     data = _quantise_onnx(data) if int8 else data
     return _open(data, "onnx"), len(data)
+
+
+def aot_program(encoder: ARMHuBERT) -> tuple[Program, int]:
+    """A model compiled ahead of time, as `export` makes it but unchecked, and the bytes of its file: for `profile`.
+
+    Raises:
+        ArmhubertError: no C++ compiler.
+    """
+    data = _to_bytes(_trace(_unnamed(encoder)), {}, "aot")
+    return _open(data, "aot"), len(data)
+
+
+def _unnamed(encoder: ARMHuBERT) -> _Model:
+    # A model of its own, since folding a weight norm changes the class of every copy
+    folded = ARMHuBERT.from_weights(Weights(encoder.config, encoder.state_dict(), "the model"), impl="torch")
+    remove_parametrizations(folded.position.conv, "weight")
+    return _Model(folded.requires_grad_(False), ExportConfig("", "unnamed.onnx")).eval()
 
 
 def quantise(module: nn.Module) -> None:
@@ -286,9 +307,24 @@ def _to_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...], meta
     return data
 
 
-def _to_bytes(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
+def _to_bytes(program: torch.export.ExportedProgram, metadata: dict[str, str], kind: Format) -> bytes:
+    """A `.pt2` file: the program itself, or compiled for this processor."""
     stream = io.BytesIO()
-    torch.export.save(program, stream, extra_files={f"armhubert.{name}": text for name, text in metadata.items()})
+    named = {f"armhubert.{name}": text for name, text in metadata.items()}
+    if kind == "torch":
+        torch.export.save(program, stream, extra_files=named)
+        return stream.getvalue()
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    try:
+        aoti_compile_and_package(program, package_path=stream, inductor_configs={"aot_inductor.metadata": named})
+    except (InductorError, InvalidCxxCompiler) as error:
+        if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
+            raise
+        raise ArmhubertError(
+            "compiling ahead of time needs a C++ compiler: install g++ or clang++, or name one in CXX"
+        ) from None
     return stream.getvalue()
 
 
@@ -312,17 +348,20 @@ def _quantise_onnx(data: bytes) -> bytes:
         return path.read_bytes()
 
 
-def _quantise_torch(model: _Model, metadata: dict[str, str]) -> bytes:
+def _quantise_torch(model: _Model, metadata: dict[str, str], kind: Format) -> bytes:
     from torchao.utils import unwrap_tensor_subclass
 
     quantise(model)
-    return _to_bytes(_trace(unwrap_tensor_subclass(model)), metadata)
+    return _to_bytes(_trace(unwrap_tensor_subclass(model)), metadata, kind)
 
 
 def _open(data: bytes, kind: Format) -> Program:
     """The program as a user will load it."""
-    if kind == "torch":
-        module: Any = torch.export.load(io.BytesIO(data)).module()
+    if kind != "onnx":
+        from torch._inductor import aoti_load_package
+
+        stream = io.BytesIO(data)
+        module: Any = torch.export.load(stream).module() if kind == "torch" else aoti_load_package(stream)
 
         def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():

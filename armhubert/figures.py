@@ -10,14 +10,14 @@ WIDTH, HEIGHT = 8.0, 4.5
 """Inches of one panel's figure."""
 
 
-def panels(count: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> tuple[Any, list[Any]]:
-    """A figure with `count` panels side by side, in the house's style: matplotlib's Figure and its Axes."""
+def panels(count: int = 1, *, rows: int = 1, width: float = WIDTH, height: float = HEIGHT) -> tuple[Any, list[Any]]:
+    """A figure with `rows` of `count` panels, in the house's style: matplotlib's Figure and its Axes, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    axes = list(figure.subplots(rows, count, squeeze=False).flat)
     for panel in axes:
         panel.grid(alpha=0.25, which="both")
         panel.set_axisbelow(True)
@@ -26,13 +26,23 @@ def panels(count: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> t
     return figure, axes
 
 
-def logarithmic(panel: Any) -> None:
-    """A logarithmic ordinate whose ticks are plain numbers, also where it spans less than a decade."""
-    from matplotlib.ticker import FuncFormatter
+def logarithmic(panel: Any, which: str = "y") -> None:
+    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panel.set_yscale("log")
-    for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+    getattr(panel, f"set_{which}scale")("log")
+    axis = getattr(panel, f"{which}axis")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_view_interval()
+    if high > 30 * low:  # a number at every minor tick would lie over the next
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(NullFormatter() if high > 30 * low else plain)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Of the `number`-th line of many: told apart by colour and by marker."""
+    return {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10], "markersize": 4}
 
 
 def shades(count: int) -> list[Any]:

@@ -4,11 +4,8 @@ Only figures of one run are compared: a cell times all candidates in turn, A B A
 """
 
 import contextlib
-import copy
-import csv
 import dataclasses
 import functools
-import io
 import json
 import re
 import statistics
@@ -16,28 +13,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from armhubert import figures
+from armhubert import forecast, ragged
 from armhubert.audio import SAMPLE_RATE
-from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
+from armhubert.baselines import BASELINES
+from armhubert.candidates import MODES, Candidate, last_hidden_state, load_candidate, split_baseline
 from armhubert.clock import Timing, conditions, interleave
-from armhubert.convert import load_weights
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
-from armhubert.export import onnx_program, quantise
 from armhubert.files import write_atomic
-from armhubert.kernels import Impl
-from armhubert.kernels.runtime import resolve_impl
-from armhubert.student import ARMHuBERT, count_parameters
+from armhubert.forecast import Cost, Forecast
+from armhubert.ragged import Ragged
 
-MODES = ("eager", "compiled", "bf16", "int8", "triton", "onnx", "onnx-int8")
 SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
 """SUPERB counts operations over 32 utterances of test-clean, 224.86 s in all; here as 32 of equal length."""
 
@@ -55,7 +49,8 @@ class ProfileConfig:
     baselines: tuple[str, ...] = ()
     """NAME[:MODE]: a built-in baseline, `released` (the student as the released code computes it), or a source."""
     modes: tuple[str, ...] = ("eager",)
-    """How the model is run: eager, compiled, bf16, int8 (torchao), triton, onnx, onnx-int8 (ONNX Runtime)."""
+    """How the model is run: eager, compiled, aot (compiled ahead of time), bf16, int8 (torchao), triton, onnx,
+    onnx-int8 (ONNX Runtime)."""
     seconds: tuple[float, ...] = (1.0, 5.0, 10.0, 30.0)
     """Lengths for latency, at batch size 1."""
     batch_sizes: tuple[int, ...] = (4, 8)
@@ -67,11 +62,15 @@ class ProfileConfig:
     repeats: int = 5
     """Interleaved runs of each cell; the median counts."""
     warmup: int = 1
-    """Runs before timing."""
+    """Runs before timing, the first of which shows the memory that a pass needs."""
+    limit_seconds: float = 120.0
+    """A candidate that would need longer for one pass is left out of that cell."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     memory: bool = True
     """Measure peak memory, each candidate in a process of its own on a CPU."""
+    ragged: bool = False
+    """Also measure batches of unequal lengths: see `armhubert.ragged`."""
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -86,141 +85,10 @@ class ProfileConfig:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
             raise ArmhubertError(f"lengths must be at most 3600 s, got {max((*self.seconds, self.batch_seconds)):g}")
-        if min(self.repeats, self.warmup + 1) < 1:
-            raise ArmhubertError(f"repeats must be at least 1 and warmup at least 0, got {self.repeats}, {self.warmup}")
-
-
-def split_baseline(text: str) -> tuple[str, str]:
-    """`NAME[:MODE]` -> name, mode; a path may hold colons, so only a known mode is taken for one."""
-    name, _, mode = text.rpartition(":")
-    return (name, mode) if name and mode in MODES else (text, "eager")
-
-
-# ---- candidates -------------------------------------------------------------
-
-
-class Candidate(NamedTuple):
-    """Something that turns waveforms into features, and what is known of it without running it."""
-
-    name: str
-    source: str
-    mode: str
-    run: Callable[[Tensor], Tensor]
-    """[B, S] on the device -> [B, T, D]."""
-    module: nn.Module
-    """In float32 and eager: for counts and stages."""
-    parameters: int
-    parameters_without_heads: int
-    bytes_on_disk: int
-    macs: Callable[[int], int]
-    """Samples of one utterance -> multiply-accumulates."""
-
-
-def load_candidate(source: str, mode: str, *, student: str, heads: bool, device: torch.device) -> Candidate:
-    """A baseline by name, or the model at `source`, ready to run in `mode`.
-
-    Raises:
-        ArmhubertError: nothing usable at `source`, or a mode that this machine or model does not have.
-    """
-    module: nn.Module
-    left_out = 0
-    if source == "hubert-base" and mode.startswith("onnx"):
-        with torch.random.fork_rng([]):
-            module = ARMHuBERT(HUBERT_BASE).eval()
-    elif source in BASELINES:
-        module = baseline(source)
-    elif source == "released":
-        module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
-    else:
-        weights = load_weights(source)
-        left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
-        impl: Impl = "triton" if mode == "triton" else "auto"
-        module = ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl)
-    if mode == "triton":
-        if not isinstance(module, SpeechEncoder):
-            raise ArmhubertError(f"mode triton is for models of armhubert, got {source!r}: choose another mode for it")
-        try:
-            resolve_impl("triton", torch.empty(0, device=device))
-        except ValueError as error:
-            raise ArmhubertError(f"mode triton: {error}") from None
-    module.requires_grad_(False).to(device)
-    encoder = module.student if isinstance(module, ReleasedWay) else module
-    count = count_parameters(module)
-    run, size = _prepare(module, mode, device)
-    return Candidate(
-        name=f"{source} ({mode})",
-        source=source,
-        mode=mode,
-        run=run,
-        module=module,
-        parameters=count.total + left_out,
-        parameters_without_heads=count.without_heads,
-        bytes_on_disk=size,
-        macs=(lambda samples: macs(encoder.config, samples))
-        if isinstance(encoder, SpeechEncoder)
-        else _counter(module),
-    )
-
-
-def _prepare(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
-    """A call in that mode, and the bytes that its weights take on disk."""
-    if mode in ("onnx", "onnx-int8"):
-        return _in_onnx(module, device, int8=mode == "onnx-int8")
-    dtype = torch.float32
-    if mode == "bf16":
-        module, dtype = copy.deepcopy(module).to(torch.bfloat16), torch.bfloat16
-    elif mode == "int8":
-        if device.type != "cpu":
-            raise ArmhubertError(f"mode int8 runs on a CPU, got device {device}: use bf16 there")
-        module = copy.deepcopy(module)
-        quantise(module)
-    size = state_bytes(module)
-    call = torch.compile(module, dynamic=True) if mode == "compiled" else module
-
-    def run(waveforms: Tensor) -> Tensor:
-        with torch.no_grad():
-            return last_hidden_state(call(waveforms.to(dtype)))
-
-    return run, size
-
-
-def _in_onnx(module: nn.Module, device: torch.device, *, int8: bool) -> tuple[Callable[[Tensor], Tensor], int]:
-    """In ONNX Runtime; HuBERT Base of transformers as the encoder of ours that equals it."""
-    if device.type != "cpu":
-        raise ArmhubertError(f"modes onnx and onnx-int8 run on a CPU, got device {device}: use another mode there")
-    if not isinstance(module, ARMHuBERT):
-        raise ArmhubertError("modes onnx and onnx-int8 are for models of armhubert and for hubert-base")
-    program, size = onnx_program(module, int8=int8)
-
-    def run(waveforms: Tensor) -> Tensor:
-        return program(waveforms, torch.full((len(waveforms),), waveforms.shape[1]))[0]
-
-    return run, size
-
-
-def last_hidden_state(output: Any) -> Tensor:
-    """The features in what a model of ours, or a baseline, returns."""
-    return output if isinstance(output, Tensor) else output.last_hidden_state
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Bytes of the module's weights as torch writes them."""
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    return buffer.tell()
-
-
-def _counter(module: nn.Module) -> Callable[[int], int]:
-    """Multiply-accumulates counted on the meta device, where PyTorch's counter knows attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def count(samples: int) -> int:
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            copy.deepcopy(module).to("meta")(torch.empty(1, samples, device="meta"))
-        return counter.get_total_flops() // 2
-
-    return count
+        if min(self.repeats, self.warmup) < 1:
+            raise ArmhubertError(f"repeats and warmup must be at least 1, got {self.repeats} and {self.warmup}")
+        if not self.limit_seconds > 0:
+            raise ArmhubertError(f"limit_seconds must be above 0, got {self.limit_seconds}")
 
 
 # ---- where the time goes ----------------------------------------------------
@@ -344,12 +212,10 @@ def _peak_of_child(
 
 
 def _resident(kind: str) -> int:
-    """Bytes of this process now (VmRSS) or at most (VmHWM); getrusage would count the parent's before the exec."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        return forecast.resident(kind)
     except OSError:
         raise ArmhubertError("peak memory on a CPU is read from /proc, which is not there: use --no-memory") from None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
 # ---- the profile ------------------------------------------------------------
@@ -370,14 +236,20 @@ class Measuring(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """All candidates on batches of one shape, timed in turn."""
+    """The candidates on batches of one shape, timed in turn."""
 
     batch: int
     seconds: float
     timings: dict[str, Timing]
+    memory: dict[str, int]
+    """Bytes that a pass added to this process at its peak, where the system tells."""
+    left_out: dict[str, str]
+    """Candidates that did not run, and why: too long, or too large for this machine."""
 
-    def speedup(self, name: str, baseline: str) -> float:
-        """How many times faster `name` is than `baseline`, medians of this cell."""
+    def speedup(self, name: str, baseline: str) -> float | None:
+        """How many times faster `name` is than `baseline`, medians of this cell; None where one did not run."""
+        if not {name, baseline} <= self.timings.keys():
+            return None
         return self.timings[baseline].median / self.timings[name].median
 
 
@@ -395,7 +267,7 @@ class Model(NamedTuple):
     macs_superb: int
     """Of SUPERB's 224.86 s, as 32 utterances of equal length."""
     peak_memory: int | None
-    """Bytes, at the largest cell; None: not measured."""
+    """Bytes, at the largest cell that all candidates ran; None: not measured."""
     feature_error: float | None
     """Relative to the same model in float32 and eager mode; None for that mode itself."""
     stages: dict[str, float]
@@ -410,6 +282,8 @@ class Profile(NamedTuple):
     models: tuple[Model, ...]
     """The profiled model in each of its modes, then the baselines."""
     cells: tuple[Cell, ...]
+    """Latencies by length, then batches by size."""
+    ragged: tuple[Ragged, ...] = ()
 
 
 Report = Building | Measuring | Profile
@@ -423,25 +297,35 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     """
     device = pick_device(config.device)
     asked = [(config.model, mode) for mode in config.modes] + [split_baseline(text) for text in config.baselines]
+    if config.memory and device.type == "cpu":
+        _resident("VmRSS")  # whether there is a /proc, before the work
     candidates: dict[str, Candidate] = {}
     for source, mode in dict.fromkeys(asked):
         yield Building(f"{source} ({mode})")
         candidate = load_candidate(source, mode, student=config.model, heads=config.heads, device=device)
         candidates[candidate.name] = candidate
-    shapes = [(1, s) for s in config.seconds] + [(b, config.batch_seconds) for b in config.batch_sizes]
-    batch, seconds = max(shapes, key=lambda shape: shape[0] * shape[1])
-    steps = len(shapes) + (len(candidates) if config.memory else 0)
+    shapes = [(1, s) for s in sorted(config.seconds)] + [(b, config.batch_seconds) for b in sorted(config.batch_sizes)]
+    steps = len(shapes) + (len(candidates) if config.memory else 0) + config.ragged
+    forecasts: dict[str, Forecast] = {}
+    for name, candidate in candidates.items():
+        yield Measuring(0, steps, f"growth of {name}")
+        forecasts[name] = Forecast(candidate.run, device)
+    cells: list[Cell] = []
+    for b, s in shapes:
+        yield Measuring(len(cells), steps, f"{b} x {s:g} s")
+        cells.append(_cell(candidates, forecasts, b, s, config, device))
     peaks: dict[str, int] = {}
-    if config.memory:  # first, while nothing else runs here
+    whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
+    if config.memory and whole:
+        batch, seconds = max(whole, key=lambda shape: shape[0] * shape[1])
         for name, candidate in candidates.items():
-            yield Measuring(len(peaks), steps, f"memory of {name}")
+            yield Measuring(len(cells) + len(peaks), steps, f"memory of {name}")
             peaks[name] = peak_memory(config, candidate.source, candidate.mode, batch, seconds)
-    cells = []
-    for number, (b, s) in enumerate(shapes):
-        yield Measuring(len(peaks) + number, steps, f"{b} x {s:g} s")
-        waveforms = noise(b, s, device)
-        runs = {name: functools.partial(c.run, waveforms) for name, c in candidates.items()}
-        cells.append(Cell(b, s, interleave(runs, repeats=config.repeats, warmup=config.warmup, device=device)))
+    unequal: list[Ragged] = []
+    if config.ragged:
+        yield Measuring(steps - 1, steps, "unequal lengths")
+        ours = {name: c.run for name, c in candidates.items() if isinstance(c.module, SpeechEncoder)}
+        unequal = ragged.measure(ours, device, repeats=config.repeats, warmup=config.warmup)
     rates = machine_rates(device)
     waveforms = noise(1, 10.0, device)
     yield Profile(
@@ -451,9 +335,43 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
             "random weights": sorted({*BASELINES} & {s for s, _ in asked}),
         },
         rates,
-        tuple(_describe(c, candidates, waveforms, peaks.get(name), config.repeats) for name, c in candidates.items()),
+        tuple(_describe(c, waveforms, peaks.get(name), config.repeats) for name, c in candidates.items()),
         tuple(cells),
+        tuple(unequal),
     )
+
+
+def _cell(
+    candidates: dict[str, Candidate],
+    forecasts: dict[str, Forecast],
+    batch: int,
+    seconds: float,
+    config: ProfileConfig,
+    device: torch.device,
+) -> Cell:
+    waveforms = noise(batch, seconds, device)
+    runs, memory, left_out = {}, {}, {}
+    for name, candidate in candidates.items():
+        expected = forecasts[name](batch, seconds)
+        reason = forecast.refusal(expected, device, config.limit_seconds)
+        if reason and batch * seconds > forecast.PROBES[-1]:
+            left_out[name] = reason
+            continue
+        try:
+            cost = forecasts[name].measure(waveforms)
+        except Exception as error:
+            if not forecast.ran_out_of_memory(error):
+                raise
+            left_out[name] = "out of memory"
+            continue
+        runs[name] = functools.partial(candidate.run, waveforms)
+        if cost.memory is not None:
+            memory[name] = cost.memory
+    timings = interleave(runs, repeats=config.repeats, warmup=config.warmup - 1, device=device)
+    if batch == 1:
+        for name in timings:
+            forecasts[name].add(seconds, Cost(timings[name].median, memory.get(name)))
+    return Cell(batch, seconds, timings, memory, left_out)
 
 
 def noise(batch: int, seconds: float, device: torch.device) -> Tensor:
@@ -462,9 +380,7 @@ def noise(batch: int, seconds: float, device: torch.device) -> Tensor:
     return torch.randn(batch, round(seconds * SAMPLE_RATE), generator=generator).to(device) * 0.1
 
 
-def _describe(
-    candidate: Candidate, candidates: dict[str, Candidate], waveforms: Tensor, peak: int | None, repeats: int
-) -> Model:
+def _describe(candidate: Candidate, waveforms: Tensor, peak: int | None, repeats: int) -> Model:
     error = None
     if candidate.mode != "eager":
         with torch.no_grad():
@@ -483,73 +399,6 @@ def _describe(
         error,
         stages(candidate.module, waveforms, repeats) if candidate.mode == "eager" else {},
     )
-
-
-# ---- what is left to read and to look at ------------------------------------
-
-
-def as_json(result: Profile) -> dict[str, Any]:
-    """The profile as plain data; ratios are those of its own cells."""
-    return {
-        "conditions": result.conditions,
-        "rates": result.rates._asdict(),
-        "models": [model._asdict() for model in result.models],
-        "cells": [
-            {
-                "batch": cell.batch,
-                "seconds": cell.seconds,
-                "timings": {name: timing._asdict() for name, timing in cell.timings.items()},
-            }
-            for cell in result.cells
-        ],
-    }
-
-
-def write(result: Profile, folder: Path) -> list[Path]:
-    """profile.json, profile.csv (a row a model and cell) and profile.png in `folder`."""
-    paths = [folder / f"profile.{kind}" for kind in ("json", "csv", "png")]
-    write_atomic(paths[0], json.dumps(as_json(result), indent=1) + "\n")
-    rows = io.StringIO()
-    table = csv.writer(rows, lineterminator="\n")
-    table.writerow(["model", "mode", "batch", "seconds", "median_s", "low_s", "high_s", "real_time_factor"])
-    for cell in result.cells:
-        for model in result.models:
-            timing = cell.timings[model.name]
-            factor = timing.median / (cell.batch * cell.seconds)
-            table.writerow([model.source, model.mode, cell.batch, cell.seconds, *timing, factor])
-    write_atomic(paths[1], rows.getvalue())
-    draw(result, paths[2])
-    return paths
-
-
-def draw(result: Profile, path: Path) -> None:
-    """Left: speed of every cell, in seconds of audio a second; right: where the eager passes spend their time."""
-    figure, (speed, parts) = figures.panels(2, width=13, height=1.6 + 0.42 * len(result.models) + 2)
-    names = [label(model) for model in result.models]
-    height = 0.8 / len(result.cells)
-    for i, (cell, color) in enumerate(zip(result.cells, figures.shades(len(result.cells)), strict=True)):
-        rates = [cell.batch * cell.seconds / cell.timings[model.name].median for model in result.models]
-        offsets = [row + (i + 0.5) * height - 0.4 for row in range(len(names))]
-        speed.barh(offsets, rates, height, color=color, label=f"{cell.batch} x {cell.seconds:g} s")
-    speed.set(xlabel="seconds of audio a second", yticks=range(len(names)), yticklabels=names)
-    speed.invert_yaxis()
-    eager = [model for model in result.models if model.stages]
-    left = [0.0] * len(eager)
-    kinds = list(dict.fromkeys(stage for model in eager for stage in model.stages))
-    for stage, color in zip(kinds, figures.shades(len(kinds)), strict=True):
-        widths = [model.stages.get(stage, 0.0) for model in eager]
-        parts.barh(range(len(eager)), widths, 0.6, left=left, color=color, label=stage)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    parts.set(xlabel="seconds for 1 x 10 s, by stage (eager)", yticks=range(len(eager)))
-    parts.set_yticklabels([label(model) for model in eager])
-    parts.invert_yaxis()
-    figures.save(figure, path)
-
-
-def label(model: Model) -> str:
-    """A model's name for tables and pictures: the last part of its source, and its mode where it is not eager."""
-    name = model.source if model.source in BASELINES else Path(model.source).name or model.source
-    return name if model.mode == "eager" else f"{name}, {model.mode}"
 
 
 def trace(config: ProfileConfig, path: Path, seconds: float = 10.0) -> None:

@@ -3,7 +3,19 @@
 import importlib
 import sys
 
-NAMES = ("compare_runs", "cpu", "fuzz", "gpu", "lowering", "report", "superb", "teacher_views")
+NAMES = (
+    "compare_runs",
+    "cpu",
+    "fuzz",
+    "gpu",
+    "loader",
+    "lowering",
+    "model",
+    "report",
+    "start",
+    "superb",
+    "teacher_views",
+)
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

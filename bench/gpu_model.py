@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert import encoder as encoder_module
@@ -14,14 +15,12 @@ from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
 from armhubert.bench.gpu_micro import ceilings
 from armhubert.config import EncoderConfig, armhubert, mini
-from armhubert.encoder import SpeechEncoder
+from armhubert.encoder import PositionalConv, SpeechEncoder
 from armhubert.frontend import FrontEnd, valid_mask
 from armhubert.kernels import Impl
 from armhubert.losses import Objective, layer_weights
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import layer_mapping, teacher_targets
-
-SECONDS = 10.0
 
 
 class Job(NamedTuple):
@@ -34,6 +33,10 @@ class Job(NamedTuple):
     quick: bool
     compiled: bool = False
     """Also torch.compile of the whole student."""
+    seconds: float = 10.0
+    """Of audio an utterance."""
+    repeats: int = 20
+    """Of the step of distillation, in turn."""
 
 
 def jobs(device: str, quick: bool) -> list[Job]:
@@ -57,12 +60,21 @@ def work(job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def with_sdpa() -> Iterator[None]:
-    """Run our modules with PyTorch's attention and with convolutions, group norm and GELU apart."""
+    """Run our modules with PyTorch's linear maps, convolutions and attention, and with group norm and GELU apart."""
 
     def front_end(self: FrontEnd, waveforms: Tensor, *_: Any, **__: Any) -> Tensor:
         return released_front_end(self, waveforms)
 
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if gelu else y
+
+    def position(self: PositionalConv, x: Tensor) -> Tensor:
+        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
     with (
+        mock.patch.object(encoder_module, "linear", linear),
+        mock.patch.object(PositionalConv, "forward", position),
         mock.patch.object(encoder_module, "attend", sdpa_attend),
         mock.patch.object(encoder_module, "reattend", sdpa_reattend),
         mock.patch.object(FrontEnd, "forward", front_end),
@@ -77,7 +89,7 @@ def _model(config: EncoderConfig, kind: type[SpeechEncoder], impl: Impl, device:
 
 
 def _samples(job: Job) -> int:
-    return 16_000 // 5 if job.quick else int(16_000 * SECONDS)
+    return 16_000 // 5 if job.quick else int(16_000 * job.seconds)
 
 
 # ---- inference --------------------------------------------------------------
@@ -149,8 +161,10 @@ def _inference(job: Job) -> dict[str, Any]:
 
 
 def _distillation(job: Job) -> dict[str, Any]:
-    """A training step under bf16 autocast, teacher HuBERT Base: forward of both, backward, clipping, AdamW."""
+    """A training step, teacher HuBERT Base: forward of both, backward, clipping, AdamW; under bf16 autocast where it is
+    rehearsed or on a GPU, in float32 on a CPU."""
     device = torch.device(job.device)
+    autocast = job.quick or device.type == "cuda"
     student_config = mini() if job.quick else armhubert()
     teacher_config = HUBERT_BASE
     if job.quick:
@@ -174,7 +188,7 @@ def _distillation(job: Job) -> dict[str, Any]:
         compute = sums(student, impl)
 
         def step() -> Tensor:
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 loss = (compute() * weights).sum() / total
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 10.0)
@@ -226,11 +240,11 @@ def _distillation(job: Job) -> dict[str, Any]:
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
-    timings = interleave(runs, device=device, repeats=3 if job.quick else 20, seconds=12)
+    timings = interleave(runs, device=device, repeats=3 if job.quick else job.repeats, seconds=12)
     audio = float(lengths.sum()) / 16_000
     return {
         "seconds_each": samples / 16_000,
-        "dtype": "float32 weights, bfloat16 autocast",
+        "dtype": "float32 weights, bfloat16 autocast" if autocast else "float32",
         "candidates": {
             name: {
                 **timing._asdict(),

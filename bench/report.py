@@ -1,6 +1,7 @@
 """Render the README's results from bench/results/*.json, between its two markers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ RESULTS = Path("bench/results")
 def render(results: Path = RESULTS) -> str:
     """The results section, from whichever result files are there."""
     parts = ["## Measured"]
-    if (results / "profile-cpu" / "profile.json").is_file():
-        parts += _profile(_read(results / "profile-cpu" / "profile.json"))
+    for path in sorted(results.glob("profile-*/profile.json")):
+        parts += _profile(_read(path), path.parent)
     if (results / "distill-mini.json").is_file():
         parts += _distillation(_read(results / "distill-mini.json"))
     if (results / "superb-mini.json").is_file():
         parts += _superb(_read(results / "superb-mini.json"))
     if (results / "teacher-views.json").is_file():
         parts += _teacher_views(_read(results / "teacher-views.json"))
+    if (results / "distillation-step.json").is_file():
+        parts += _step(_read(results / "distillation-step.json"))
+    if (results / "loader.json").is_file():
+        parts += _loader(_read(results / "loader.json"))
     if (results / "cpu-microbench.json").is_file():
         parts += _cpu(_read(results / "cpu-microbench.json"))
     for path in sorted(results.glob("*.json")):
@@ -37,35 +42,77 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _profile(content: dict[str, Any]) -> list[str]:
-    """Times of one run of `armhubert profile`, as ratios to transformers' HuBERT Base and to the released way."""
-    models, cells = content["models"], content["cells"]
+def _profile(content: dict[str, Any], folder: Path) -> list[str]:
+    """One machine: times of a run of `armhubert profile`, as ratios to transformers' HuBERT Base."""
+    models, cells, conditions = content["models"], _shown(content["cells"]), content["conditions"]
     names = [f"{cell['batch']} x {cell['seconds']:g} s" for cell in cells]
     lines = [
         f"| model | {' | '.join(names)} | peak memory | feature error |",
         f"|---|{'---|' * len(names)}---|---|",
     ]
-    reference = next(model["name"] for model in models if model["source"] == "hubert-base" and model["mode"] == "eager")
+    reference = "hubert-base (eager)"
     for model in models:
-        times = [cell["timings"][model["name"]]["median"] for cell in cells]
-        against = [cell["timings"][reference]["median"] / t for cell, t in zip(cells, times, strict=True)]
-        shown = [f"{t * 1e3:.0f} ms, {ratio:.1f}x" for t, ratio in zip(times, against, strict=True)]
+        shown = [_time(cell["timings"], model["name"], reference) for cell in cells]
+        memory = "" if model["peak_memory"] is None else f"{model['peak_memory'] / 2**20:.0f} MiB"
         error = "" if model["feature_error"] is None else f"{model['feature_error']:.1e}"
         title = _BASELINES.get(model["source"], "student, preset armhubert")
         mode = "" if model["mode"] == "eager" else f", {model['mode']}"
-        lines.append(f"| {title}{mode} | {' | '.join(shown)} | {model['peak_memory'] / 2**20:.0f} MiB | {error} |")
+        lines.append(f"| {title}{mode} | {' | '.join(shown)} | {memory} | {error} |")
+    pictures = [folder / f"{name}.png" for name in ("profile", "profile-length", "profile-quality")]
+    rate = content["rates"]["macs_per_second"] / 1e9
     return [
-        "`armhubert profile` on a CPU: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in "
-        f"the same run; medians of {content['conditions']['repeats']} interleaved runs, random weights, no heads "
-        f"({_conditions(content)}; matrix rate {content['rates']['macs_per_second'] / 1e9:.0f} GMAC/s). Memory is what "
-        "loading and the largest batch add to a process.",
+        f"### {_processor(conditions)}",
+        "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in the same "
+        f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
+        f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
+        "and the largest batch that all models ran add to a process.",
         "\n".join(lines),
-        "![profile](bench/results/profile-cpu/profile.png)",
+        *_ragged(content.get("ragged", ())),
+        *(f"![{p.stem}](bench/results/{folder.name}/{p.name})" for p in pictures if p.is_file()),
     ]
+
+
+def _shown(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A table has room for four lengths; the picture has them all."""
+    lengths = [cell["seconds"] for cell in cells if cell["batch"] == 1]
+    if len(lengths) > 4:
+        lengths = [s for s in lengths if s in (1, 10, 30, max(lengths))]
+    return [cell for cell in cells if cell["batch"] > 1 or cell["seconds"] in lengths]
+
+
+def _ragged(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How much of the throughput on equal lengths is left on LibriSpeech's."""
+    if not rows:
+        return []
+    shares = [
+        f"{row['name'].rpartition('(')[2].rstrip(')')} {row['rates']['sorted'] / row['rates']['equal']:.0%} "
+        f"({row['rates']['unsorted'] / row['rates']['equal']:.0%})"
+        for row in rows
+    ]
+    return [
+        "Batches of recordings as long as LibriSpeech's, sorted by length as `extract` and `distill` do (in brackets: "
+        f"unsorted), reach of the throughput on equal lengths: {', '.join(shares)}."
+    ]
+
+
+def _processor(conditions: dict[str, Any]) -> str:
+    """Its name, and its extensions where they were recorded."""
+    name, extensions = conditions.get("processor", "CPU"), conditions.get("extensions", "")
+    return f"{name} ({extensions.replace(' ', ', ')})" if extensions else name
+
+
+def _time(timings: dict[str, Any], name: str, reference: str) -> str:
+    if name not in timings:
+        return "-"
+    seconds = timings[name]["median"]
+    ratio = f", {timings[reference]['median'] / seconds:.1f}x" if reference in timings else ""
+    return f"{seconds * 1e3:.0f} ms{ratio}"
 
 
 _BASELINES = {
     "hubert-base": "HuBERT Base",
+    "hubert-base-torchaudio": "HuBERT Base, torchaudio",
+    "wavlm-base": "WavLM Base, transformers",
     "distilhubert": "DistilHuBERT, transformers",
     "released": "student as the released code computes it",
 }
@@ -135,6 +182,34 @@ def _teacher_views(content: dict[str, Any]) -> list[str]:
     return [
         "Both views of a HuBERT Base teacher (random weights, float32), against running it twice; medians of "
         f"interleaved runs ({_conditions(content)}).",
+        "\n".join(lines),
+    ]
+
+
+def _step(content: dict[str, Any]) -> list[str]:
+    row = content["rows"][0]
+    ours, other = (row["candidates"][name]["median"] for name in row["candidates"])
+    return [
+        f"A step of distillation, HuBERT Base to the preset armhubert, {row['batch']} x {row['seconds_each']:g} s, "
+        f"{row['dtype']}: {ours:.2f} s, and {other:.2f} s by a straightforward loop (two teacher passes, PyTorch's "
+        f"attention, convolutions and linear maps, the loss layer by layer): **{other / ours:.2f}x**; medians of "
+        f"interleaved runs ({_conditions(content)})."
+    ]
+
+
+def _loader(content: dict[str, Any]) -> list[str]:
+    stages = list(content["rows"][0]["rates"])
+    titles = [f"{name} processes" if name.isdecimal() else name for name in stages]
+    cells = [[f"{row['rates'][name]['cpu']:,.0f}" for name in stages] for row in content["rows"]]
+    lines = [
+        f"| format | {' | '.join(titles)} |",
+        f"|---|{'---|' * len(stages)}",
+        *(f"| {row['format']} | {' | '.join(shown)} |" for row, shown in zip(content["rows"], cells, strict=True)),
+    ]
+    return [
+        "The loader of distillation alone, in times real time that one core delivers (seconds of audio a second of CPU "
+        f"time; medians of interleaved runs, {_conditions(content)}): the codec, with mixing down and resampling, the "
+        "first run's scan, and batches from so many processes. 10,000 times real time on 16 cores is 625 a core.",
         "\n".join(lines),
     ]
 
@@ -212,7 +287,8 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
 
 def _conditions(content: dict[str, Any]) -> str:
     c = content["conditions"]
-    return f"{c['device']}, torch {c['torch']}, {c['date']}"
+    processor = f"{c['processor']}, " if "processor" in c else ""
+    return f"{processor}{c['device']}, torch {c['torch']}, {c['date']}"
 
 
 def main() -> None:

@@ -11,8 +11,13 @@ from armhubert.cli.app import app
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A student's folder, a released .ckpt, a hub id, or any teacher.")],
-    out: Annotated[str, typer.Argument(help="The file to write: .onnx, or .pt2 with --format torch.")],
-    format: Annotated[str, typer.Option(help="onnx, or torch for torch.export.load.")] = "onnx",
+    out: Annotated[str, typer.Argument(help="The file to write: .onnx, or .pt2 with --format torch or aot.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx; torch, for torch.export.load; aot: compiled for this processor, loaded by AOTInductor."
+        ),
+    ] = "onnx",
     int8: Annotated[
         bool, typer.Option("--int8", help="8-bit weights in linear layers; reports size, speed and feature error.")
     ] = False,

@@ -13,6 +13,7 @@ from armhubert.errors import ArmhubertError
 if TYPE_CHECKING:
     from armhubert.clock import Timing
     from armhubert.profile import Profile
+    from armhubert.quality import Comparison
 
 N = TypeVar("N", int, float)
 
@@ -33,18 +34,33 @@ def profile(
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager, compiled, bf16, int8, triton, onnx, onnx-int8; may be repeated. [eager]"),
+        typer.Option(help="eager, compiled, aot, bf16, int8, triton, onnx, onnx-int8; may be repeated. [eager]"),
     ] = None,
-    seconds: Annotated[str, typer.Option(help="Lengths for latency at batch size 1.")] = "1,5,10,30",
+    seconds: Annotated[
+        str, typer.Option(help="Lengths for latency at batch size 1; of four or more, cost against length is drawn.")
+    ] = "1,5,10,30",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes for throughput; '' for none.")] = "4,8",
     batch_seconds: Annotated[float, typer.Option(help="Length of the utterances of these batches.")] = 10.0,
     heads: Annotated[bool, typer.Option("--heads", help="Keep the student's distillation heads.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each cell.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before timing.")] = 1,
+    limit: Annotated[
+        float, typer.Option(help="Seconds of one pass; what would need longer, or more memory, is left out of a cell.")
+    ] = 120.0,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Also time batches of LibriSpeech's lengths against equal ones.")
+    ] = False,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A result.json of `armhubert evaluate`, a suite.json or a folder with results; may be repeated. Draws "
+            "quality against cost."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and .png here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and pictures here.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write a chrome trace of one pass of MODEL over 10 s here.")
     ] = None,
@@ -58,9 +74,11 @@ def profile(
     """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
     from armhubert.baselines import default_baselines
     from armhubert.convert import load_weights
-    from armhubert.profile import Building, Measuring, Profile, ProfileConfig, write
+    from armhubert.profile import Building, Measuring, Profile, ProfileConfig
     from armhubert.profile import profile as measure
     from armhubert.profile import trace as write_trace
+    from armhubert.profile_report import write
+    from armhubert.quality import caution, compare, read_results
 
     ui.set_threads(threads)
     ui.silence_libraries()
@@ -80,8 +98,11 @@ def profile(
         repeats=repeats,
         warmup=warmup,
         device=device,
+        limit_seconds=limit,
         memory=memory,
+        ragged=ragged,
     )
+    results = read_results(quality or ())
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):
@@ -91,8 +112,11 @@ def profile(
             elif isinstance(report, Profile):
                 result = report
     render(result)
+    comparison = compare(result, results) if results else None
+    if comparison is not None:
+        _quality(result, comparison, caution(comparison, heads))
     if out is not None:
-        for path in write(result, out):
+        for path in write(result, out, comparison):
             ui.say(f"wrote {path}")
     if trace is not None:
         write_trace(settings, trace)
@@ -112,10 +136,10 @@ def numbers(text: str, kind: Callable[[str], N], option: str) -> tuple[N, ...]:
 
 
 def render(result: "Profile") -> None:
-    """Three tables: times, ratios to each baseline, and what the models are."""
+    """Tables: times, ratios to each baseline, what the models are, their stages, batches of unequal lengths."""
     from rich.table import Table
 
-    from armhubert.profile import label
+    from armhubert.profile_report import label
 
     single = [cell for cell in result.cells if cell.batch == 1]
     batched = [cell for cell in result.cells if cell.batch > 1]
@@ -126,10 +150,16 @@ def render(result: "Profile") -> None:
     for cell in batched:
         times.add_column(f"{cell.batch} x {cell.seconds:g} s", justify="right")
     for model in result.models:
-        row = [_spread(cell.timings[model.name]) for cell in single]
-        row += [f"{cell.batch * cell.seconds / cell.timings[model.name].median:.1f}" for cell in batched]
+        row = [_spread(cell.timings.get(model.name)) for cell in single]
+        row += [
+            f"{cell.batch * cell.seconds / cell.timings[model.name].median:.1f}" if model.name in cell.timings else "-"
+            for cell in batched
+        ]
         times.add_row(label(model), *row)
     ui.draw(times)
+    for cell in result.cells:
+        for name, reason in cell.left_out.items():
+            ui.say(f"left out of {cell.batch} x {cell.seconds:g} s: {name}, {reason}")
 
     profiled = [model for model in result.models if model.source == result.models[0].source]
     others = [model for model in result.models if model.source != result.models[0].source]
@@ -139,8 +169,8 @@ def render(result: "Profile") -> None:
             ratios.add_column(name, justify="left" if name in ("model", "baseline") else "right")
         for model in profiled:
             for other in others:
-                row = [f"{cell.speedup(model.name, other.name):.2f}" for cell in result.cells]
-                ratios.add_row(label(model), label(other), *row)
+                found = [cell.speedup(model.name, other.name) for cell in result.cells]
+                ratios.add_row(label(model), label(other), *("-" if x is None else f"{x:.2f}" for x in found))
         ui.draw(ratios)
 
     about = Table(title="size and cost", title_justify="left")
@@ -149,7 +179,8 @@ def render(result: "Profile") -> None:
         about.add_column(name, justify="left" if name == "model" else "right")
     ten = next((cell for cell in single if cell.seconds == 10), None)
     for model in result.models:
-        rate = model.macs / ten.timings[model.name].median / result.rates.macs_per_second if ten else None
+        timing = ten.timings.get(model.name) if ten else None
+        rate = model.macs / timing.median / result.rates.macs_per_second if timing else None
         about.add_row(
             label(model), f"{model.parameters / 1e6:.2f} M", f"{model.parameters_without_heads / 1e6:.2f} M",
             f"{model.bytes_on_disk / 2**20:.1f}", f"{model.macs / 1e9:.1f}", f"{model.macs_superb / 1e9:.0f}",
@@ -168,12 +199,52 @@ def render(result: "Profile") -> None:
         for model in eager:
             parts.add_row(label(model), *(f"{model.stages.get(kind, 0) * 1e3:.0f}" for kind in kinds))
         ui.draw(parts)
+    if result.ragged:
+        unequal = Table(title="seconds of audio a second, batches of 60 s with padding", title_justify="left")
+        for name in ("model", "equal lengths", "LibriSpeech's, sorted", "unsorted"):
+            unequal.add_column(name, justify="left" if name == "model" else "right")
+        names = {model.name: label(model) for model in result.models}
+        for measured in result.ragged:
+            equal = measured.rate("equal")
+            unequal.add_row(
+                names[measured.name], f"{equal:.1f}",
+                *(f"{measured.rate(way):.1f}, {measured.rate(way) / equal:.0%}; padding {measured.padding[way]:.1%}"
+                  for way in ("sorted", "unsorted")),
+            )  # fmt: skip
+        ui.draw(unequal)
     rates = f"{result.rates.macs_per_second / 1e9:.0f} GMAC/s, {result.rates.bytes_per_second / 1e9:.1f} GB/s"
     ui.say(f"{', '.join(f'{k} {v}' for k, v in result.conditions.items())}; this machine in this run: {rates}")
 
 
-def _spread(timing: "Timing") -> str:
-    return f"{timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})"
+def _spread(timing: "Timing | None") -> str:
+    return f"{timing.median:.3f} ({timing.low:.3f}-{timing.high:.3f})" if timing else "-"
+
+
+def _quality(result: "Profile", comparison: "Comparison", caution: str) -> None:
+    """Every model with a result: what it is worth, what it costs, and whether anything beats it in both."""
+    from rich.table import Table
+
+    from armhubert.profile_report import label
+
+    table = Table(title="quality against cost; * on the Pareto front", title_justify="left")
+    for name in ("model", "task", "quality", "ms for 10 s", "parameters", "GMACs 10 s"):
+        table.add_column(name, justify="left" if name in ("model", "task") else "right")
+    names = {model.name: label(model) for model in result.models}
+    for point in comparison.points:
+        cells = []
+        for cost, scale, unit in (("latency", 1e3, ""), ("parameters", 1, " M"), ("macs", 1, "")):
+            value = point.costs.get(cost)
+            front = "*" if cost in point.front else " "
+            cells.append("-" if value is None else f"{value * scale:.1f}{unit}{front}")
+        quality = f"{point.metric} {point.value:g}{point.unit} {'↑' if point.higher_is_better else '↓'}"
+        table.add_row(names[point.model], point.task, quality, *cells)
+    ui.draw(table)
+    for name, reason in comparison.without_result.items():
+        ui.say(f"not compared: {name}, {reason}")
+    for line in comparison.not_profiled:
+        ui.say(f"result of a model that was not profiled here: {line}")
+    if caution:
+        ui.note(caution)
 
 
 def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup: int, out: Path | None) -> None:

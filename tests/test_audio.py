@@ -117,6 +117,10 @@ def test_the_length_is_exact_where_float32_is_not():
 def test_mixing_down_is_the_mean_of_the_channels(tmp_path):
     wave = np.stack([np.full(800, 0.5), np.zeros(800), np.full(800, -0.2)], axis=1).astype(np.float32)
     assert torch.allclose(read_audio(write(tmp_path / "a.wav", wave, subtype="FLOAT")), torch.full((800,), 0.1))
+    for channels in (2, 5):
+        wave = np.random.default_rng(0).standard_normal((800, channels)).astype(np.float32)
+        mixed = read_audio(write(tmp_path / "a.wav", wave, subtype="FLOAT")).numpy()
+        assert np.array_equal(mixed, wave.mean(axis=1))
 
 
 def broken_files(folder: Path) -> dict[str, str]:

@@ -112,6 +112,22 @@ print([list(x.shape) for x in outputs], "armhubert" in sys.modules)
     assert done.stdout.strip() == "[[1, 49, 64], [1]] False"
 
 
+@pytest.mark.slow
+def test_a_program_compiled_ahead_gives_what_the_model_gives(student, tmp_path):
+    path = tmp_path / "student.pt2"
+    list(export(ExportConfig(str(student), str(path), format="aot")))
+    program = torch._inductor.aoti_load_package(str(path))
+    assert program.get_metadata()["armhubert.hop"] == "320"
+    assert_equals_each_alone(student, program)
+
+
+def test_without_a_compiler_nothing_is_compiled_ahead(student, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ArmhubertError, match=r"needs a C\+\+ compiler: install"):
+        list(export(ExportConfig(str(student), str(tmp_path / "m.pt2"), format="aot")))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("which", ["onnx_file", "torch_file"])
 def test_the_check_is_reported_by_case(request, which):
     path, reports = request.getfixturevalue(which)
@@ -155,7 +171,7 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_
     else:
         config = ExportConfig(str(student), str(tmp_path / "m.pt2"), format="torch")
         model = module._Model(ARMHuBERT.from_pretrained(student, heads=False, impl="torch"), config).eval()
-        small = module._quantise_torch(model, {})
+        small = module._quantise_torch(model, {}, "torch")
         stored = torch.export.load(io.BytesIO(small)).state_dict.values()
         matrices = [x for x in stored if x.dtype == torch.int8 and x.ndim == 2 and x.shape[1] > 1]  # not zero points
         assert len(matrices) == 4 * 2  # of each layer: qkv or value, output, up, down
@@ -226,7 +242,10 @@ def test_the_command(student, tmp_path, monkeypatch, capfd):
     assert out.splitlines()[-1].endswith("m.onnx: 0.0 MB, waveforms -> frames")
     assert seen == [ExportConfig(str(student), str(tmp_path / "m.onnx"), int8=True, hidden_states=True)]
     for argv, says in (
-        ((student, tmp_path / "m.onnx", "--format", "coreml"), "format in the options must be 'onnx' or 'torch'"),
+        (
+            (student, tmp_path / "m.onnx", "--format", "coreml"),
+            "format in the options must be 'onnx' or 'torch' or 'aot'",
+        ),
         ((student, tmp_path / "m.bin"), r"must end in \.onnx"),
     ):
         code, out, err = call(*argv)

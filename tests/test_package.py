@@ -47,6 +47,38 @@ def test_importing_the_package_stays_light():
     assert out.strip() == "[]"
 
 
+def test_help_does_not_wait_for_pytorch():
+    out = run(
+        """
+        import sys
+        from typer.testing import CliRunner
+        from armhubert.cli.app import app
+        for command in ([], ["distill"], ["evaluate"], ["profile"], ["plan"], ["extract"], ["export"], ["convert"],
+                        ["info"]):
+            assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, command
+        print("torch" in sys.modules)
+        """
+    )
+    assert out.strip() == "False"
+
+
+def test_names_of_the_package_come_at_their_first_use():
+    out = run(
+        """
+        import armhubert
+        from armhubert import *
+        import inspect
+        assert set(armhubert.__all__) <= set(dir(armhubert))
+        assert inspect.isclass(armhubert.ARMHuBERT) and armhubert.load_teacher is load_teacher
+        try:
+            armhubert.nothing
+        except AttributeError as error:
+            print(error)
+        """
+    )
+    assert out.strip() == "module 'armhubert' has no attribute 'nothing'"
+
+
 def test_the_command_line_is_reachable_as_a_module_and_prints_its_version():
     done = subprocess.run(
         [sys.executable, "-m", "armhubert.cli", "--version"], capture_output=True, text=True, check=False

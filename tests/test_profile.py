@@ -1,12 +1,13 @@
 import csv
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import profile
+from armhubert import cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.clock import Timing
 from armhubert.config import preset
@@ -99,7 +100,9 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.head_width or 0)
     assert released.macs == eager.macs == macs(dataclasses.replace(TINY, head_width=None), 160_000)
     assert {"front end", "attention", "feed-forward", "positional convolution"} <= eager.stages.keys()
-    paths = profile.write(result, tmp_path)
+    assert result.ragged == ()
+    paths = profile_report.write(result, tmp_path)
+    assert [path.name for path in paths] == ["profile.json", "profile.csv", "profile.png"]
     content = json.loads(paths[0].read_text())
     assert [cell["timings"][eager.name]["median"] for cell in content["cells"]] == [
         cell.timings[eager.name].median for cell in result.cells
@@ -133,8 +136,100 @@ def test_a_trace_opens_as_json(student, tmp_path):
 
 
 def test_a_ratio_is_that_of_the_medians():
-    cell = profile.Cell(1, 1.0, {"a": Timing(1.0, 0.9, 2.0), "b": Timing(3.0, 2.0, 9.0)})
+    cell = profile.Cell(1, 1.0, {"a": Timing(1.0, 0.9, 2.0), "b": Timing(3.0, 2.0, 9.0)}, {}, {"c": "too long"})
     assert cell.speedup("a", "b") == 3.0
+    assert cell.speedup("a", "c") is None
+
+
+def test_what_would_take_too_long_or_too_much_is_left_out_of_its_cell_alone(student, tmp_path):
+    """Cells of up to 10 s always run; past them the forecast counts."""
+    config = profile.ProfileConfig(
+        student, baselines=("released",), seconds=(11.0, 0.2), batch_sizes=(), repeats=1, device="cpu", memory=False,
+        limit_seconds=1e-6,
+    )  # fmt: skip
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    short, long = result.cells
+    assert (short.seconds, len(short.timings), short.left_out) == (0.2, 2, {})
+    assert long.timings == {}
+    assert all("s a pass, limit 1e-06" in reason for reason in long.left_out.values())
+    rows = list(csv.DictReader(profile_report.write(result, tmp_path)[1].open()))
+    assert [row["median_s"] == "-" for row in rows] == [False, False, True, True]
+
+
+def test_a_candidate_that_runs_out_of_memory_costs_its_cell(student, monkeypatch):
+    measure = forecast.Forecast.measure
+
+    def full(self, waveforms):
+        if len(waveforms) == 3:
+            raise torch.OutOfMemoryError("full")
+        return measure(self, waveforms)
+
+    monkeypatch.setattr(forecast.Forecast, "measure", full)
+    config = profile.ProfileConfig(
+        student, seconds=(0.2,), batch_sizes=(3,), batch_seconds=0.2, repeats=1, device="cpu", memory=False
+    )
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    assert [cell.left_out for cell in result.cells] == [{}, {f"{student} (eager)": "out of memory"}]
+
+
+def test_cost_grows_with_length_and_its_square(monkeypatch):
+    calls = []
+    found = forecast.Forecast(calls.append, torch.device("cpu"))
+    assert [len(w[0]) / 16_000 for w in calls] == [1, 1, 1, 4, 4, 10, 10]  # each once for memory, once for time
+    found._runs.clear()
+    for s in (1.0, 10.0, 60.0):
+        found.add(s, forecast.Cost(0.01 + 0.02 * s + 1e-4 * s * s, round(1e6 * (5 + s * s))))
+    cost = found(2, 300.0)
+    assert cost.seconds == pytest.approx(2 * (0.01 + 6 + 9), rel=1e-3)
+    assert cost.memory == pytest.approx(2 * 1e6 * (5 + 90_000), rel=1e-3)
+    assert "s a pass, limit 10" in forecast.refusal(cost._replace(memory=None), torch.device("cpu"), 10)
+    assert forecast.refusal(forecast.Cost(1.0, 1), torch.device("cpu"), 10) == ""
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 2**30)
+    assert "0.8 GiB needed, 1.0 free" in forecast.refusal(forecast.Cost(1.0, 800 << 20), torch.device("cpu"), 10)
+
+
+def test_a_pass_is_weighed():
+    held = []
+    cost = forecast._measure(lambda: torch.ones(1 << 24) + 1, torch.device("cpu"))
+    assert cost.memory is not None
+    assert cost.memory * 1.1 >= 8 << 24  # the kernel counts pages in batches
+    assert cost.kept < 4 << 24
+    cost = forecast._measure(lambda: held.append(torch.ones(1 << 24)), torch.device("cpu"))
+    assert cost.kept >= 0.9 * (4 << 24)
+
+
+def test_of_four_lengths_a_curve_is_drawn_and_unequal_batches_are_timed(student, tmp_path):
+    config = profile.ProfileConfig(
+        student, modes=("eager", "bf16"), seconds=(0.1, 0.2, 0.3, 0.4), batch_sizes=(), repeats=1, device="cpu",
+        memory=False, ragged=True,
+    )  # fmt: skip
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    assert [row.name for row in result.ragged] == [model.name for model in result.models]
+    row = result.ragged[0]
+    assert row.padding["equal"] == 0 < row.padding["sorted"] < row.padding["unsorted"] < 0.4
+    assert row.rate("sorted") == row.audio_seconds / row.timings["sorted"].median
+    paths = profile_report.write(result, tmp_path)
+    assert paths[-1].name == "profile-length.png"
+    assert paths[-1].read_bytes().startswith(b"\x89PNG")
+    stored = json.loads(paths[0].read_text())["ragged"][0]
+    assert stored["rates"]["equal"] == row.rate("equal")
+    assert stored["timings"].keys() == {"equal", "sorted", "unsorted"}
+
+
+def test_unequal_and_equal_batches_hold_the_same_audio():
+    samples = [round(s * 16_000) for s in ragged.LIBRISPEECH]
+    plans = ragged._plans(samples)
+    assert plans.keys() == set(ragged.WAYS)
+    for way, plan in plans.items():
+        assert sum(crop.count for batch in plan for crop in batch) == pytest.approx(sum(samples), abs=len(samples))
+        assert sorted(crop.index for batch in plan for crop in batch) == list(range(len(samples)))
+        for batch in plan:
+            waveforms, lengths = ragged._batch(batch, way, torch.device("cpu"))
+            assert waveforms.numel() <= 60 * 16_000
+            assert (lengths is None) == (way == "equal")
 
 
 def test_stages_cover_the_pass(student):
@@ -142,6 +237,43 @@ def test_stages_cover_the_pass(student):
     parts = profile.stages(model, torch.zeros(1, 8000), repeats=1)
     assert all(seconds >= 0 for seconds in parts.values())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_command_shows_what_ran_and_what_is_known(student, tmp_path, monkeypatch, capfd):
+    identity = sorted(quality.identities(student))[0]
+    result = {
+        "task": "pr", "metrics": {"per": 7.5}, "data": {"test": {"hash": "d"}},
+        "model": {"source": "elsewhere", "identity": identity, "features": "hidden"},
+    }  # fmt: skip
+    for name, content in (("own", result), ("other", {**result, "model": {**result["model"], "identity": "x"}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+    monkeypatch.setattr("logging.disable", lambda level: None)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        settings = ["--device", "cpu", "--no-memory", "--repeats", "1", "--batch-sizes"]
+        monkeypatch.setattr(sys, "argv", ["armhubert", "profile", *map(str, argv), *settings, ""])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
+
+    code, out, _ = call(
+        student, "--baseline", "released", "--seconds", "0.1,11", "--limit", "1e-6", "--quality", tmp_path / "own",
+        "--quality", tmp_path / "other", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert f"left out of 1 x 11 s: {student} (eager), about" in out
+    assert "PER 7.5% ↓" in out
+    assert "not compared: released (eager), no result" in out
+    assert "result of a model that was not profiled here: elsewhere, pr PER 7.5" in out
+    assert (tmp_path / "out" / "profile-quality.png").is_file()
+    code, out, err = call(student, "--quality", tmp_path / "out" / "profile.json")
+    assert (code, out) == (2, "")
+    assert "is no result of armhubert evaluate" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -158,7 +290,8 @@ def test_memory_is_that_of_a_process_of_its_own(student):
         ({"modes": ("fast",)}, "mode must be one of"),
         ({"baselines": ("hubert-base:eagr",)}, "no model at 'hubert-base:eagr'"),
         ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
-        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"repeats": 0}, "repeats and warmup must be at least 1"),
+        ({"limit_seconds": 0}, "limit_seconds must be above 0"),
         ({"seconds": (-1.0,)}, "seconds must be above 0"),
         ({"seconds": (), "batch_sizes": ()}, "nothing would be timed"),
         ({"device": "tpu"}, "device must be auto"),

@@ -1,0 +1,158 @@
+"""What `profile` runs: a model or a baseline, in one of the ways of running it."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
+from armhubert.convert import load_weights
+from armhubert.encoder import SpeechEncoder
+from armhubert.errors import ArmhubertError
+from armhubert.export import Program, aot_program, onnx_program, quantise
+from armhubert.kernels import Impl
+from armhubert.kernels.runtime import resolve_impl
+from armhubert.student import ARMHuBERT, count_parameters
+
+MODES = ("eager", "compiled", "aot", "bf16", "int8", "triton", "onnx", "onnx-int8")
+
+
+def split_baseline(text: str) -> tuple[str, str]:
+    """`NAME[:MODE]` -> name, mode; a path may hold colons, so only a known mode is taken for one."""
+    name, _, mode = text.rpartition(":")
+    return (name, mode) if name and mode in MODES else (text, "eager")
+
+
+class Candidate(NamedTuple):
+    """Something that turns waveforms into features, and what is known of it without running it."""
+
+    name: str
+    source: str
+    mode: str
+    run: Callable[..., Tensor]
+    """[B, S] on the device, and of models of armhubert the valid samples [B] or None -> [B, T, D]."""
+    module: nn.Module
+    """In float32 and eager: for counts and stages."""
+    parameters: int
+    parameters_without_heads: int
+    bytes_on_disk: int
+    macs: Callable[[int], int]
+    """Samples of one utterance -> multiply-accumulates."""
+
+
+def load_candidate(source: str, mode: str, *, student: str, heads: bool, device: torch.device) -> Candidate:
+    """A baseline by name, or the model at `source`, ready to run in `mode`.
+
+    Raises:
+        ArmhubertError: nothing usable at `source`, or a mode that this machine or model does not have.
+    """
+    module: nn.Module
+    left_out = 0
+    if source == "hubert-base" and mode in PROGRAMS:
+        with torch.random.fork_rng([]):
+            module = ARMHuBERT(HUBERT_BASE).eval()
+    elif source in BASELINES:
+        module = baseline(source)
+    elif source == "released":
+        module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
+    else:
+        weights = load_weights(source)
+        left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
+        impl: Impl = "triton" if mode == "triton" else "auto"
+        module = ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl)
+    if mode == "triton":
+        if not isinstance(module, SpeechEncoder):
+            raise ArmhubertError(f"mode triton is for models of armhubert, got {source!r}: choose another mode for it")
+        try:
+            resolve_impl("triton", torch.empty(0, device=device))
+        except ValueError as error:
+            raise ArmhubertError(f"mode triton: {error}") from None
+    module.requires_grad_(False).to(device)
+    encoder = module.student if isinstance(module, ReleasedWay) else module
+    count = count_parameters(module)
+    run, size = _prepare(module, mode, device)
+    return Candidate(
+        name=f"{source} ({mode})",
+        source=source,
+        mode=mode,
+        run=run,
+        module=module,
+        parameters=count.total + left_out,
+        parameters_without_heads=count.without_heads,
+        bytes_on_disk=size,
+        macs=(lambda samples: macs(encoder.config, samples))
+        if isinstance(encoder, SpeechEncoder)
+        else _counter(module),
+    )
+
+
+def _prepare(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[..., Tensor], int]:
+    """A call in that mode, and the bytes that its weights take on disk."""
+    if mode in PROGRAMS:
+        return _as_program(module, mode, device)
+    dtype = torch.float32
+    if mode == "bf16":
+        module, dtype = copy.deepcopy(module).to(torch.bfloat16), torch.bfloat16
+    elif mode == "int8":
+        if device.type != "cpu":
+            raise ArmhubertError(f"mode int8 runs on a CPU, got device {device}: use bf16 there")
+        module = copy.deepcopy(module)
+        quantise(module)
+    size = state_bytes(module)
+    call = torch.compile(module, dynamic=True) if mode == "compiled" else module
+
+    def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            return last_hidden_state(call(waveforms.to(dtype), *(() if lengths is None else (lengths,))))
+
+    return run, size
+
+
+def _as_program(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[..., Tensor], int]:
+    """For ONNX Runtime or compiled ahead of time; HuBERT Base of transformers as our encoder that equals it."""
+    if device.type != "cpu":
+        raise ArmhubertError(f"mode {mode} runs on a CPU, got device {device}: use another mode there")
+    if not isinstance(module, ARMHuBERT):
+        raise ArmhubertError(f"mode {mode} is for models of armhubert and for hubert-base")
+    program, size = PROGRAMS[mode](module)
+
+    def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return program(waveforms, torch.full((len(waveforms),), waveforms.shape[1]) if lengths is None else lengths)[0]
+
+    return run, size
+
+
+PROGRAMS: dict[str, Callable[[ARMHuBERT], tuple[Program, int]]] = {
+    "aot": aot_program,
+    "onnx": onnx_program,
+    "onnx-int8": lambda model: onnx_program(model, int8=True),
+}
+"""Modes in which a file of `armhubert export` runs, and how it is made: -> the program, its bytes."""
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """The features in what a model of ours, or a baseline, returns."""
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of the module's weights as torch writes them."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.tell()
+
+
+def _counter(module: nn.Module) -> Callable[[int], int]:
+    """Multiply-accumulates counted on the meta device, where PyTorch's counter knows attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(samples: int) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            copy.deepcopy(module).to("meta")(torch.empty(1, samples, device="meta"))
+        return counter.get_total_flops() // 2
+
+    return count

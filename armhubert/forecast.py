@@ -1,0 +1,148 @@
+"""What a candidate will cost at a length where it has not run yet, so that a profile leaves out what cannot end well.
+
+Attention that stores its maps needs 12 x 15,000^2 floats for 5 minutes of audio: 10.8 GB a map.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armhubert.audio import SAMPLE_RATE
+
+PROBES = (1.0, 4.0, 10.0)
+"""Seconds of audio that show how a candidate's cost grows; no longer one runs without a forecast."""
+MARGIN = 1.5
+"""How much memory must be free for each byte forecast."""
+
+
+class Cost(NamedTuple):
+    """Of one pass."""
+
+    seconds: float
+    memory: int | None
+    """Bytes that it adds at its peak; None: the system does not tell."""
+    kept: int = 0
+    """Bytes by which the process is larger after it: a runtime's own pool."""
+
+
+class Forecast:
+    """a + b s + c s^2 of the seconds s of audio, none of the three negative, through what one candidate's runs cost.
+
+    Args:
+        run: waveforms [B, S] -> anything.
+        device: where it runs.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Any], device: torch.device) -> None:
+        self.run, self.device = run, device
+        self._kept = 0
+        self._runs: list[tuple[float, Cost]] = []
+        run(_silence(PROBES[0], device))  # compiles, reads weights from the disk
+        for seconds in PROBES:
+            waveforms = _silence(seconds, device)
+            memory = self.measure(waveforms).memory
+            self.add(seconds, Cost(self.measure(waveforms).seconds, memory))
+
+    def measure(self, waveforms: Tensor) -> Cost:
+        """One pass; its memory is also what earlier passes left with the candidate."""
+        cost = _measure(lambda: self.run(waveforms), self.device)
+        memory = None if cost.memory is None else cost.memory + self._kept
+        self._kept = max(0, self._kept + cost.kept)
+        return cost._replace(memory=memory)
+
+    def add(self, seconds: float, cost: Cost) -> None:
+        """A pass over one utterance, to forecast from."""
+        self._runs.append((seconds, cost))
+
+    def __call__(self, batch: int, seconds: float) -> Cost:
+        """Of so many utterances: at most what they cost one by one."""
+        time_needed = self._at(seconds, [(s, cost.seconds) for s, cost in self._runs])
+        known = [(s, float(cost.memory)) for s, cost in self._runs if cost.memory]
+        memory = round(batch * self._at(seconds, known)) if known else None
+        return Cost(batch * time_needed, memory)
+
+    @staticmethod
+    def _at(seconds: float, known: list[tuple[float, float]]) -> float:
+        from scipy.optimize import nnls
+
+        lengths, values = np.array(known).T
+        columns = np.stack([np.ones_like(lengths), lengths, lengths**2], axis=1)
+        coefficients, _ = nnls(columns / values[:, None], np.ones_like(values))  # relative errors count alike
+        return float(coefficients @ [1.0, seconds, seconds**2])
+
+
+def _silence(seconds: float, device: torch.device) -> Tensor:
+    return torch.zeros(1, round(seconds * SAMPLE_RATE), device=device)
+
+
+def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
+    """One pass: its time, and what it adds to the process' memory or the GPU's at its peak."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        seconds = _timed(run, device)
+        return Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before = resident("VmRSS")
+    except OSError:
+        return Cost(_timed(run, device), None)
+    seconds = _timed(run, device)
+    peak, after = resident("VmHWM"), resident("VmRSS")
+    return Cost(seconds, max(0, peak - before), after - before)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process now (VmRSS) or at most (VmHWM); getrusage would count the parent's before the exec.
+
+    Raises:
+        OSError: no /proc here.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had: on the GPU, or in this machine and this container; None: the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if most == "max" else min(free, int(most) - int(used))
+
+
+def refusal(cost: Cost, device: torch.device, limit_seconds: float) -> str:
+    """Why a pass of such a cost is not run here; empty: it is."""
+    free = free_memory(device)
+    if cost.memory is not None and free is not None and MARGIN * cost.memory > free:
+        return f"about {cost.memory / 2**30:.1f} GiB needed, {free / 2**30:.1f} free"
+    if cost.seconds > limit_seconds:
+        return f"about {cost.seconds:.0f} s a pass, limit {limit_seconds:g}"
+    return ""
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

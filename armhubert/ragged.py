@@ -1,0 +1,106 @@
+"""What batches of unequal recordings cost: throughput on LibriSpeech's lengths against equal ones of as much audio."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from armhubert.audio import SAMPLE_RATE
+from armhubert.clock import Timing, interleave
+from armhubert.data import Crop, Utterance, padding_waste, plan_epoch
+
+LIBRISPEECH = (
+    2.8, 3.9, 5.1, 6.7, 8.1, 9.2, 10.1, 11.0, 11.8, 12.2, 12.6, 12.9, 13.1, 13.4, 13.6, 13.8,
+    14.0, 14.2, 14.4, 14.5, 14.7, 14.8, 14.9, 15.1, 15.2, 15.4, 15.5, 15.6, 15.7, 15.8, 16.1, 16.4,
+)  # fmt: skip
+"""Seconds: the 32 middle quantiles of mini LibriSpeech's train-clean-5, whose mean is also theirs."""
+
+BATCH_SECONDS = 60.0
+"""Padded audio of a batch, as `armhubert extract` has it."""
+
+WAYS = ("equal", "sorted", "unsorted")
+"""Every recording as long as their mean; by length, as `extract` and `distill` batch them; in no order."""
+
+
+class Ragged(NamedTuple):
+    """One candidate on the same amount of audio, batched in each of the `WAYS`."""
+
+    name: str
+    audio_seconds: float
+    """Without padding."""
+    timings: dict[str, Timing]
+    """Of all batches of a way."""
+    padding: dict[str, float]
+    """Share of a way's samples."""
+
+    def rate(self, way: str) -> float:
+        """Seconds of audio a second, padding not counted."""
+        return self.audio_seconds / self.timings[way].median
+
+
+def measure(
+    runs: Mapping[str, Callable[..., Tensor]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    lengths: tuple[float, ...] = LIBRISPEECH,
+) -> list[Ragged]:
+    """All candidates and ways in turn.
+
+    Args:
+        runs: candidates by name: waveforms [B, S], valid samples [B] or None -> features.
+        device: where they are.
+        repeats: interleaved runs.
+        warmup: runs before timing.
+        lengths: seconds of each recording.
+    """
+    samples = [round(s * SAMPLE_RATE) for s in lengths]
+    batched = {way: [_batch(batch, way, device) for batch in plan] for way, plan in _plans(samples).items()}
+
+    def passes(run: Callable[..., Tensor], way: str) -> Callable[[], None]:
+        def once() -> None:
+            for waveforms, valid in batched[way]:
+                run(waveforms, valid)
+
+        return once
+
+    timings = interleave(
+        {f"{way}/{name}": passes(run, way) for name, run in runs.items() for way in WAYS},
+        repeats=repeats,
+        warmup=warmup,
+        device=device,
+    )
+    padding = {way: padding_waste(plan) for way, plan in _plans(samples).items()}
+    audio = sum(samples) / SAMPLE_RATE
+    return [Ragged(name, audio, {way: timings[f"{way}/{name}"] for way in WAYS}, padding) for name in runs]
+
+
+def _plans(samples: list[int]) -> dict[str, list[list[Crop]]]:
+    def by_length(counts: list[int]) -> list[list[Crop]]:
+        utterances = [Utterance("", count) for count in counts]
+        return plan_epoch(
+            utterances, batch_seconds=BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False
+        )  # fmt: skip
+
+    mean = round(sum(samples) / len(samples))
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    unsorted: list[list[Crop]] = [[]]
+    for index in order:
+        crop = Crop(index, 0, samples[index])
+        longest = max(crop.count, *(other.count for other in unsorted[-1]), 0)
+        if longest * (len(unsorted[-1]) + 1) > BATCH_SECONDS * SAMPLE_RATE and unsorted[-1]:
+            unsorted.append([])
+        unsorted[-1].append(crop)
+    return {"equal": by_length([mean] * len(samples)), "sorted": by_length(samples), "unsorted": unsorted}
+
+
+def _batch(crops: list[Crop], way: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Noise [B, S], zero beyond each length, and the lengths [B]; None where they are all the same by intention."""
+    generator = torch.Generator().manual_seed(0)
+    waveforms = torch.zeros(len(crops), max(crop.count for crop in crops))
+    for row, crop in zip(waveforms, crops, strict=True):
+        row[: crop.count].normal_(0, 0.1, generator=generator)
+    lengths = torch.tensor([crop.count for crop in crops])
+    return waveforms.to(device), None if way == "equal" else lengths.to(device)
