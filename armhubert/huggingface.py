@@ -207,6 +207,9 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         model = self.armhubert
         lengths = None if attention_mask is None else _lengths(attention_mask, input_values)
+        if not self.training and mask_time_indices is None:
+            output = model(input_values, lengths, projections=False)
+            return BaseModelOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
         model.check_inputs(input_values, lengths)
         x, frames = model.embed(input_values, lengths)
         x, mask = self._spec_augment(x, frames, mask_time_indices)

@@ -121,7 +121,7 @@ def _read(path: Path) -> Result:
         raise ArmhubertError(f"{path}: {error}") from None
     source, identity, features, data = texts
     return Result(
-        str(path), task.name, task.title, metric.title, metric.unit, metric.higher_is_better, float(value),
+        str(path), task.name, task.title, metric.title, metric.unit, bool(metric.higher_is_better), float(value),
         source, identity, features, data,
     )  # fmt: skip
 

@@ -57,6 +57,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 8000, generator=generator) * mask, mask
 
 
+def valid(x: torch.Tensor) -> torch.Tensor:
+    """Frames of `batch` without the padding, whose values are nobody's."""
+    return torch.cat([x[0, :24], x[1, :15]])
+
+
 def same_state(a: nn.Module, b: nn.Module) -> None:
     first, second = a.state_dict(), b.state_dict()
     assert first.keys() == second.keys()
@@ -214,7 +219,7 @@ def test_spec_augment_acts_in_training_only_and_as_configured(folder, batch):
         model = AutoModel.from_pretrained(folder, **settings)
         with torch.no_grad():
             quiet = model(*batch).last_hidden_state
-            return float((model.train()(*batch).last_hidden_state - quiet).abs().max())
+            return float(valid(model.train()(*batch).last_hidden_state - quiet).abs().max())
 
     assert difference(mask_time_prob=0.0) == 0  # the student has no dropout
     assert difference(apply_spec_augment=False, mask_time_prob=0.5, mask_feature_prob=0.5) == 0
@@ -265,7 +270,7 @@ def test_compiles_into_one_graph(folder, batch, backend):
         want = model(*batch, output_hidden_states=True)
         got = compiled(*batch, output_hidden_states=True)
     for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(valid(a), valid(b), atol=1e-5, rtol=0)
 
 
 def test_transformers_is_imported_only_when_asked_for():
