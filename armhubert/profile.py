@@ -367,7 +367,7 @@ def _cell(
         runs[name] = functools.partial(candidate.run, waveforms)
         if cost.memory is not None:
             memory[name] = cost.memory
-    timings = interleave(runs, repeats=config.repeats, warmup=config.warmup - 1, device=device)
+    timings = interleave(runs, repeats=config.repeats, warmup=max(0, config.warmup - 2), device=device)
     if batch == 1:
         for name in timings:
             forecasts[name].add(seconds, Cost(timings[name].median, memory.get(name)))
