@@ -102,8 +102,9 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
     except OSError:
         return Cost(_timed(run, device), None)
     seconds = _timed(run, device)
-    peak, after = resident("VmHWM"), resident("VmRSS")
-    return Cost(seconds, max(0, peak - before), after - before)
+    peak = resident("VmHWM")
+    _return_free_pages()
+    return Cost(seconds, max(0, peak - before), resident("VmRSS") - before)
 
 
 def _return_free_pages() -> None:

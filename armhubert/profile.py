@@ -314,20 +314,22 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     for b, s in shapes:
         yield Measuring(len(cells), steps, f"{b} x {s:g} s")
         cells.append(_cell(candidates, forecasts, b, s, config, device))
-    peaks: dict[str, int] = {}
-    whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
-    if config.memory and whole:
-        batch, seconds = max(whole, key=lambda shape: shape[0] * shape[1])
-        for name, candidate in candidates.items():
-            yield Measuring(len(cells) + len(peaks), steps, f"memory of {name}")
-            peaks[name] = peak_memory(config, candidate.source, candidate.mode, batch, seconds)
     unequal: list[Ragged] = []
     if config.ragged:
-        yield Measuring(steps - 1, steps, "unequal lengths")
+        yield Measuring(len(cells), steps, "unequal lengths")
         ours = {name: c.run for name, c in candidates.items() if isinstance(c.module, SpeechEncoder)}
         unequal = ragged.measure(ours, device, repeats=config.repeats, warmup=config.warmup)
     rates = machine_rates(device)
     waveforms = noise(1, 10.0, device)
+    models = [_describe(candidate, waveforms, config.repeats) for candidate in candidates.values()]
+    candidates.clear()  # with the pools of their runtimes, whose memory the next processes may need
+    forecasts.clear()
+    whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
+    if config.memory and whole:
+        batch, seconds = max(whole, key=lambda shape: shape[0] * shape[1])
+        for number, model in enumerate(models):
+            yield Measuring(len(cells) + config.ragged + number, steps, f"memory of {model.name}")
+            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, batch, seconds))
     yield Profile(
         {
             **conditions(device),
@@ -335,7 +337,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
             "random weights": sorted({*BASELINES} & {s for s, _ in asked}),
         },
         rates,
-        tuple(_describe(c, waveforms, peaks.get(name), config.repeats) for name, c in candidates.items()),
+        tuple(models),
         tuple(cells),
         tuple(unequal),
     )
@@ -380,7 +382,7 @@ def noise(batch: int, seconds: float, device: torch.device) -> Tensor:
     return torch.randn(batch, round(seconds * SAMPLE_RATE), generator=generator).to(device) * 0.1
 
 
-def _describe(candidate: Candidate, waveforms: Tensor, peak: int | None, repeats: int) -> Model:
+def _describe(candidate: Candidate, waveforms: Tensor, repeats: int) -> Model:
     error = None
     if candidate.mode != "eager":
         with torch.no_grad():
@@ -395,7 +397,7 @@ def _describe(candidate: Candidate, waveforms: Tensor, peak: int | None, repeats
         candidate.bytes_on_disk,
         candidate.macs(10 * SAMPLE_RATE),
         SUPERB_UTTERANCES * candidate.macs(round(SUPERB_SECONDS * SAMPLE_RATE / SUPERB_UTTERANCES)),
-        peak,
+        None,
         error,
         stages(candidate.module, waveforms, repeats) if candidate.mode == "eager" else {},
     )
