@@ -9,6 +9,9 @@ from armhubert.superb.heads import CTCLinear, frame_mask
 from armhubert.superb.task import Batch, Corpus, Defaults
 from armhubert.superb.tasks.pr import PhonemeRecognition
 
+RESOLUTION = 2.0
+"""Points of PER."""
+
 
 class MiniPhonemes(PhonemeRecognition):
     """pr on the bundled speech, in settings for minutes."""
