@@ -20,7 +20,6 @@ class MiniPhonemes(PhonemeRecognition):
     name = "mini-pr"
     title = "Phonemes (proxy of pr)"
     data = "the bundled speech"
-    folders = ()
     defaults = Defaults(learning_rate=3e-3, batch=4, accumulate=1, steps=800, validate_every=50)
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> "NormalizedCTC":
