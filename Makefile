@@ -8,7 +8,7 @@ RUN ?= runs/demo
 
 demo: $(VENV)/.installed
 	$(BIN)/armhubert distill --out $(RUN) --force --steps 150 --batch-seconds 48 --learning-rate 2e-3 --validate-every 25
-	$(BIN)/armhubert info $(RUN) --audio armhubert/assets/speech/1867/154075/1867-154075-0010.opus
+	$(BIN)/armhubert info $(RUN) --audio armhubert/assets/speech/test-mini/3664/178355/3664-178355-0010.opus
 	@echo "Pictures: $(RUN)/loss.png and $(RUN)/layers.png"
 
 test: test-plain test-interpret

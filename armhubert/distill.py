@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from armhubert import checkpoint, losses, runlog
 from armhubert.audio import SAMPLE_RATE
+from armhubert.bundled import TRAINING_SPEECH
 from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
 from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.data import (
@@ -662,16 +662,11 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
     return copied
 
 
-def bundled_speech() -> str:
-    """The folder of speech that comes with the package."""
-    return str(resources.files("armhubert") / "assets" / "speech")
-
-
 def _prepare_data(
     config: DistillConfig, out: Path, min_samples: int, processes: World
 ) -> Generator[Report, None, _Data]:
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
-    sources = config.data or (bundled_speech(),)
+    sources = config.data or (str(TRAINING_SPEECH),)
     cache = out.absolute().parent / SCAN_CACHE
     if not processes.leads:
         processes.wait()

@@ -23,7 +23,7 @@ class DistillConfig:
     out: str = "runs/distill"
     """Folder of the run: student, checkpoint, metrics, pictures."""
     data: tuple[str, ...] = ()
-    """Folders, audio files, TSV or JSONL manifests; none: the bundled speech."""
+    """Folders, audio files, TSV or JSONL manifests; none: the bundled train-mini."""
     valid: tuple[str, ...] = ()
     """Held-out speech, as `data`; none: a share of the data is held out."""
     hold_out: float = 0.05

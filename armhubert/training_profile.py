@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
+from armhubert.bundled import TRAINING_SPEECH
 from armhubert.clock import Timing, conditions, summarize
 from armhubert.data import AudioBatch, batches, discover, plan_epoch, scan
-from armhubert.distill import bundled_speech, peak_memory
+from armhubert.distill import peak_memory
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.distributed import World, pick_device
 from armhubert.losses import Objective, layer_weights
@@ -116,7 +117,7 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
 
 def _audio(config: DistillConfig, shortest: int) -> Iterator[AudioBatch]:
     examined = scan(
-        discover(config.data or (bundled_speech(),)), min_samples=shortest, cache=None, workers=config.workers
+        discover(config.data or (TRAINING_SPEECH,)), min_samples=shortest, cache=None, workers=config.workers
     )
     while True:
         try:

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
+from armhubert.bundled import TEST_SPEECH
 from armhubert.clock import write_results
 from armhubert.data import Utterance, batches, discover, plan_epoch
-from armhubert.distill import bundled_speech
 
 FORMATS: dict[str, dict[str, Any]] = {
     "wav": {"subtype": "PCM_16"},
@@ -97,12 +97,12 @@ def measure_folder(
 
 
 def write_formats(folder: Path) -> dict[str, list[Path]]:
-    """The bundled speech in every format."""
+    """The bundled test speech in every format."""
     from torchaudio.functional import resample
 
     found: dict[str, list[Path]] = {}
     for name, settings in FORMATS.items():
-        for source in discover([bundled_speech()]):
+        for source in discover([TEST_SPEECH]):
             wave, rate = read_audio(source), SAMPLE_RATE
             data = wave.numpy()
             if "stereo" in name:

@@ -21,7 +21,7 @@ def distill(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders (searched recursively), audio files, TSV or JSONL manifests. None: bundled speech."
+            help="Folders (searched recursively), audio files, TSV or JSONL manifests. None: bundled train-mini."
         ),
     ] = None,
     out: Annotated[

@@ -201,7 +201,7 @@ def run_suite(
 ) -> None:
     """Several models on several tasks."""
     from armhubert.superb.report import write_report
-    from armhubert.superb.suite import SuiteFinished, TaskBegun, plan_suite, settings_of
+    from armhubert.superb.suite import MINI_NOTE, SuiteFinished, TaskBegun, plan_suite, settings_of
     from armhubert.superb.suite import run_suite as run
 
     common, per_task = settings_of(settings)
@@ -225,6 +225,8 @@ def run_suite(
     if common.get("dry_run"):
         return
     ui.draw(suite_table(report))
+    if suite == "mini":
+        ui.say(MINI_NOTE)
     ui.say(f"report: {write_report(report)}")
 
 
@@ -355,8 +357,8 @@ def similarity(
     given: dict[str, Any],
 ) -> None:
     """Compare a student with its teacher on speech, without training."""
+    from armhubert.bundled import TEST_SPEECH
     from armhubert.superb.similarity import Comparing, SimilarityConfig, compare, write
-    from armhubert.superb.tasks.mini import bundled_speech
 
     if len(models) != 1 or against is None:
         raise ArmhubertError("similarity compares one student with --against TEACHER: give both")
@@ -366,7 +368,7 @@ def similarity(
     config = SimilarityConfig(
         model=models[0],
         against=against,
-        data=tuple(data) or (str(bundled_speech()),),
+        data=tuple(data) or (str(TEST_SPEECH),),
         out=out or "runs/similarity",
         utterances=utterances,
         **extra,

@@ -16,7 +16,7 @@ from armhubert.config import preset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples"
-SPEECH = REPOSITORY / "armhubert/assets/speech"
+SPEECH = REPOSITORY / "armhubert/assets/speech/train-mini"
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
 from armhubert.huggingface import ARMHuBERTConfig, ARMHuBERTForCTC, ARMHuBERTModel  # noqa: E402
 
-SPEECH = Path(__file__).resolve().parents[1] / "armhubert/assets/speech"
+SPEECH = Path(__file__).resolve().parents[1] / "armhubert/assets/speech/train-mini"
 LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 

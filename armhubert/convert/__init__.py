@@ -3,10 +3,10 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armhubert.bundled import TEACHER
 from armhubert.config import read_mapping
 from armhubert.convert import distilhubert, dphubert, fairseq, huggingface, native, released, torchaudio, wavlm
 from armhubert.convert.pickles import read_pickle
@@ -59,7 +59,7 @@ def load_weights(source: str | Path) -> Weights:
     """
     name, path = str(source), Path(source)
     if name == BUNDLED and not os.path.lexists(path):
-        path = Path(str(resources.files("armhubert"))) / "assets" / "teacher-mini"
+        path = TEACHER
     if os.path.isdir(path):  # unlike Path's, these answer False for names that no file system takes
         return _from_folder(path)
     if os.path.isfile(path):

@@ -9,7 +9,17 @@ from typing import Any
 
 from armhubert.files import write_atomic
 from armhubert.superb import pictures
-from armhubert.superb.suite import COLUMNS, PUBLISHED, Column, Row, SuiteFinished, overall, row_of, superb_score
+from armhubert.superb.suite import (
+    COLUMNS,
+    MINI_NOTE,
+    PUBLISHED,
+    Column,
+    Row,
+    SuiteFinished,
+    overall,
+    row_of,
+    superb_score,
+)
 from armhubert.superb.task import Metric, Task
 from armhubert.superb.tasks import TASKS, find
 
@@ -129,7 +139,7 @@ def summary(results: Results, columns: Sequence[Column]) -> str:
             "of heads fitted on SUPERB's whole data: compare with them only where data and settings below are SUPERB's."
         )
     else:
-        notes = "Bold: the best. A proxy: four minutes of speech, enough to rank upstreams that differ much."
+        notes = f"Bold: the best. {MINI_NOTE}"
     return (
         f"<h2 id=summary>Summary</h2><div class=scroll><table class=summary><thead><tr>{head}</tr></thead>"
         f"{''.join(bodies)}</table></div><p class=note>{notes}</p>"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armhubert.bundled import SPEECH
 from armhubert.config import build
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
@@ -12,7 +13,7 @@ from armhubert.superb.config import EvaluateConfig, given_in_vain
 from armhubert.superb.runner import Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
-from armhubert.superb.tasks.mini import bundled_speech
+from armhubert.superb.tasks.mini import RESOLUTION
 from armhubert.superb.upstream import FeatureChoice, load_upstream
 
 
@@ -41,6 +42,7 @@ COLUMNS = (
     Column("ER", "er", "accuracy", True),
 )
 MINI_COLUMNS = (Column("PER", "mini-pr", "per", False),)
+MINI_NOTE = f"A proxy on the bundled speech: models less than {RESOLUTION} points of PER apart are not told apart."
 
 Row = tuple[float | None, ...]
 """A model's numbers in the order of the columns; None: not measured."""
@@ -140,9 +142,10 @@ def plan_suite(
     Args:
         suite: superb or mini.
         models: what to evaluate.
-        data: the root; below it each task's data, in the folder that its download unpacks to, or itself.
+        data: the root; below it each task's data, in the folder that its download unpacks to, or itself. None for mini:
+            the bundled speech.
         out: folder of all runs.
-        settings: of `EvaluateConfig`, for all tasks.
+        settings: of `EvaluateConfig`, for all tasks. mini caches features below `out`, unless told elsewhere.
         per_task: the same, for single tasks; `data` among them names a task's own root, relative to `data`.
         only: these tasks; none: all.
 
@@ -151,7 +154,8 @@ def plan_suite(
     """
     tasks = TASKS if suite == "superb" else MINI
     if suite == "mini":
-        data = data or str(bundled_speech())
+        data = data or str(SPEECH)
+        settings = {"cache": str(Path(out) / "features"), **settings}
     names = [label(model) for model in models]
     if len(set(names)) < len(names):
         raise ArmhubertError(f"models must differ in the last part of their names, got {', '.join(models)}")

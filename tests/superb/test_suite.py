@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from armhubert.bundled import SPEECH, TEST_SPEECH, TRAINING_SPEECH
 from armhubert.errors import ArmhubertError
 from armhubert.superb import report as report_module
 from armhubert.superb.suite import (
@@ -18,6 +19,8 @@ from armhubert.superb.suite import (
     run_suite,
     superb_score,
 )
+from armhubert.superb.task import Options
+from armhubert.superb.tasks import find
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,25 @@ def test_models_of_one_name():
 def test_the_mini_suite_is_planned_from_bundled_speech():
     plan = plan_suite("mini", ["fbank", "mini"], "", "out", {}, {})
     assert [(config.model, config.task) for config in plan.configs] == [("fbank", "mini-pr"), ("mini", "mini-pr")]
+    assert {config.cache for config in plan.configs} == {"out/features"}
+
+
+def test_the_mini_suite_runs_on_bundled_speech(tmp_path):
+    settings = {"steps": 2, "workers": 0, "device": "cpu"}
+    *_, finished = run_suite(plan_suite("mini", ["fbank"], "", str(tmp_path), settings, {}), tmp_path)
+    result = finished.results["fbank"]["mini-pr"]
+    assert 50 < result["metrics"]["per"] < 500
+    assert {name: split["items"] for name, split in result["data"].items()} == {"train": 92, "dev": 14, "test": 57}
+    assert (tmp_path / "features").is_dir()
+
+
+def test_no_speaker_is_in_two_sets_of_the_bundled_speech():
+    corpus = find("mini-pr").read(SPEECH, Options())
+    speakers = [{item.key.partition("-")[0] for item in split.items} for split in corpus.splits.values()]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 24
+    assert not any("lexicon" in note or "left out" in note for note in corpus.notes)
+    assert {path.name for path in TRAINING_SPEECH.iterdir()} == speakers[0]
+    assert {path.name for path in TEST_SPEECH.iterdir()} == speakers[2]
 
 
 def test_pictures_of_every_kind():

@@ -81,21 +81,16 @@ class PhonemeRecognition(Task):
         return CTCLinear(width, corpus.labels[0])
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
-        """PER, and the errors by phone."""
-        return phoneme_scores(predictions, split)
-
-
-def phoneme_scores(predictions: Sequence[Sequence[str]], split: Split) -> Scores:
-    """PER, the errors by phone, and some transcripts."""
-    references = [item.label for item in split.items]
-    return Scores(
-        {"per": metrics.error_rate(predictions, references)},
-        by_label=metrics.errors_by_token(predictions, references),
-        examples=tuple(
-            (item.key, " ".join(item.label), " ".join(prediction))
-            for item, prediction in zip(split.items[:EXAMPLES], predictions, strict=False)
-        ),
-    )
+        """PER, the errors by phone, and some transcripts."""
+        references = [item.label for item in split.items]
+        return Scores(
+            {"per": metrics.error_rate(predictions, references)},
+            by_label=metrics.errors_by_token(predictions, references),
+            examples=tuple(
+                (item.key, " ".join(item.label), " ".join(prediction))
+                for item, prediction in zip(split.items[:EXAMPLES], predictions, strict=False)
+            ),
+        )
 
 
 def find_lexicon(root: Path, options: Options) -> Path:
