@@ -230,9 +230,15 @@ class PositionalConv(nn.Module):
         super().__init__()
         kernel = config.position_kernel
         conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
-        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        meta = conv.weight.is_meta
+        if meta:  # where norms and draws are traced in Python, for which PyTorch imports its compiler: a second
+            conv = conv.to_empty(device="cpu")
+        else:
+            nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.conv = weight_norm(conv, dim=2)
+        if meta:
+            self.conv.to("meta")
         self._spectrum: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -318,8 +324,9 @@ class SpeechEncoder(nn.Module):
         self.relative_positions = RelativePositions(config) if config.position_buckets else None
         self.layers = nn.ModuleList(EncoderLayer(config, index, impl) for index in range(config.layers))
         self.gradient_checkpointing = False
-        for module in self.modules():
-            _initialize(module)
+        if not next(self.parameters()).is_meta:
+            for module in self.modules():
+                _initialize(module)
 
     @classmethod
     def from_weights(

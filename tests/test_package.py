@@ -47,6 +47,22 @@ def test_importing_the_package_stays_light():
     assert out.strip() == "[]"
 
 
+def test_loading_a_model_does_not_import_pytorchs_compiler(tmp_path):
+    out = run(
+        f"""
+        import sys, torch
+        from armhubert import ARMHuBERT
+        from armhubert.config import preset
+        ARMHuBERT(preset("mini")).save_pretrained({str(tmp_path)!r})
+        before = set(sys.modules)
+        ARMHuBERT.from_pretrained({str(tmp_path)!r})
+        print([name for name in ("torch._dynamo", "sympy", "torch.export") if name in set(sys.modules) - before])
+        print("torch._dynamo" in before)
+        """
+    )
+    assert out.split() == ["[]", "False"]
+
+
 def test_help_does_not_wait_for_pytorch():
     out = run(
         """
