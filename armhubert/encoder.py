@@ -232,7 +232,7 @@ class PositionalConv(nn.Module):
         conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
         meta = conv.weight.is_meta
         if meta:  # where norms and draws are traced in Python, for which PyTorch imports its compiler: a second
-            conv = conv.to_empty(device="cpu")
+            conv.weight = nn.Parameter(torch.empty(conv.weight.shape, device="cpu"))
         else:
             nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
