@@ -287,7 +287,7 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
 
 def _conditions(content: dict[str, Any]) -> str:
     c = content["conditions"]
-    processor = f"{c['processor']}, " if "processor" in c else ""
+    processor = f"{c['processor']}, " if c.get("processor", c["device"]) not in c["device"] else ""
     return f"{processor}{c['device']}, torch {c['torch']}, {c['date']}"
 
 
