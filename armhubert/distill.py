@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from armhubert import checkpoint, losses, runlog
 from armhubert.audio import SAMPLE_RATE
-from armhubert.bundled import TRAINING_SPEECH
 from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
 from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.data import (
@@ -666,11 +665,10 @@ def _prepare_data(
     config: DistillConfig, out: Path, min_samples: int, processes: World
 ) -> Generator[Report, None, _Data]:
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
-    sources = config.data or (str(TRAINING_SPEECH),)
     cache = out.absolute().parent / SCAN_CACHE
     if not processes.leads:
         processes.wait()
-    found = yield from _scan(sources, min_samples, cache, config.workers)
+    found = yield from _scan(config.sources, min_samples, cache, config.workers)
     held = (yield from _scan(config.valid, min_samples, cache, config.workers)) if config.valid else None
     if processes.leads:
         processes.wait()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from armhubert.audio import SAMPLE_RATE
+from armhubert.bundled import TRAINING_SPEECH
 from armhubert.config import AttentionMode, EncoderConfig, parse_conv_layers, preset
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
@@ -142,6 +143,11 @@ class DistillConfig:
                 raise ArmhubertError(
                     f"{name} must be at least one sample, {1 / SAMPLE_RATE}, got {getattr(self, name)}"
                 )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of the speech: `data`, or the bundled train-mini."""
+        return self.data or (str(TRAINING_SPEECH),)
 
     @property
     def terms(self) -> dict[str, float]:

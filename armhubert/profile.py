@@ -62,7 +62,7 @@ class ProfileConfig:
     repeats: int = 5
     """Interleaved runs of each cell; the median counts."""
     warmup: int = 1
-    """Runs before timing, the first of which shows the memory that a pass needs."""
+    """Runs before timing; at least the two that show the memory that a pass needs."""
     limit_seconds: float = 120.0
     """A candidate that would need longer for one pass is left out of that cell."""
     device: str = "auto"
@@ -397,9 +397,9 @@ def _describe(candidate: Candidate, waveforms: Tensor, repeats: int) -> Model:
         candidate.bytes_on_disk,
         candidate.macs(10 * SAMPLE_RATE),
         SUPERB_UTTERANCES * candidate.macs(round(SUPERB_SECONDS * SAMPLE_RATE / SUPERB_UTTERANCES)),
-        None,
-        error,
-        stages(candidate.module, waveforms, repeats) if candidate.mode == "eager" else {},
+        peak_memory=None,
+        feature_error=error,
+        stages=stages(candidate.module, waveforms, repeats) if candidate.mode == "eager" else {},
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
-from armhubert.bundled import TRAINING_SPEECH
 from armhubert.clock import Timing, conditions, summarize
 from armhubert.data import AudioBatch, batches, discover, plan_epoch, scan
 from armhubert.distill import peak_memory
@@ -116,9 +115,7 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
 
 
 def _audio(config: DistillConfig, shortest: int) -> Iterator[AudioBatch]:
-    examined = scan(
-        discover(config.data or (TRAINING_SPEECH,)), min_samples=shortest, cache=None, workers=config.workers
-    )
+    examined = scan(discover(config.sources), min_samples=shortest, cache=None, workers=config.workers)
     while True:
         try:
             next(examined)

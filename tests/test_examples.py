@@ -12,11 +12,11 @@ import torch
 import torchaudio
 
 from armhubert import ARMHuBERT
+from armhubert.bundled import TRAINING_SPEECH
 from armhubert.config import preset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples"
-SPEECH = REPOSITORY / "armhubert/assets/speech/train-mini"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def run(script: str, *arguments: object) -> str:
 def test_one_training_script_serves_hubert_and_the_student(hubert, student):
     """The swap: a minute of real speech, the same script, another folder."""
     for model in (hubert, student):
-        printed = run("transformers_ctc.py", model, SPEECH, "--seconds", 60, "--passes", 3)
+        printed = run("transformers_ctc.py", model, TRAINING_SPEECH, "--seconds", 60, "--passes", 3)
         losses = [float(loss) for loss in re.findall(r"pass \d+: loss ([\d.]+)", printed)]
         assert len(losses) == 3
         assert losses[-1] < 0.6 * losses[0], (model, losses)
@@ -70,7 +70,7 @@ def test_the_torchaudio_script_saves_features_of_either(before, student, tmp_pat
     ).eval()  # fmt: skip
     monkeypatch.setattr(type(torchaudio.pipelines.HUBERT_BASE), "get_model", lambda _: small)  # in place of a download
     model = "HUBERT_BASE" if before else str(student)
-    speech = SPEECH / "1867"
+    speech = TRAINING_SPEECH / "1867"
     monkeypatch.setattr(sys, "argv", ["x", model, str(speech), str(tmp_path), "--layer", "2"])
     runpy.run_path(str(EXAMPLES / "torchaudio_features.py"), run_name="__main__")
     saved = sorted(tmp_path.glob("*.pt"))
@@ -83,6 +83,6 @@ def test_the_torchaudio_script_saves_features_of_either(before, student, tmp_pat
 
 def test_the_s3prl_recipe_trains_on_a_student(student, tmp_path):
     pytest.importorskip("s3prl", reason="s3prl is not installed (examples/s3prl_shim.py says what it needs)")
-    run("s3prl_speakers.py", student, SPEECH, tmp_path, "--steps", 4)
+    run("s3prl_speakers.py", student, TRAINING_SPEECH, tmp_path, "--steps", 4)
     result = (tmp_path / "evaluate/valid_best/test/result.yaml").read_text()
     assert 0 < float(re.findall(r"loss: ([\d.]+)", result)[0]) < 4  # chance for 14 speakers: 2.64

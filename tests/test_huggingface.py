@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from armhubert import ARMHuBERT, ArmhubertError
+from armhubert.bundled import TRAINING_SPEECH
 from armhubert.config import preset
 
 transformers = pytest.importorskip("transformers")
@@ -27,7 +28,6 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
 from armhubert.huggingface import ARMHuBERTConfig, ARMHuBERTForCTC, ARMHuBERTModel  # noqa: E402
 
-SPEECH = Path(__file__).resolve().parents[1] / "armhubert/assets/speech/train-mini"
 LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 
@@ -334,7 +334,7 @@ def test_freezing_and_the_folder_of_a_ctc_model(student, folder, batch, tmp_path
 
 def utterances(seconds: float) -> list[tuple[torch.Tensor, str]]:
     found: list[tuple[torch.Tensor, str]] = []
-    for transcript in sorted(SPEECH.rglob("*.trans.txt")):
+    for transcript in sorted(TRAINING_SPEECH.rglob("*.trans.txt")):
         for line in transcript.read_text().splitlines():
             name, text = line.split(" ", 1)
             wave, rate = soundfile.read(transcript.parent / f"{name}.opus", dtype="float32")
