@@ -491,7 +491,10 @@ def batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # else the workers' seed is drawn from the global state
     )
-    iterator = iter(loader)
+    with ThreadPoolExecutor(1, thread_name_prefix="start-readers") as starter:
+        # Started from the main thread, torch's loader takes over SIGCHLD for good, and a worker's death would raise
+        # at whatever line the caller happens to be. Started elsewhere, only `next` reports it, within seconds.
+        iterator = starter.submit(iter, loader).result()
     try:
         while True:
             died = ""
