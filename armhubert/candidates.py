@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.export import Program, aot_program, onnx_program, quantise
+from armhubert.export import OnnxProgram, Program, aot_program, onnx_program, quantise
 from armhubert.kernels import Impl
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
@@ -34,6 +35,8 @@ class Candidate(NamedTuple):
     mode: str
     run: Callable[..., Tensor]
     """[B, S] on the device, and of models of armhubert the valid samples [B] or None -> [B, T, D]."""
+    release: Callable[[], object]
+    """Gives memory that earlier runs have pooled back to the system or the GPU."""
     module: nn.Module
     """In float32 and eager: for counts and stages."""
     parameters: int
@@ -73,12 +76,13 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     module.requires_grad_(False).to(device)
     encoder = module.student if isinstance(module, ReleasedWay) else module
     count = count_parameters(module)
-    run, size = _prepare(module, mode, device)
+    run, release, size = _prepare(module, mode, device)
     return Candidate(
         name=f"{source} ({mode})",
         source=source,
         mode=mode,
         run=run,
+        release=release,
         module=module,
         parameters=count.total + left_out,
         parameters_without_heads=count.without_heads,
@@ -89,8 +93,11 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     )
 
 
-def _prepare(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[..., Tensor], int]:
-    """A call in that mode, and the bytes that its weights take on disk."""
+Prepared = tuple[Callable[..., Tensor], Callable[[], object], int]
+"""`Candidate.run` and `release`, and the bytes that the weights take on disk."""
+
+
+def _prepare(module: nn.Module, mode: str, device: torch.device) -> Prepared:
     if mode in PROGRAMS:
         return _as_program(module, mode, device)
     dtype = torch.float32
@@ -108,10 +115,10 @@ def _prepare(module: nn.Module, mode: str, device: torch.device) -> tuple[Callab
         with torch.no_grad():
             return last_hidden_state(call(waveforms.to(dtype), *(() if lengths is None else (lengths,))))
 
-    return run, size
+    return run, torch.cuda.empty_cache, size  # which does nothing without a GPU
 
 
-def _as_program(module: nn.Module, mode: str, device: torch.device) -> tuple[Callable[..., Tensor], int]:
+def _as_program(module: nn.Module, mode: str, device: torch.device) -> Prepared:
     """For ONNX Runtime or compiled ahead of time; HuBERT Base of transformers as our encoder that equals it."""
     if device.type != "cpu":
         raise ArmhubertError(f"mode {mode} runs on a CPU, got device {device}: use another mode there")
@@ -122,7 +129,11 @@ def _as_program(module: nn.Module, mode: str, device: torch.device) -> tuple[Cal
     def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         return program(waveforms, torch.full((len(waveforms),), waveforms.shape[1]) if lengths is None else lengths)[0]
 
-    return run, size
+    def release() -> None:
+        if isinstance(program, OnnxProgram):
+            program(torch.zeros(1, SAMPLE_RATE), torch.tensor([SAMPLE_RATE]), shrink=True)
+
+    return run, release, size
 
 
 PROGRAMS: dict[str, Callable[[ARMHuBERT], tuple[Program, int]]] = {

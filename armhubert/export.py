@@ -208,7 +208,26 @@ def export(config: ExportConfig) -> Iterator[Report]:
     yield Exported(Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised)
 
 
-def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[Program, int]:
+class OnnxProgram:
+    """A file's bytes in ONNX Runtime on the CPU, as a user will load it, in as many threads as PyTorch's."""
+
+    def __init__(self, data: bytes) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._shrink = onnxruntime.RunOptions()
+        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def __call__(self, waveforms: Tensor, lengths: Tensor, *, shrink: bool = False) -> tuple[Tensor, ...]:
+        """With `shrink`, memory that this and earlier calls have pooled goes back to the system."""
+        values = {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()}
+        return tuple(torch.from_numpy(x) for x in self._session.run(None, values, self._shrink if shrink else None))
+
+
+def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[OnnxProgram, int]:
     """A model in ONNX Runtime, as `export` makes it but unchecked, and the bytes of its file: for `profile`.
 
     Raises:
@@ -218,7 +237,7 @@ def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[Program, in
     model = _unnamed(encoder)
     data = _to_onnx(_trace(model), model.names, {})
     data = _quantise_onnx(data) if int8 else data
-    return _open(data, "onnx"), len(data)
+    return OnnxProgram(data), len(data)
 
 
 def aot_program(encoder: ARMHuBERT) -> tuple[Program, int]:
@@ -357,30 +376,18 @@ def _quantise_torch(model: _Model, metadata: dict[str, str], kind: Format) -> by
 
 def _open(data: bytes, kind: Format) -> Program:
     """The program as a user will load it."""
-    if kind != "onnx":
-        from torch._inductor import aoti_load_package
+    if kind == "onnx":
+        return OnnxProgram(data)
+    from torch._inductor import aoti_load_package
 
-        stream = io.BytesIO(data)
-        module: Any = torch.export.load(stream).module() if kind == "torch" else aoti_load_package(stream)
+    stream = io.BytesIO(data)
+    module: Any = torch.export.load(stream).module() if kind == "torch" else aoti_load_package(stream)
 
-        def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return tuple(module(waveforms, lengths))
+    def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(module(waveforms, lengths))
 
-        return call
-
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-    def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        found = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
-        return tuple(torch.from_numpy(x) for x in found)
-
-    return run
+    return call
 
 
 # ---- checks ----------------------------------------------------------------

@@ -37,28 +37,26 @@ class Forecast:
 
     Args:
         run: waveforms [B, S] -> anything.
+        release: gives memory that earlier runs have pooled back.
         device: where it runs.
     """
 
-    def __init__(self, run: Callable[[Tensor], Any], device: torch.device) -> None:
-        self.run, self.device = run, device
-        self._kept = 0
+    def __init__(self, run: Callable[[Tensor], Any], release: Callable[[], object], device: torch.device) -> None:
+        self.run, self.release, self.device = run, release, device
         self._runs: list[tuple[float, Cost]] = []
         run(_silence(PROBES[0], device))  # compiles, reads weights from the disk
         for seconds in PROBES:
             self.add(seconds, self.measure(_silence(seconds, device)))
 
     def measure(self, waveforms: Tensor) -> Cost:
-        """The second of two passes, in which a runtime's own pool grows again, with the memory of the larger.
-
-        Memory is also what earlier passes left with the candidate.
-        """
-        memories = []
+        """The second of two passes, in which a runtime's own pool grows again, with the memory of the larger."""
+        self.release()
+        memories, kept = [], 0
         for _ in range(2):
             cost = _measure(lambda: self.run(waveforms), self.device)
             if cost.memory is not None:
-                memories.append(cost.memory + self._kept)
-            self._kept = max(0, self._kept + cost.kept)
+                memories.append(cost.memory + kept)
+            kept = max(0, kept + cost.kept)
         return cost._replace(memory=max(memories, default=None))
 
     def add(self, seconds: float, cost: Cost) -> None:

@@ -309,7 +309,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     forecasts: dict[str, Forecast] = {}
     for name, candidate in candidates.items():
         yield Measuring(0, steps, f"growth of {name}")
-        forecasts[name] = Forecast(candidate.run, device)
+        forecasts[name] = Forecast(candidate.run, candidate.release, device)
     cells: list[Cell] = []
     for b, s in shapes:
         yield Measuring(len(cells), steps, f"{b} x {s:g} s")
@@ -370,6 +370,8 @@ def _cell(
         if cost.memory is not None:
             memory[name] = cost.memory
     timings = interleave(runs, repeats=config.repeats, warmup=max(0, config.warmup - 2), device=device)
+    for candidate in candidates.values():
+        candidate.release()
     if batch == 1:
         for name in timings:
             forecasts[name].add(seconds, Cost(timings[name].median, memory.get(name)))

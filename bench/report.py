@@ -1,7 +1,7 @@
-"""Render the README's results from bench/results/*.json, between its two markers."""
+"""Render bench/results/*.json: what a user chooses by into the README, between its markers, the rest into docs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,53 @@ from armhubert.files import write_atomic
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RESULTS = Path("bench/results")
+README, DETAILS = Path("README.md"), Path("docs/measured.md")
 
 
-def render(results: Path = RESULTS) -> str:
-    """The results section, from whichever result files are there."""
+def summary(results: Path = RESULTS) -> str:
+    """The README's section, from whichever result files are there."""
     parts = ["## Measured"]
     for path in sorted(results.glob("profile-*/profile.json")):
         parts += _profile(_read(path), path.parent)
-    if (results / "distill-mini.json").is_file():
-        parts += _distillation(_read(results / "distill-mini.json"))
-    if (results / "superb-mini.json").is_file():
-        parts += _superb(_read(results / "superb-mini.json"))
-    if (results / "teacher-views.json").is_file():
-        parts += _teacher_views(_read(results / "teacher-views.json"))
-    if (results / "distillation-step.json").is_file():
-        parts += _step(_read(results / "distillation-step.json"))
-    if (results / "loader.json").is_file():
-        parts += _loader(_read(results / "loader.json"))
-    if (results / "cpu-microbench.json").is_file():
-        parts += _cpu(_read(results / "cpu-microbench.json"))
-    for path in sorted(results.glob("*.json")):
-        content = _read(path)
-        if content.get("conditions", {}).get("real") and "check" in content:  # measured by bench/gpu.sh, not rehearsed
-            parts += _gpu(content, path)
+    parts += _sections(results, {"superb-mini": _superb})
+    for path, content in _gpus(results):
+        parts += _gpu(content, path)
+    parts.append("Training, the loader, single ops: [docs/measured.md](docs/measured.md).")
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def details(results: Path = RESULTS) -> str:
+    """docs/measured.md, from whichever result files are there."""
+    parts = [
+        "# Measured",
+        "Written by `python -m armhubert.bench report` from `bench/results/`; the README holds the models' figures, "
+        "[performance.md](performance.md) says what they mean.",
+    ]
+    sections = {
+        "distill-mini": _distillation,
+        "teacher-views": _teacher_views,
+        "distillation-step": _step,
+        "loader": _loader,
+        "cpu-microbench": _cpu,
+    }
+    for path in sorted(results.glob("length-*/profile.json")):
+        parts += _length(_read(path), path.parent)
+    parts += _sections(results, sections)
+    for _, content in _gpus(results):
+        parts += _gpu_ops(content)
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(results: Path, sections: Mapping[str, Callable[[dict[str, Any]], list[str]]]) -> list[str]:
+    """The parts of those files that are there."""
+    paths = {name: results / f"{name}.json" for name in sections}
+    return [part for name, path in paths.items() if path.is_file() for part in sections[name](_read(path))]
+
+
+def _gpus(results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What bench/gpu.sh measured, not rehearsed."""
+    found = [(path, _read(path)) for path in sorted(results.glob("*.json"))]
+    return [(path, c) for path, c in found if c.get("conditions", {}).get("real") and "check" in c]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -44,20 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _profile(content: dict[str, Any], folder: Path) -> list[str]:
     """One machine: times of a run of `armhubert profile`, as ratios to transformers' HuBERT Base."""
-    models, cells, conditions = content["models"], _shown(content["cells"]), content["conditions"]
-    names = [f"{cell['batch']} x {cell['seconds']:g} s" for cell in cells]
-    lines = [
-        f"| model | {' | '.join(names)} | peak memory | feature error |",
-        f"|---|{'---|' * len(names)}---|---|",
-    ]
-    reference = "hubert-base (eager)"
-    for model in models:
-        shown = [_time(cell["timings"], model["name"], reference) for cell in cells]
-        memory = "" if model["peak_memory"] is None else f"{model['peak_memory'] / 2**20:.0f} MiB"
-        error = "" if model["feature_error"] is None else f"{model['feature_error']:.1e}"
-        title = _BASELINES.get(model["source"], "student, preset armhubert")
-        mode = "" if model["mode"] == "eager" else f", {model['mode']}"
-        lines.append(f"| {title}{mode} | {' | '.join(shown)} | {memory} | {error} |")
+    conditions = content["conditions"]
     pictures = [folder / f"{name}.png" for name in ("profile", "profile-length", "profile-quality")]
     rate = content["rates"]["macs_per_second"] / 1e9
     return [
@@ -66,10 +76,43 @@ def _profile(content: dict[str, Any], folder: Path) -> list[str]:
         f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
         f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
         "and the largest batch that all models ran add to a process.",
-        "\n".join(lines),
+        _timings(content["models"], _shown(content["cells"])),
         *_ragged(content.get("ragged", ())),
         *(f"![{p.stem}](bench/results/{folder.name}/{p.name})" for p in pictures if p.is_file()),
     ]
+
+
+def _length(content: dict[str, Any], folder: Path) -> list[str]:
+    """One machine: cost against length."""
+    conditions = content["conditions"]
+    return [
+        f"## Cost against length, {_processor(conditions)}",
+        "`armhubert profile` at batch size 1: milliseconds, and times faster than transformers' HuBERT Base (sdpa, "
+        f"fp32) in the same run; medians of {conditions['repeats']} interleaved runs ({conditions['device']}, torch "
+        f"{conditions['torch']}, {conditions['date']}).",
+        _timings(content["models"], content["cells"]),
+        f"![cost against length](../bench/results/{folder.name}/profile-length.png)",
+    ]
+
+
+def _timings(models: list[dict[str, Any]], cells: list[dict[str, Any]]) -> str:
+    """A row a model, a column a cell, and what else was measured of a model."""
+    titles = ["model", *(f"{cell['batch']} x {cell['seconds']:g} s" for cell in cells)]
+    reference = "hubert-base (eager)"
+    rows = []
+    for model in models:
+        title = _BASELINES.get(model["source"], "student, preset armhubert")
+        mode = "" if model["mode"] == "eager" else f", {model['mode']}"
+        rows.append([title + mode, *(_time(cell["timings"], model["name"], reference) for cell in cells)])
+    for title, key, shown in (
+        ("peak memory", "peak_memory", lambda value: f"{value / 2**20:.0f} MiB"),
+        ("feature error", "feature_error", lambda value: f"{value:.1e}"),
+    ):
+        if any(model[key] is not None for model in models):
+            titles.append(title)
+            for row, model in zip(rows, models, strict=True):
+                row.append("" if model[key] is None else shown(model[key]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows))
 
 
 def _shown(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,12 +171,13 @@ def _distillation(content: dict[str, Any]) -> list[str]:
         lines.append(f"| {row['name']} | {row['parameters_without_heads']:,} | {at['loss']:.4f} | {layers} |")
     settings = rows[0]["settings"]
     return [
+        "## Distillation with and without map reuse",
         f"Teacher mini (5.6 M parameters) distilled for {step} steps of {settings['batch_seconds']:g} s of "
         f"LibriSpeech train-clean-5 ({_conditions(content)}). The error is that of clean input against the clean "
         "teacher on held-out utterances, which is what `plain` trains for; `masking` also has to learn the masked "
         "frames and, after so few steps, is far behind on it. Whose features are better is for SUPERB's tasks to say.",
         "\n".join(lines),
-        "![held-out error](bench/results/distill-mini.png)",
+        "![held-out error](../bench/results/distill-mini.png)",
     ]
 
 
@@ -180,6 +224,7 @@ def _teacher_views(content: dict[str, Any]) -> list[str]:
         two, one = row["two_plain_passes_s"]["median"], row["teacher_targets_s"]["median"]
         lines.append(f"| {row['batch']} x {row['seconds']:g} s | {two:.2f} s | {one:.2f} s | {row['speedup']:.2f}x |")
     return [
+        "## The teacher's two views",
         "Both views of a HuBERT Base teacher (random weights, float32), against running it twice; medians of "
         f"interleaved runs ({_conditions(content)}).",
         "\n".join(lines),
@@ -190,10 +235,11 @@ def _step(content: dict[str, Any]) -> list[str]:
     row = content["rows"][0]
     ours, other = (row["candidates"][name]["median"] for name in row["candidates"])
     return [
+        "## A step of distillation",
         f"A step of distillation, HuBERT Base to the preset armhubert, {row['batch']} x {row['seconds_each']:g} s, "
         f"{row['dtype']}: {ours:.2f} s, and {other:.2f} s by a straightforward loop (two teacher passes, PyTorch's "
         f"attention, convolutions and linear maps, the loss layer by layer): **{other / ours:.2f}x**; medians of "
-        f"interleaved runs ({_conditions(content)})."
+        f"interleaved runs ({_conditions(content)}).",
     ]
 
 
@@ -207,6 +253,7 @@ def _loader(content: dict[str, Any]) -> list[str]:
         *(f"| {row['format']} | {' | '.join(shown)} |" for row, shown in zip(content["rows"], cells, strict=True)),
     ]
     return [
+        "## The loader",
         "The loader of distillation alone, in times real time that one core delivers (seconds of audio a second of CPU "
         f"time; medians of interleaved runs, {_conditions(content)}): the codec, with mixing down and resampling, the "
         "first run's scan, and batches from so many processes. 10,000 times real time on 16 cores is 625 a core.",
@@ -228,6 +275,7 @@ def _cpu(content: dict[str, Any]) -> list[str]:
         )
     load = content["rows"][0]["machine_load"]
     return [
+        "## Ops on a CPU",
         "The PyTorch twins against the released code's way of computing on a CPU; medians of interleaved runs, peak "
         f"extra memory ({_conditions(content)}; load average {load['load_before']} before and {load['load_after']} "
         f"after, {load['cores']} cores).",
@@ -245,26 +293,8 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
     runs = f"**Runs** on {device}: {good} of {len(checks)} checks against float64 on the device pass{bound}."
     if failed:
         runs += f" Not passed: {'; '.join(failed[:5])}{f' and {len(failed) - 5} more' if len(failed) > 5 else ''}."
-    lines = [
-        "| op, bf16 | pass | ours | x of floor | best baseline | against it | against the released way | memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    behind, rows = 0, measured(content)
-    for row in rows:
-        ours, other, candidates = best(row, "ours"), best_baseline(row), row["candidates"]
-        behind += bool(other and other[1] < ours)
-        memory = candidates["ours"]["peak_extra_bytes"]
-        cells = [
-            row["cell"]["label"],
-            row["pass"],
-            f"{ours * 1e6:.1f} us",
-            f"{ours / row['floor_s']:.2f}" if row["floor_s"] else "",
-            f"{other[0]}, {other[1] * 1e6:.1f} us" if other else "",
-            f"{other[1] / ours:.2f}x" if other else "",
-            f"{best(row, 'released') / ours:.2f}x" if "released" in candidates else "",
-            "" if memory is None else f"{memory / 2**20:.1f} MB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = measured(content)
+    behind = sum(bool((other := best_baseline(row)) and other[1] < best(row, "ours")) for row in rows)
     faster = (
         f"**Faster** on {device}: medians of interleaved runs from a cold L2, replays of CUDA graphs where little is "
         f"moved ({_conditions(content)}). Ours is behind the best baseline in {behind} of {len(rows)} rows."
@@ -281,8 +311,31 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
         for kind in ("roofline", "bars")
         if path.with_name(f"{path.stem}-{kind}.png").is_file()
     ]
-    times = [faster, "\n".join(lines)] if rows else []
-    return [f"### {device}", runs, *times, *(["\n".join(whole)] if len(whole) > 2 else []), *pictures]
+    times = ["\n".join(whole)] if len(whole) > 2 else []
+    return [f"### {device}", runs, *([faster] if rows else []), *times, *pictures]
+
+
+def _gpu_ops(content: dict[str, Any]) -> list[str]:
+    """Every op and pass that was timed."""
+    lines = [
+        "| op, bf16 | pass | ours | x of floor | best baseline | against it | against the released way | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in measured(content):
+        ours, other, candidates = best(row, "ours"), best_baseline(row), row["candidates"]
+        memory = candidates["ours"]["peak_extra_bytes"]
+        cells = [
+            row["cell"]["label"],
+            row["pass"],
+            f"{ours * 1e6:.1f} us",
+            f"{ours / row['floor_s']:.2f}" if row["floor_s"] else "",
+            f"{other[0]}, {other[1] * 1e6:.1f} us" if other else "",
+            f"{other[1] / ours:.2f}x" if other else "",
+            f"{best(row, 'released') / ours:.2f}x" if "released" in candidates else "",
+            "" if memory is None else f"{memory / 2**20:.1f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [f"## Ops on {content['conditions']['device']}", "\n".join(lines)] if len(lines) > 2 else []
 
 
 def _conditions(content: dict[str, Any]) -> str:
@@ -292,8 +345,8 @@ def _conditions(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite the README's section."""
-    path = Path("README.md")
-    text = path.read_text("utf-8")
+    """Rewrite the README's section and docs/measured.md."""
+    text = README.read_text("utf-8")
     before, rest = text.split(BEGIN)
-    write_atomic(path, before + render() + rest.split(END)[1])
+    write_atomic(README, before + summary() + rest.split(END)[1])
+    write_atomic(DETAILS, details())

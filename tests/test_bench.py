@@ -33,10 +33,11 @@ def test_results_carry_their_conditions(tmp_path):
     assert content["conditions"].keys() >= {"device", "torch", "date"}
 
 
-def test_the_readme_shows_what_the_result_files_hold():
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_readme_and_docs_show_what_the_result_files_hold():
+    text = (ROOT / report.README).read_text("utf-8")
     shown = report.BEGIN + text.split(report.BEGIN)[1].split(report.END)[0] + report.END
-    assert shown == report.render(ROOT / "bench" / "results")
+    assert shown == report.summary(ROOT / report.RESULTS)
+    assert (ROOT / report.DETAILS).read_text("utf-8") == report.details(ROOT / report.RESULTS)
 
 
 def test_a_suite_is_collected_without_its_paths_and_drawn(tmp_path, monkeypatch):
@@ -68,7 +69,7 @@ def test_a_suite_is_collected_without_its_paths_and_drawn(tmp_path, monkeypatch)
     assert [row["name"] for row in rows] == ["fbank", "teacher"]
     assert rows[1]["tasks"]["pr"]["dev_curve"] == [[4, 59.0]]
     assert (tmp_path / "superb-mini.png").read_bytes().startswith(b"\x89PNG")
-    shown = report.render(tmp_path)
+    shown = report.summary(tmp_path)
     assert "a few steps" in shown
     assert "| teacher | 60.0 | 70.0 | " in shown
     monkeypatch.setattr(sys, "argv", ["superb", str(tmp_path)])
@@ -238,7 +239,8 @@ def test_stages_become_one_report(measured, capsys):
     assert {p.name for p in measured.iterdir()} == {
         f"{path.stem}{end}" for end in (".json", "-roofline.png", "-bars.png")
     }
-    assert "###" not in report.render(measured)
+    assert "###" not in report.summary(measured)
+    assert "Ops on" not in report.details(measured)
     with pytest.raises(ArmhubertError, match="rehearsal"):
         gpu_report.adopt(path)
 
@@ -248,11 +250,13 @@ def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
     content = json.loads(path.read_text())
     content["conditions"] |= {"real": True, "device": "Some GPU", "capability": "sm_90"}
     path.write_text(json.dumps(content))
-    text = report.render(measured)
+    text = report.summary(measured)
     assert "**Runs** on Some GPU: 1 of 2 checks against float64 on the device pass" in text
     assert "Not passed: b." in text
     assert "behind the best baseline in 1 of 2 rows" in text
-    assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in text
+    assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in report.details(
+        measured
+    )
     monkeypatch.setattr(variants, "FILE", measured / "variants.json")
     assert json.loads(gpu_report.adopt(path).read_text()) == {"sm_90": content["choices"]}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from armhubert import ARMHuBERT, ArmhubertError, cli
+from armhubert import ARMHuBERT, ArmhubertError, cli, forecast
 from armhubert import export as module
 from armhubert.config import preset
 from armhubert.export import CASES, TOLERANCE, ExportConfig, Exported, Stage, export
@@ -126,6 +126,18 @@ def test_without_a_compiler_nothing_is_compiled_ahead(student, tmp_path, monkeyp
     with pytest.raises(ArmhubertError, match=r"needs a C\+\+ compiler: install"):
         list(export(ExportConfig(str(student), str(tmp_path / "m.pt2"), format="aot")))
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_gives_back_what_it_has_pooled(onnx_file):
+    program = module.OnnxProgram(onnx_file[0].read_bytes())
+    short, long = (torch.zeros(1, 16_000 * s) for s in (1, 40))
+    want = program(short, torch.tensor([16_000]))[0]
+    pooled = forecast._measure(lambda: program(long, torch.tensor([16_000 * 40])), torch.device("cpu")).kept
+    assert pooled > 16 << 20  # a map of 2,000 frames, at least
+    got = []
+    back = forecast._measure(lambda: got.extend(program(short, torch.tensor([16_000]), shrink=True)), want.device).kept
+    assert back < -0.9 * pooled
+    assert torch.equal(got[0], want)
 
 
 @pytest.mark.parametrize("which", ["onnx_file", "torch_file"])
