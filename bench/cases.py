@@ -235,8 +235,6 @@ def _flex(lengths: Tensor | None, T: int, device: torch.device) -> Callable[[Ten
 # ---- building a cell --------------------------------------------------------
 
 Makers = dict[str, Callable[[], Candidate]]
-SLOW = ("compiled", "compiled released", "flex")
-"""Candidates that are compiled first, in cells that are marked `slow`."""
 _COMPILED: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
 
 

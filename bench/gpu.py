@@ -13,6 +13,7 @@ Each stage writes DIR/STAGE.json whenever it has something new, so that what is 
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,9 +40,9 @@ class Stage(NamedTuple):
 STAGES = {
     "check": Stage(gpu_check.jobs, gpu_check.work, True, 90),
     "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
-    "model": Stage(gpu_model.jobs, gpu_model.work, False, 75),
+    "model": Stage(gpu_model.jobs, gpu_model.work, False, 120),
     "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
-    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 45),
+    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 120),
 }
 
 
@@ -53,16 +54,9 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
     console = Console(width=120)
     rows: list[dict[str, Any]] = [{"job": _label(job), "error": "not reached", "unreached": True} for job in jobs]
     gpu_report.write_stage(name, rows, device, out)
-    ready = list(range(len(jobs)))
-    if name == "compiled":
-        ready = _compile_ahead(jobs, time.monotonic() + budget * 0.7, console)
     workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
     written = 0.0
-    todo = [jobs[index] for index in ready]
-    for position, row in isolate.run(
-        stage.work, todo, workers=workers, job_seconds=stage.job_seconds, deadline=deadline
-    ):
-        index = ready[position]
+    for index, row in isolate.run(stage.work, jobs, workers=workers, job_seconds=stage.job_seconds, deadline=deadline):
         rows[index] = {"job": _label(jobs[index]), **row}
         bad = "error" in row or row.get("ok") is False
         if bad and not row.get("unreached"):
@@ -74,19 +68,6 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
     failed = sum("error" in row or row.get("ok") is False for row in rows)
     console.print(f"{name}: {len(rows) - failed} of {len(rows)} jobs done well, {failed} not", markup=False)
     return rows
-
-
-def _compile_ahead(jobs: Sequence[gpu_micro.Job], deadline: float, console: Console) -> list[int]:
-    """Fill the compilers' caches on disk side by side -> the jobs whose baselines are there for the timing process."""
-    ahead = [job._replace(compile_only=True) for job in jobs]
-    workers = max(1, min(len(ahead), (os.cpu_count() or 2) // 2))
-    ready = []
-    for index, row in isolate.run(gpu_micro.work, ahead, workers=workers, job_seconds=200, deadline=deadline):
-        if error := row.get("error") or row.get("failed"):
-            console.print(f"compiling for {_label(ahead[index])}: {error}", markup=False)
-        if row.get("compiled"):
-            ready.append(index)
-    return sorted(ready)
 
 
 def _label(job: Any) -> str:
@@ -115,8 +96,7 @@ def main() -> None:
         print(gpu_report.adopt(options.result))
         return
     if options.stage == "report":
-        gpu_report.report(options.out, options.result)
-        return
+        sys.exit(gpu_report.failures(gpu_report.report(options.out, options.result)) > 0)
     device = pick_device(options.device)
     if device.type == "cpu":
         Console().print(REHEARSAL, style="bold red")

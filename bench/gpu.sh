@@ -25,7 +25,7 @@ for entry in "$root"/armhubert/* "$root/kernels" "$root/cli" "$root/bench"; do
     ln -s "$entry" "$package/armhubert/"
 done
 # many processes share the cores, and each would start a thread a core
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-12}
 export PYTHONPATH="$package" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 cd "$package" || exit 1
 

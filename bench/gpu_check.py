@@ -49,6 +49,7 @@ def kernels_of(device: str) -> Impl:
 
 def work(job: Job) -> dict[str, Any]:
     """Run one check -> {"ok", "ratio", "at"}."""
+    torch.backends.cudnn.allow_tf32 = False  # or the error that float32 is judged by would be tf32's
     return CHECKS[job.check](device=job.device, **job.arguments)
 
 
@@ -71,6 +72,11 @@ def judge(names: list[str], got: list[Tensor], low: list[Tensor], high: list[Ten
 def verdict(ok: bool, at: str, ratio: float | None = None) -> dict[str, Any]:
     """A row of a check that is not a matter of rounding."""
     return {"ok": bool(ok), "ratio": ratio, "at": at}
+
+
+def untried(why: str) -> dict[str, Any]:
+    """A row of a check that this machine cannot run."""
+    return {"ok": True, "untried": True, "at": f"{why}: not tried"}
 
 
 def same(names: list[str], first: list[Tensor], second: list[Tensor]) -> dict[str, Any]:
@@ -323,7 +329,7 @@ def check_compile(device: str, op: str) -> dict[str, Any]:
 def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
     """Captured in a CUDA graph and replayed on new values: bitwise what eager gives; dropout draws anew each replay."""
     if device != "cuda":
-        return verdict(True, "no CUDA device: not tried")
+        return untried("no CUDA device")
     impl, names = kernels_of(device), PAIR
     run: Callable[[], list[Tensor]]
     if op == "loss":
@@ -361,9 +367,11 @@ def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
 
 
 def check_tf32(device: str) -> dict[str, Any]:
-    """float32 products in tf32, where the caller allows it: relative error of a few thousandths."""
+    """float32 products in tf32, where the caller allows it: operands lose up to 2^-10 each by truncation, twice over in
+    gradients.
+    """
     if device != "cuda":
-        return verdict(True, "no CUDA device: not tried")
+        return untried("no CUDA device")
     inputs = pair(device, "fp32", 2, 300, 2, 40, 80, True)
     high = inputs.to(torch.float64).run("torch", "exact")
     before = torch.backends.cuda.matmul.allow_tf32
@@ -373,7 +381,7 @@ def check_tf32(device: str) -> dict[str, Any]:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, high, strict=True))
-    return verdict(worst < 3e-3, f"largest relative error {worst:.1e}", worst / 3e-3)
+    return verdict(worst < 5e-3, f"largest relative error {worst:.1e}", worst / 5e-3)
 
 
 def check_autocast(device: str, dtype: str) -> dict[str, Any]:
@@ -413,7 +421,7 @@ def check_large(device: str, op: str) -> dict[str, Any]:
     """More than 2^31 elements in one tensor: the last utterance (or layer) equals itself alone."""
     needed = 15e9 if op == "loss" else 40e9
     if device != "cuda" or torch.cuda.mem_get_info()[0] < needed:
-        return verdict(True, f"needs {needed / 1e9:.0f} GB of free GPU memory: not tried")
+        return untried(f"needs {needed / 1e9:.0f} GB of free GPU memory")
     if op == "loss":
         L, B, T, D, Dt = 12, 64, 6000, 40, 768  # residual: 3.5e9 elements
         h, c = torch.randn(B, T, D, device=device).bfloat16(), torch.randn(B, T, Dt, device=device).bfloat16()

@@ -60,7 +60,8 @@ def captured(run: Run, device: torch.device) -> Run:
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a capture that fails does not restore the stream by itself
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         kept = run()
 
     def replay() -> Any:

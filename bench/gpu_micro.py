@@ -1,14 +1,15 @@
 """Times of the ops and their baselines on one GPU, a cell of the registry a job; and the variants to choose from."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from armhubert.bench.cases import SLOW, Cell, Makers, build, gpu_cells, rehearsal_cells
+from armhubert.bench.cases import Cell, Makers, build, gpu_cells, rehearsal_cells
 from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
-from armhubert.kernels import costs, variants
+from armhubert.kernels import attend, costs, reattend, variants
 from armhubert.kernels import reuse_attention as attention_module
 
 GRAPHS_UP_TO_BYTES = 512e6
@@ -16,13 +17,12 @@ GRAPHS_UP_TO_BYTES = 512e6
 
 
 class Job(NamedTuple):
-    """One cell to time, forward or forward and backward, or only to compile."""
+    """One cell to time, forward or forward and backward."""
 
     cell: Cell
     device: str
     backward: bool
     repeats: int
-    compile_only: bool = False
 
 
 def gpu_rates(device: torch.device) -> costs.Gpu | None:
@@ -53,22 +53,13 @@ def work(job: Job) -> dict[str, Any]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch._dynamo.reset()  # or the ninth shape of a function would no longer be compiled
     makers = build(job.cell, device, dtype, grad=job.backward)
-    if job.compile_only:
-        makers = {name: make for name, make in makers.items() if name in SLOW}
     runs, failed = _prepare(makers, device, job.backward)
-    if job.compile_only:
-        return {"compiled": sorted(runs), "failed": failed}
     moved, operations = job.cell.cost(backward=job.backward)
     with torch.enable_grad() if job.backward else torch.no_grad():
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
-        replays = {}
-        if moved < GRAPHS_UP_TO_BYTES:
-            try:
-                graphs = {name: captured(run, device) for name, run in runs.items()}
-                replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
-            except Exception as error:  # the times above are worth keeping
-                failed["as graphs"] = _brief(error)
+        graphs = _graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else {}
+        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0) if graphs else {}
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
         "cell": {**job.cell._asdict(), "label": job.cell.label},
@@ -107,6 +98,17 @@ def _prepare(makers: Makers, device: torch.device, backward: bool) -> tuple[dict
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return runs, failed
+
+
+def _graphs(runs: dict[str, Any], device: torch.device, failed: dict[str, str]) -> dict[str, Any]:
+    """Each candidate as a CUDA graph; those that cannot be captured, in `failed`."""
+    graphs = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = captured(run, device)
+        except Exception as error:  # eager times are worth keeping
+            failed[f"{name}, as a graph"] = _brief(error)
+    return graphs
 
 
 def _brief(error: Exception) -> str:
@@ -162,31 +164,46 @@ def _variant_grid(device: str) -> Iterator[VariantJob]:
 
 
 def variant_work(job: VariantJob) -> dict[str, Any]:
-    """Forward times of every way, as CUDA graphs, so that a launch saved on the host does not decide."""
+    """Forward times of every way, from chains of a computing layer and none, one or two reusing layers.
+
+    Only the head of a chain finds a cold L2: in a model the map, or q and k, have just been written. Each chain is a
+    CUDA graph, so that a launch saved on the host does not decide.
+    """
     device = torch.device(job.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    width = job.H * job.d
+    q, k, v = torch.randn(3, job.B, job.T, job.H, job.d, generator=generator, device=device).to(dtype)
+    x = torch.randn(job.B, job.T, width, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(width, width, generator=generator, device=device) * width**-0.5).to(dtype)
+
+    def chain(layers: int) -> list[torch.Tensor]:
+        out, kept = attend(q, k, v, reused=layers)
+        return [out, *(reattend(kept, x, weight) for _ in range(layers))]
+
     runs = {}
     with torch.no_grad():
-        for name, op, inside, stored in (
-            ("inside", "reattend", True, False),
-            ("outside", "reattend", False, False),
-            ("stored", "reattend", False, True),
-            ("attend", "attend", False, False),
-            ("attend storing", "attend", False, True),
+        for name, layers, inside, stored in (
+            ("attend", 0, False, False),
+            ("inside", 1, True, False),
+            ("outside", 1, False, False),
+            ("stored", 1, False, True),
+            ("stored twice", 2, False, True),
         ):
             with (
                 mock.patch.object(attention_module, "project_inside", return_value=inside),
                 mock.patch.object(attention_module, "store_map", return_value=stored),
             ):
-                run = build(Cell(op, job.B, job.T, job.H, job.d), device, dtype)["ours"]().forward
+                run = partial(chain, layers)
                 warm(run, device)
                 runs[name] = captured(run, device)
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=3.0)
     seconds = {name: timing.median for name, timing in timings.items()}
-    storing = max(0.0, seconds["attend storing"] - seconds["attend"])
+    reusing = max(0.0, seconds["stored twice"] - seconds["stored"])
     return {
         **job._asdict(),
-        **{f"{name}_s": seconds[name] for name in ("inside", "outside", "stored")},
-        "storing_s": storing,
+        **{f"{name}_s": max(0.0, seconds[name] - seconds["attend"]) for name in ("inside", "outside")},
+        "stored_s": reusing,
+        "storing_s": max(0.0, seconds["stored"] - reusing - seconds["attend"]),
         "attend_s": seconds["attend"],
     }

@@ -31,8 +31,8 @@ class Job(NamedTuple):
     B: int
     device: str
     quick: bool
-    compiled: bool = False
-    """Also torch.compile of the whole student."""
+    compiled: Impl | None = None
+    """Against torch.compile of the whole student with these ops."""
     seconds: float = 10.0
     """Of audio an utterance."""
     repeats: int = 20
@@ -43,7 +43,8 @@ def jobs(device: str, quick: bool) -> list[Job]:
     """Both kinds; one utterance and a batch."""
     sizes = (1, 2) if quick else (16, 1)
     inference = [Job("inference", B, device, quick) for B in sizes]
-    slow = [] if quick else [Job("inference", B, device, quick, compiled=True) for B in sizes]
+    impls: tuple[Impl, ...] = () if quick else ("auto", "torch")
+    slow = [Job("inference", B, device, quick, compiled=impl) for B in sizes for impl in impls]
     return [*inference, Job("distillation", max(sizes), device, quick), Job("ceilings", 0, device, quick), *slow]
 
 
@@ -112,15 +113,13 @@ def _inference(job: Job) -> dict[str, Any]:
         model.to(device, dtype)
         return lambda: model(waveforms)
 
-    def compiled(impl: Impl) -> Callable[[], Tensor]:
-        return torch.compile(student(impl), dynamic=False)
-
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours": lambda: student("auto"),
         "ours, CUDA graph": lambda: captured(student("auto"), device),
     }
-    if job.compiled:
-        makers |= {"ours, torch.compile": lambda: compiled("auto"), "twins, torch.compile": lambda: compiled("torch")}
+    if impl := job.compiled:
+        name = "ours, torch.compile" if impl == "auto" else "twins, torch.compile"
+        makers[name] = lambda: torch.compile(student(impl), dynamic=False)
     else:
         released = ReleasedWay(_model(config, ARMHuBERT, "torch", device).eval())
         makers |= {

@@ -54,15 +54,24 @@ def report(out: Path, addition: Path | None = None) -> Path:
     return path
 
 
+def failures(path: Path) -> int:
+    """Checks of a report that were reached and did not pass."""
+    rows = json.loads(path.read_text("utf-8"))["check"]
+    return sum(not row.get("ok") and not row.get("unreached") for row in rows)
+
+
 def adopt(result: Path) -> Path:
     """Make what bench/gpu.sh measured the kernels' choice of variants for that family of GPUs.
 
     Raises:
-        ArmhubertError: figures of a rehearsal, or none.
+        ArmhubertError: figures of a rehearsal, none, or not of the whole grid.
     """
     content = json.loads(result.read_text("utf-8"))
     if not content["conditions"].get("real") or not content["choices"]:
         raise ArmhubertError(f"{result} must hold variants measured on a GPU, got a rehearsal or none")
+    missing = [row["job"] for row in content["variants"] if "error" in row]
+    if missing:
+        raise ArmhubertError(f"{result} lacks variants {', '.join(missing)}: run bench/gpu.sh variants report again")
     table = {**variants.measured(), content["conditions"]["capability"]: content["choices"]}
     write_atomic(variants.FILE, json.dumps(table) + "\n")
     return variants.FILE
@@ -114,9 +123,10 @@ def _versions(device: torch.device) -> dict[str, Any]:
 
 
 def best(row: Row, name: str) -> float:
-    """Seconds of a candidate: the graph's replay where there is one."""
+    """Seconds of a candidate: the graph's replay where every candidate has one, so that like is compared with like."""
+    graphs = all(candidate.get("graph") for candidate in row["candidates"].values())
     candidate = row["candidates"][name]
-    return float((candidate.get("graph") or candidate)["median"])
+    return float((candidate["graph"] if graphs else candidate)["median"])
 
 
 def best_baseline(row: Row) -> tuple[str, float] | None:
@@ -137,12 +147,13 @@ def measured(content: dict[str, Any]) -> list[Row]:
 def summary(content: dict[str, Any]) -> list[str]:
     """One screen: what passed, what failed, the worst ratio, where ours loses."""
     checks = content["check"]
-    passed = [row for row in checks if row.get("ok")]
+    passed = [row for row in checks if row.get("ok") and not row.get("untried")]
+    untried = sum(bool(row.get("untried")) for row in checks)
     failed = [row for row in checks if not row.get("ok") and not row.get("unreached")]
     unreached = sum(bool(row.get("unreached")) for row in checks)
     worst = max((row for row in passed if row.get("ratio") is not None), key=lambda r: r["ratio"], default=None)
     lines = ["", "SUMMARY" if content["conditions"]["real"] else "SUMMARY of a rehearsal: nothing here is a GPU figure"]
-    lines.append(f"checks: {len(passed)} passed, {len(failed)} FAILED, {unreached} not reached")
+    lines.append(f"checks: {len(passed)} passed, {len(failed)} FAILED, {untried} not tried, {unreached} not reached")
     if worst is not None:
         lines.append(f"  worst passing ratio {worst['ratio']:.3f}: {worst['job']}: {worst['at']}")
     lines += [f"  FAILED {row['job']}: {(row.get('error') or row.get('at') or '')[:160]}" for row in failed[:25]]

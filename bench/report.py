@@ -278,7 +278,7 @@ def _cpu(content: dict[str, Any]) -> list[str]:
         "## Ops on a CPU",
         "The PyTorch twins against the released code's way of computing on a CPU; medians of interleaved runs, peak "
         f"extra memory ({_conditions(content)}; load average {load['load_before']} before and {load['load_after']} "
-        f"after, {load['cores']} cores).",
+        f"after, {load['cores']} cores). {_LONE}",
         "\n".join(lines),
     ]
 
@@ -286,10 +286,11 @@ def _cpu(content: dict[str, Any]) -> list[str]:
 def _gpu(content: dict[str, Any], path: Path) -> list[str]:
     """What runs and what is faster on a named GPU; whether it matches float64 there is part of running."""
     device, checks = content["conditions"]["device"], content["check"]
-    good = sum(bool(row.get("ok")) for row in checks)
+    good = sum(bool(row.get("ok")) and not row.get("untried") for row in checks)
     worst = max((row["ratio"] for row in checks if row.get("ok") and row.get("ratio") is not None), default=None)
     bound = "" if worst is None else f", at most {worst:.2f} of the error that the rule allows"
     failed = [row["job"] for row in checks if not row.get("ok")]
+    failed += [f"{row['job']} (not tried)" for row in checks if row.get("untried")]
     runs = f"**Runs** on {device}: {good} of {len(checks)} checks against float64 on the device pass{bound}."
     if failed:
         runs += f" Not passed: {'; '.join(failed[:5])}{f' and {len(failed) - 5} more' if len(failed) > 5 else ''}."
@@ -335,7 +336,13 @@ def _gpu_ops(content: dict[str, Any]) -> list[str]:
             "" if memory is None else f"{memory / 2**20:.1f} MB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [f"## Ops on {content['conditions']['device']}", "\n".join(lines)] if len(lines) > 2 else []
+    return [f"## Ops on {content['conditions']['device']}", _LONE, "\n".join(lines)] if len(lines) > 2 else []
+
+
+_LONE = (
+    "`reattend`, a reusing layer alone, is not the same work backward: the released way ends at the gradient of its "
+    "stored map, the others go on to q and k. `pair`, with its computing layer, compares the whole."
+)
 
 
 def _conditions(content: dict[str, Any]) -> str:

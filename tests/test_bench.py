@@ -254,11 +254,36 @@ def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
     assert "**Runs** on Some GPU: 1 of 2 checks against float64 on the device pass" in text
     assert "Not passed: b." in text
     assert "behind the best baseline in 1 of 2 rows" in text
-    assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in report.details(
-        measured
-    )
+    text = report.details(measured)
+    assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in text
     monkeypatch.setattr(variants, "FILE", measured / "variants.json")
     assert json.loads(gpu_report.adopt(path).read_text()) == {"sm_90": content["choices"]}
+    content["variants"].append({"job": "64 512", "error": "not reached", "unreached": True})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArmhubertError, match="lacks variants 64 512"):
+        gpu_report.adopt(path)
+
+
+def test_what_was_not_tried_has_not_passed_and_a_failure_ends_the_run_so(measured, capsys, monkeypatch):
+    rows = [{"job": "a", "ok": True, "ratio": 0.5, "at": "x"}, {"job": "c", **gpu_check.untried("no GPU")}]
+    monkeypatch.setattr(sys, "argv", ["gpu", "report", "--out", str(measured)])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    gpu_report.write_stage("check", rows, torch.device("cpu"), measured)
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 0
+    assert "1 passed, 0 FAILED, 1 not tried" in capsys.readouterr().out
+
+
+def test_graphs_are_compared_where_every_candidate_has_one():
+    timed = row("x", 2e-5, 3e-5, 1e-6)
+    timed["candidates"]["ours"]["graph"] = {"median": 1e-5}
+    assert gpu_report.best(timed, "ours") == 2e-5
+    timed["candidates"]["released"]["graph"] = {"median": 2.5e-5}
+    assert gpu_report.best(timed, "ours") == 1e-5
+    assert gpu_report.best_baseline(timed) == ("released", 2.5e-5)
 
 
 def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
