@@ -12,8 +12,9 @@ from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.convert import load_weights, released
 from armhubert.convert import torchaudio as from_torchaudio
 
-GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden outputs are not beside this checkout")
+GOLDEN = Path(__file__).parent / "golden" / "released"
+LARGE_GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "reuse-3by2-headdim36"
+needs_large_golden = pytest.mark.skipif(not LARGE_GOLDEN.is_dir(), reason="9 MB that are not in the repository")
 
 SMALL = {
     "hidden_size": 48,
@@ -329,13 +330,16 @@ def test_a_pipeline_that_cannot_be_fetched_is_one_line(monkeypatch, error):
 # released students
 
 
-@needs_golden
-@pytest.mark.parametrize("folder", ["no-reuse", "reuse-2by2", "reuse-3by2-headdim36"])
+@pytest.mark.parametrize(
+    "folder",
+    [GOLDEN / "no-reuse", GOLDEN / "reuse-2by2", pytest.param(LARGE_GOLDEN, marks=needs_large_golden)],
+    ids=lambda folder: folder.name,
+)
 def test_released_students_give_their_outputs_hidden_states_and_gradients(folder):
-    model = ARMHuBERT.from_pretrained(GOLDEN / folder / "student.ckpt")
-    expected = load_file(GOLDEN / folder / "expected.safetensors")
+    model = ARMHuBERT.from_pretrained(folder / "student.ckpt")
+    expected = load_file(folder / "expected.safetensors")
     layers = range(model.config.layers)
-    assert model.config.attention_mode == ("exact" if folder == "no-reuse" else "resoftmax")
+    assert model.config.attention_mode == ("exact" if folder.name == "no-reuse" else "resoftmax")
 
     def close(got: torch.Tensor, name: str) -> None:
         torch.testing.assert_close(got, expected[name], atol=1e-4, rtol=0)
@@ -360,7 +364,6 @@ def test_released_students_give_their_outputs_hidden_states_and_gradients(folder
         torch.testing.assert_close(ours[name], want, atol=1e-4 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@needs_golden
 def test_a_released_student_pads_as_it_was_trained_when_asked():
     weights = load_weights(GOLDEN / "no-reuse" / "student.ckpt").with_config(padding="as_trained")
     model = ARMHuBERT.from_weights(weights)
@@ -378,7 +381,6 @@ def test_a_released_student_pads_as_it_was_trained_when_asked():
     assert (other[1, :27] - output.projections[last][1, :27]).abs().max() > 1e-2
 
 
-@needs_golden
 def test_released_students_need_their_settings_and_nothing_in_them_is_executed(tmp_path):
     (tmp_path / "s.ckpt").write_bytes((GOLDEN / "reuse-2by2/student.ckpt").read_bytes())
     with pytest.raises(ArmhubertError, match=r"needs its run configuration s\.yaml"):
@@ -394,7 +396,6 @@ def test_released_students_need_their_settings_and_nothing_in_them_is_executed(t
     assert ARMHuBERT.from_pretrained(tmp_path / "s.ckpt").config.pattern == "CRCR"
 
 
-@needs_golden
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_a_released_tensor_of_any_wrong_shape_is_one_line(tmp_path, shape):
     content = torch.load(GOLDEN / "reuse-2by2/student.ckpt", weights_only=True)

@@ -18,7 +18,7 @@ from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.convert import load_weights
 from armhubert.convert.pickles import StandIn, fields, read_pickle, scalar
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+GOLDEN = Path(__file__).parent / "golden" / "released"
 CONV = "[(16, 10, 5)] + [(16, 3, 2)] + [(24,2,2)]"
 ATTENTION = {"rel_attn_embed": "relative_attention_bias", "gru_rel_pos_linear": "grep_linear"}
 
@@ -407,9 +407,8 @@ def test_a_torchaudio_pretraining_model_keeps_its_mask_embedding(tmp_path):
 # ---- released students -----------------------------------------------------
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the golden outputs are not beside this checkout")
 def test_starhubert_has_neither_heads_nor_mask_embedding(tmp_path):
-    golden = SHARED / "golden" / "no-reuse"
+    golden = GOLDEN / "no-reuse"
     state = torch.load(golden / "student.ckpt", weights_only=True)["state_dict"]
     state = {k: v for k, v in state.items() if "proj_head" not in k and not k.endswith("student_model.mask_emb")}
     state["student_model.final_proj.weight"] = torch.zeros(2, 2)
@@ -426,9 +425,8 @@ def test_starhubert_has_neither_heads_nor_mask_embedding(tmp_path):
         torch.testing.assert_close(hidden[layer + 1], expected[f"hidden_1_{layer}"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the golden outputs are not beside this checkout")
 def test_reading_a_released_student_as_exact_warns_what_that_changes():
-    source = SHARED / "golden" / "reuse-2by2" / "student.ckpt"
+    source = GOLDEN / "reuse-2by2" / "student.ckpt"
     with pytest.warns(UserWarning, match="fine-tune") as caught:
         model = ARMHuBERT.from_pretrained(source, attention_mode="exact")
     assert len(caught) == 1

@@ -350,9 +350,9 @@ def test_padding_waste():
 
 def test_planning_a_large_data_set_takes_a_second():
     known = utterances(300_000)
-    began = time.perf_counter()
+    began = time.process_time()
     plan_epoch(known, batch_seconds=160, max_seconds=15, seed=0, epoch=0)
-    assert time.perf_counter() - began < 5  # 0.7 s, on a machine that may be busy
+    assert time.process_time() - began < 5  # of this process alone; it takes 0.7
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
