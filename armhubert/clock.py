@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from armhubert import __version__
-from armhubert.distributed import device_name
+from armhubert.distributed import device_name, processor_name
 from armhubert.files import write_atomic
 
 
@@ -60,25 +60,22 @@ def interleave(
 _EXTENSIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "i8mm", "bf16", "asimd")
 
 
-def processor() -> tuple[str, tuple[str, ...]]:
-    """The CPU's name, and those of its matrix and vector extensions that decide how fast a model is."""
-    fields: dict[str, str] = {}
+def _extensions() -> list[str]:
+    """The processor's matrix and vector extensions that decide how fast a model is, where Linux tells them."""
+    flags: set[str] = set()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, tuple(extension for extension in _EXTENSIONS if extension in flags)
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                flags.update(line.partition(":")[2].split())
+    return [extension for extension in _EXTENSIONS if extension in flags]
 
 
 def conditions(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the code: device, processor, versions, day."""
-    name, extensions = processor()
     return {
         "device": device_name(device),
-        "processor": name,
-        "extensions": " ".join(extensions) or "unknown",
+        "processor": processor_name(),
+        "extensions": " ".join(_extensions()) or "unknown",
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

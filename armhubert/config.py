@@ -210,7 +210,7 @@ class EncoderConfig:
 
 
 def parse_pattern(pattern: str, layers: int) -> str:
-    """A reuse pattern in its one-letter form: "CRCR...", "compute,reuse,...", "NbyM" (M maps, each for N layers), or "".
+    """The one-letter form of a reuse pattern: "CRCR...", "compute,reuse,...", "NbyM" (M maps of N layers each) or "".
 
     Raises:
         ArmhubertError: unparsable, of another length than `layers`, or beginning with a reusing layer.

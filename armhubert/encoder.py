@@ -22,8 +22,9 @@ from typing_extensions import Self
 
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
-from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform, valid_mask
+from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
+from armhubert.kernels.runtime import frame_mask
 from armhubert.weights import Weights
 
 
@@ -151,7 +152,7 @@ class GatedPositionAttention(nn.Module):
         reset, update = torch.sigmoid(self.gate(per_head).unflatten(-1, (2, 4)).sum(-1)).chunk(2, -1)  # [B, H, T, 1]
         bias = (reset * (update * self.gate_scale[:, None, None] - 1) + 2) * position_bias
         if lengths is not None:
-            bias = bias.masked_fill(~valid_mask(lengths, x.shape[1])[:, None, None], float("-inf"))
+            bias = bias.masked_fill(~frame_mask(lengths, x.shape[1])[:, None, None], float("-inf"))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0
         )
@@ -383,7 +384,7 @@ class SpeechEncoder(nn.Module):
                 )
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
         if lengths is not None:
-            x = torch.where(valid_mask(lengths, x.shape[1])[..., None], x, 0)
+            x = torch.where(frame_mask(lengths, x.shape[1])[..., None], x, 0)
         x = x + self.position(x)
         if not self.config.norm_first:
             x = self.norm(x)

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig
 from armhubert.kernels import Convolution, Impl, Moments, Norm, conv_frontend, window_moments
-
-
-def valid_mask(lengths: Tensor, size: int) -> Tensor:
-    """[B] lengths -> [B, size] bool, True inside each utterance."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+from armhubert.kernels.runtime import frame_mask
 
 
 def normalize_waveform(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
@@ -25,7 +21,7 @@ def normalize_waveform(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         x = x - x.mean(-1, keepdim=True)
         return (x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()).to(waveforms.dtype)
-    valid = valid_mask(lengths, x.shape[1])
+    valid = frame_mask(lengths, x.shape[1])
     x = torch.where(valid, x, 0)
     x = torch.where(valid, x - x.sum(-1, keepdim=True) / lengths[:, None], 0)
     return (x * (x.square().sum(-1, keepdim=True) / lengths[:, None] + 1e-7).rsqrt()).to(waveforms.dtype)

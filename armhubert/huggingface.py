@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig, armhubert, build
 from armhubert.errors import ArmhubertError
-from armhubert.frontend import valid_mask
 from armhubert.kernels import Impl
+from armhubert.kernels.runtime import frame_mask
 from armhubert.student import ARMHuBERT
 
 try:
@@ -247,7 +247,7 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
             return x, mask
         if not augment or config.mask_time_prob <= 0 or self.armhubert.mask_embedding is None:
             return x, None
-        valid: Any = None if frames is None else valid_mask(frames, size).long()
+        valid: Any = None if frames is None else frame_mask(frames, size).long()
         drawn = _compute_mask_indices(
             (batch, size),
             config.mask_time_prob,
@@ -374,7 +374,7 @@ def _lengths(attention_mask: Tensor, input_values: Tensor) -> Tensor:
     lengths = attention_mask.sum(-1).long()
     # Reading values would stop a GPU's queue and a compiler's trace; on the CPU it is free.
     readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not torch.equal(valid_mask(lengths, attention_mask.shape[1]), attention_mask.bool()):
+    if readable and not torch.equal(frame_mask(lengths, attention_mask.shape[1]), attention_mask.bool()):
         raise ArmhubertError(
             "attention_mask must be 1 on an utterance and 0 on the padding after it, got padding elsewhere: pad right"
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from armhubert.errors import ArmhubertError, nearest
-from armhubert.frontend import valid_mask
 from armhubert.kernels import Distance, Impl, distillation_loss
+from armhubert.kernels.runtime import frame_mask
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import TeacherTargets
 
@@ -80,7 +80,7 @@ def star_loss(
     if frames is None:
         weight = torch.tensor(1 / size, device=student[0].device)
     else:
-        valid = valid_mask(frames, size)
+        valid = frame_mask(frames, size)
         weight = (valid[:, :, None] & valid[:, None, :]) / frames[:, None, None]
     losses = []
     with torch.autocast(

@@ -16,8 +16,9 @@ from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, wa
 from armhubert.bench.gpu_micro import ceilings
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import PositionalConv, SpeechEncoder
-from armhubert.frontend import FrontEnd, valid_mask
+from armhubert.frontend import FrontEnd
 from armhubert.kernels import Impl
+from armhubert.kernels.runtime import frame_mask
 from armhubert.losses import Objective, layer_weights
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import layer_mapping, teacher_targets
@@ -208,7 +209,7 @@ def _distillation(job: Job) -> dict[str, Any]:
         return compute
 
     def straightforward(student: ARMHuBERT, _: Impl) -> Callable[[], Tensor]:
-        valid = valid_mask(frames, mask.shape[1])
+        valid = frame_mask(frames, mask.shape[1])
 
         def compute() -> Tensor:
             with with_sdpa():

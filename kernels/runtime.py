@@ -113,7 +113,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def frame_mask(lengths: Tensor, T: int) -> Tensor:
-    """[B] valid frames -> [B, T] bool, True where a frame is valid."""
+    """Lengths [B] -> [B, T] bool, True inside each utterance: of frames, or of samples."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
