@@ -42,6 +42,8 @@ def details(results: Path = RESULTS) -> str:
     }
     for path in sorted(results.glob("length-*/profile.json")):
         parts += _length(_read(path), path.parent)
+    for path in sorted(results.glob("ragged-*/profile.json")):
+        parts += _unequal(_read(path))
     parts += _sections(results, sections)
     for _, content in _gpus(results):
         parts += _gpu_ops(content)
@@ -121,6 +123,15 @@ def _shown(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(lengths) > 4:
         lengths = [s for s in lengths if s in (1, 10, 30, max(lengths))]
     return [cell for cell in cells if cell["batch"] > 1 or cell["seconds"] in lengths]
+
+
+def _unequal(content: dict[str, Any]) -> list[str]:
+    """One machine: recordings of unequal lengths."""
+    return [
+        f"## Unequal lengths, {_processor(content['conditions'])}",
+        f"{_ragged(content['ragged'])[0]} Medians of {content['conditions']['repeats']} interleaved runs "
+        f"({_conditions(content)}).",
+    ]
 
 
 def _ragged(rows: Sequence[dict[str, Any]]) -> list[str]:
