@@ -667,11 +667,11 @@ def _prepare_data(
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
     cache = out.absolute().parent / SCAN_CACHE
     if not processes.leads:
-        processes.wait()
+        processes.wait_for_lead()
     found = yield from _scan(config.sources, min_samples, cache, config.workers)
     held = (yield from _scan(config.valid, min_samples, cache, config.workers)) if config.valid else None
     if processes.leads:
-        processes.wait()
+        processes.wait_for_lead()
     for part in (found, held):
         if part is not None:
             part.require_utterances()
