@@ -259,7 +259,7 @@ def _train(
             break
     run.world.wait()
     yield Finished(
-        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, peak_memory(run.world), out
+        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, high_water_mark(run.world), out
     )
 
 
@@ -752,8 +752,9 @@ def _started(run: _Run, copied: int, out: Path) -> Started:
     )
 
 
-def peak_memory(processes: World) -> int:
-    """Bytes: the GPU's high-water mark where one is used, else the process's; 0 where the system does not tell."""
+def high_water_mark(processes: World) -> int:
+    """Bytes that this process held at most so far, libraries included: on the GPU where one is used, else in memory; 0
+    where the system does not tell."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, conditions, summarize
 from armhubert.data import AudioBatch, batches, discover, plan_epoch, scan
-from armhubert.distill import peak_memory
+from armhubert.distill import high_water_mark
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.distributed import World, pick_device
 from armhubert.losses import Objective, layer_weights
@@ -110,7 +110,7 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
         sum(audio_seconds) / len(audio_seconds),
         timings.pop("step"),
         timings,
-        peak_memory(World(0, 1, device)),
+        high_water_mark(World(0, 1, device)),
     )
 
 
