@@ -194,8 +194,9 @@ def distill(
             run.restore(saved)
         started = _started(run, copied, out)
         if processes.leads:
-            if saved is None:  # with `force`, the old run's state must not be taken for this one's
-                (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+            if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
+                for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
+                    (out / name).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             write_skipped(data.scan, out / SKIPPED_FILE)
         log = runlog.RunLog(out, run.state.step) if processes.leads else None

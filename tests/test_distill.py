@@ -535,6 +535,9 @@ def test_starting_anew_with_force_leaves_nothing_of_the_old_run_to_resume(settin
     reports.close()  # killed before its first checkpoint
     with pytest.raises(ArmhubertError, match=r"no checkpoint\.pt"):
         run(config, resume=True)
+    assert not (Path(config.out) / "model.safetensors").exists()
+    with pytest.raises(ArmhubertError, match=r"no config\.json"):
+        ARMHuBERT.from_pretrained(config.out)
 
 
 def test_sigterm_writes_a_checkpoint_exits_with_0_and_says_how_to_go_on(settings, tmp_path):
