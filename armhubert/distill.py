@@ -221,10 +221,11 @@ def _train(
         outcome = run.step(group)
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
-            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if run.diverged:
                 raise ArmhubertError(
-                    f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: "
-                    f"lower the learning rate ({config.learning_rate}) or set clip; the last good state is in {out}"
+                    f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
+                    f"{state.step}: lower the learning rate ({config.learning_rate}), set clip, or leave fp16 for bf16 "
+                    f"or fp32 (precision {config.precision}); the last good state is in {out}"
                 )
         else:
             window.add(outcome)
@@ -413,8 +414,8 @@ class _Run:
         loss = self._weigh(sums) / frames
         state.step += 1
         state.cursor = group.after
-        # The one place where the device is waited for. With fp16 the scaler itself skips gradients that overflow.
-        finite = bool(torch.isfinite(loss) & (torch.isfinite(norm) | (self.dtype is torch.float16)))
+        # The one place where the device is waited for.
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -423,7 +424,7 @@ class _Run:
         if not finite:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
-            if self.scaler.is_enabled():
+            if self.scaler.is_enabled():  # by hand: the scaler knows of the gradients, not of the loss
                 self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
             return None
         state.skipped_in_a_row = 0
@@ -432,6 +433,14 @@ class _Run:
         own = sum(student.config.frames(crop.count) for micro, _ in group.mine for crop in micro.crops)
         layers = (sums * self.term_weights[:, None]).sum(0) / frames
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether to give up. With fp16 the first steps find the loss's scale, halving it wherever one is skipped: that
+        is no divergence before the scale is below 1."""
+        if self.scaler.is_enabled():
+            return self.scaler.get_scale() < 1
+        return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def _weigh(self, sums: Tensor) -> Tensor:
         return (self.term_weights @ sums) @ self.layer_weights
