@@ -174,11 +174,7 @@ def distill(
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with world(pick_device(config.device)) as processes:
         teacher = load_teacher(config.teacher, device=processes.device)
-        if "masking" in config.terms and teacher.mask_embedding is None:
-            raise ArmhubertError(
-                f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
-                "use --loss plain or star, or the same weights from the hub"
-            )
+        check_views(config, teacher)
         student = _new_student(config, teacher).to(processes.device)
         if config.max_seconds * SAMPLE_RATE < student.config.receptive_field:
             raise ArmhubertError(
@@ -399,11 +395,8 @@ class _Run:
             with alone, self._chance(state.step, micro.place):
                 with self._autocast():
                     targets = teacher_targets(
-                        self.teacher, waveforms, lengths, mask, self.layers,
-                        masking="masking" in config.terms,
-                        clean=bool(config.terms.keys() & {"plain", "star"}),
-                        inputs="star" in config.terms,
-                    )  # fmt: skip
+                        self.teacher, waveforms, lengths, mask, self.layers, **self.objective.needs
+                    )
                     terms = self.wrapped(waveforms, lengths, mask, targets)
                 # DistributedDataParallel averages gradients; ours are shares of one sum.
                 self.scaler.scale(self._weigh(terms) / frames * self.world.size).backward()
@@ -638,6 +631,15 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
     elif changes.get("epochs") is not None:
         changes = {**changes, "steps": None}
     return dataclasses.replace(config, **{**changes, "out": str(out)})
+
+
+def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:
+    """Raise ArmhubertError where the loss needs a masked view that the teacher does not have."""
+    if "masking" in config.terms and teacher.mask_embedding is None:
+        raise ArmhubertError(
+            f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
+            "use --loss plain or star, or the same weights from the hub"
+        )
 
 
 def _new_student(config: DistillConfig, teacher: SpeechEncoder) -> ARMHuBERT:
