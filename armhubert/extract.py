@@ -496,19 +496,21 @@ def output_names(sources: Sequence[str], paths: Sequence[Path], suffix: str) -> 
     """Where the features of each recording go, relative to the output folder.
 
     One folder of data is mirrored from its inside; several, or files and manifests, from the folder that holds all of
-    them. Recordings that differ in their ending only keep it: `a.wav.npy`, `a.flac.npy`.
+    them. Recordings whose names would be the same keep their endings: `a.wav.npy`, `a.flac.npy`.
     """
     folders = [os.path.normpath(os.path.abspath(source)) for source in sources if os.path.isdir(source)]
     files = {str(path): os.path.normpath(path) for path in paths}
     alone = [os.path.dirname(file) for file in files.values() if not any(file.startswith(f + os.sep) for f in folders)]
     root = os.path.commonpath([*folders, *alone])
-    stems = Counter(os.path.splitext(file)[0] for file in files.values())
-    names = {}
-    for path, file in files.items():
-        stem = os.path.splitext(file)[0]
-        name = os.path.relpath(stem if stems[stem] == 1 else file, root)
-        names[path] = Path(name + suffix).as_posix()
-    return names
+    stems = {path: os.path.splitext(file)[0] for path, file in files.items()}
+    kept: set[str] = set()
+    while True:  # an ending that is kept may be another's stem: x.wav, x.flac, x.wav.flac
+        chosen = {path: file if path in kept else stems[path] for path, file in files.items()}
+        count = Counter(chosen.values())
+        clash = {path for path, name in chosen.items() if count[name] > 1} - kept
+        if not clash:
+            return {path: Path(os.path.relpath(name, root) + suffix).as_posix() for path, name in chosen.items()}
+        kept |= clash
 
 
 def _settings(config: ExtractConfig, model: SpeechEncoder, selection: Selection, width: int) -> dict[str, Any]:

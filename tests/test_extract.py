@@ -245,6 +245,12 @@ def test_layers_that_are_none(spec):
         select(spec, TINY)
 
 
+def test_an_ending_that_is_kept_is_no_other_recordings_name(tmp_path):
+    paths = [tmp_path / name for name in ("x.wav", "x.flac", "x.wav.flac", "y.wav.flac", "y.wav")]
+    expected = ["x.wav.npy", "x.flac.npy", "x.wav.flac.npy", "y.wav.npy", "y.npy"]
+    assert list(output_names([str(tmp_path)], paths, ".npy").values()) == expected
+
+
 def test_heads_that_are_none():
     with pytest.raises(ArmhubertError, match="no distillation heads"):
         select("last", dataclasses.replace(TINY, head_width=None), heads=True)
