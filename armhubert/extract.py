@@ -38,7 +38,7 @@ from armhubert.data import Crop, Scan, Utterance, batches, discover, plan_epoch,
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import open_atomic, write_atomic
+from armhubert.files import append_lines, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -314,15 +314,17 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     run = _Run(config, model, device, selection, width, out, names)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
+    if not known:  # nothing of another run's
+        (out / _INDEX).unlink(missing_ok=True)
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(out / _INDEX, "a" if known else "w", encoding="utf-8"))
+        log = stack.enter_context(append_lines(out / _INDEX))
         writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
         steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
         for rows in _ahead(steps):
             for row, count in rows:
                 index[row["features"]] = row
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps(row).encode() + b"\n")
                 done, samples, size = done + 1, samples + row["samples"], size + count
             log.flush()
             yield Progress(done, len(missing), samples / SAMPLE_RATE, time.perf_counter() - started)
