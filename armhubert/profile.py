@@ -78,9 +78,10 @@ class ProfileConfig:
         for mode in (*self.modes, *(split_baseline(text)[1] for text in self.baselines)):
             if mode not in MODES:
                 raise ArmhubertError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
-        for name in ("seconds", "batch_sizes"):
-            if any(value <= 0 for value in getattr(self, name)):
-                raise ArmhubertError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("seconds", "batch_sizes", "batch_seconds"):
+            value = getattr(self, name)
+            if not all(0 < each < float("inf") for each in (value if isinstance(value, tuple) else (value,))):
+                raise ArmhubertError(f"{name} must be finite and above 0, got {value}")
         if not self.seconds and not self.batch_sizes:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
