@@ -212,17 +212,23 @@ def test_output_without_a_terminal_is_one_parseable_line_a_report(call, speech, 
 def test_output_on_a_terminal_shows_the_run_and_where_the_student_is(call, speech, teacher, tmp_path, monkeypatch):
     import io
 
-    from rich.console import Console
-
     screen = io.StringIO()
-    terminal = Console(file=screen, force_terminal=True, width=200, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(cli.ui, "_out", terminal)
-    out = tmp_path / "run [1]"
-    code, _, err = call("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--steps", 2, "--hold-out", 0.3)
+    monkeypatch.setattr(cli.ui, "_out", cli.ui.console(file=screen, force_terminal=True, width=200, soft_wrap=True))
+    out = tmp_path / "run [b]"
+    (tmp_path / "more[b]").mkdir()
+    soundfile.write(tmp_path / "more[b]" / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
+    (tmp_path / "teacher[i]").symlink_to(teacher)
+    teacher = tmp_path / "teacher[i]"
+    code, _, err = call(
+        "distill", speech, tmp_path / "more[b]", "-o", out, "--teacher", teacher, *STUDENT, "--steps", 2,
+        "--hold-out", 0.3,
+    )  # fmt: skip
     assert (code, err) == (0, "")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "Done at step 2" in text
     assert "held-out loss" in text
+    assert f"{teacher}, " in text
+    assert f"too short, listed in {out / 'skipped.tsv'}" in text
     assert f"ARMHuBERT.from_pretrained({str(out)!r})" in text
 
 
@@ -232,6 +238,17 @@ def test_info_tells_what_a_run_made_and_runs_it(call, old_run, speech):
     assert "2 of width 32, 2 heads, FFN 32" in out
     assert "CR" in out
     assert "features [1, 39, 32]" in out
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(call, old_run, speech, tmp_path):
+    model, audio = tmp_path / "run[b]", tmp_path / "x[b].wav"
+    model.symlink_to(old_run)
+    audio.write_bytes((speech / "0.wav").read_bytes())
+    code, out, err = call("info", model, "--audio", audio)
+    assert (code, err) == (0, "")
+    assert re.search(r"model +.*run\[b\]", out)
+    assert "x[b].wav: 0.80 s" in out
+    assert "x[/b].wav" in call("info", model, "--audio", tmp_path / "x[/b].wav")[2]
 
 
 def test_info_on_what_is_no_model(refused, tmp_path):
