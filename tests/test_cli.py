@@ -110,7 +110,7 @@ def test_help(call, asked):
     assert "Usage" in out
     if asked[0] == "distill":
         for field in DistillConfig.__dataclass_fields__:
-            if field not in ("data", "beta1", "beta2", "epsilon"):
+            if field != "data":
                 assert f"--{field.replace('_', '-')}" in re.sub(r"[│\s]+", " ", out), field
 
 
@@ -141,6 +141,7 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         "--loss", "star=2", "--distance", "l1", "--layer-weight", 0.5, "--mask-prob", 0.4, "--mask-prob-end", 0.9,
         "--mask-length", 7, "--epochs", 1.5, "--batch-seconds", 12, "--accumulate", 3, "--max-seconds", 8,
         "--lr", "1e-4", "--warmup", 0.2, "--weight-decay", 0, "--clip", 2, "--precision", "bf16",
+        "--beta1", 0.8, "--beta2", 0.95, "--epsilon", "1e-8",
         "--gradient-checkpointing", "--impl", "torch", "--device", "cpu", "--workers", 0, "--seed", 9,
         "--log-every", 2, "--validate-every", 3, "--save-every", 4, "--patience", 5, "--hold-out", 0.25,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         dropout=0.3, init="teacher", loss="star=2", distance="l1", layer_weight=0.5, mask_prob=0.4, mask_prob_end=0.9,
         mask_length=7, epochs=1.5, batch_seconds=12.0, accumulate=3, max_seconds=8.0, learning_rate=1e-4, warmup=0.2,
         weight_decay=0.0, clip=2.0, precision="bf16", gradient_checkpointing=True, impl="torch", device="cpu",
-        workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
+        beta1=0.8, beta2=0.95, epsilon=1e-8, workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
     )  # fmt: skip
     assert how["force"] is True
 
