@@ -268,7 +268,7 @@ class Model(NamedTuple):
     macs_superb: int
     """Of SUPERB's 224.86 s, as 32 utterances of equal length."""
     peak_memory: int | None
-    """Bytes, at the largest cell that all candidates ran; None: not measured."""
+    """Bytes, at `Profile.memory_shape`; None: not measured."""
     feature_error: float | None
     """Relative to the same model in float32 and eager mode; None for that mode itself."""
     stages: dict[str, float]
@@ -285,6 +285,8 @@ class Profile(NamedTuple):
     cells: tuple[Cell, ...]
     """Latencies by length, then batches by size."""
     ragged: tuple[Ragged, ...] = ()
+    memory_shape: tuple[int, float] | None = None
+    """Batch and seconds at which peak memory was measured: the largest cell that all candidates ran; None: nowhere."""
 
 
 Report = Building | Measuring | Profile
@@ -325,12 +327,14 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     models = [_describe(candidate, waveforms, config.repeats) for candidate in candidates.values()]
     candidates.clear()  # with the pools of their runtimes, whose memory the next processes may need
     forecasts.clear()
-    whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
-    if config.memory and whole:
-        batch, seconds = max(whole, key=lambda shape: shape[0] * shape[1])
+    memory_shape = None
+    if config.memory:
+        whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
+        memory_shape = max(whole, key=lambda shape: shape[0] * shape[1], default=None)
+    if memory_shape is not None:
         for number, model in enumerate(models):
             yield Measuring(len(cells) + config.ragged + number, steps, f"memory of {model.name}")
-            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, batch, seconds))
+            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, *memory_shape))
     yield Profile(
         {
             **conditions(device),
@@ -341,6 +345,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         tuple(models),
         tuple(cells),
         tuple(unequal),
+        memory_shape,
     )
 
 
