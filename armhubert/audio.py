@@ -4,7 +4,8 @@ A part equals the same samples of the whole file: exactly for wav, flac, mp3 and
 other rates, and to about 3e-3 for Opus files of more than 30 s, whose decoder carries state over from before the part.
 libsndfile 1.2.2 does not give that by itself:
 
-- mp3: soundfile seeks after every read, and an mp3 seek may land anywhere; so there is one read, from the first sample.
+- mp3: soundfile seeks after every read, and an mp3 seek may land anywhere; so there is one read, from the first sample,
+  for which an mp3 is in memory whole, all its channels at its own rate.
 - Vorbis: a seek into the last page lands on the page's beginning; so the last 30 s are reached by decoding.
 """
 
@@ -50,7 +51,7 @@ class Measured(NamedTuple):
 
 
 def measure(path: str | Path) -> Measured:
-    """Decode a file once, in bounded memory, for its exact length at 16 kHz and its defects. Does not raise."""
+    """Decode a file once for its exact length at 16 kHz and its defects; mp3 apart, in bounded memory. Never raises."""
     frames, peak = 0, 0.0
     try:
         with _open(path) as file:

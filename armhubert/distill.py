@@ -174,11 +174,7 @@ def distill(
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with world(pick_device(config.device)) as processes:
         teacher = load_teacher(config.teacher, device=processes.device)
-        if "masking" in config.terms and teacher.mask_embedding is None:
-            raise ArmhubertError(
-                f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
-                "use --loss plain or star, or the same weights from the hub"
-            )
+        check_views(config, teacher)
         student = _new_student(config, teacher).to(processes.device)
         if config.max_seconds * SAMPLE_RATE < student.config.receptive_field:
             raise ArmhubertError(
@@ -194,8 +190,9 @@ def distill(
             run.restore(saved)
         started = _started(run, copied, out)
         if processes.leads:
-            if saved is None:  # with `force`, the old run's state must not be taken for this one's
-                (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+            if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
+                for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
+                    (out / name).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             write_skipped(data.scan, out / SKIPPED_FILE)
         log = runlog.RunLog(out, run.state.step) if processes.leads else None
@@ -220,10 +217,11 @@ def _train(
         outcome = run.step(group)
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
-            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if run.diverged:
                 raise ArmhubertError(
-                    f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: "
-                    f"lower the learning rate ({config.learning_rate}) or set clip; the last good state is in {out}"
+                    f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
+                    f"{state.step}: lower the learning rate ({config.learning_rate}), set clip, or leave fp16 for bf16 "
+                    f"or fp32 (precision {config.precision}); the last good state is in {out}"
                 )
         else:
             window.add(outcome)
@@ -259,7 +257,7 @@ def _train(
             break
     run.world.wait()
     yield Finished(
-        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, peak_memory(run.world), out
+        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, high_water_mark(run.world), out
     )
 
 
@@ -397,11 +395,8 @@ class _Run:
             with alone, self._chance(state.step, micro.place):
                 with self._autocast():
                     targets = teacher_targets(
-                        self.teacher, waveforms, lengths, mask, self.layers,
-                        masking="masking" in config.terms,
-                        clean=bool(config.terms.keys() & {"plain", "star"}),
-                        inputs="star" in config.terms,
-                    )  # fmt: skip
+                        self.teacher, waveforms, lengths, mask, self.layers, **self.objective.needs
+                    )
                     terms = self.wrapped(waveforms, lengths, mask, targets)
                 # DistributedDataParallel averages gradients; ours are shares of one sum.
                 self.scaler.scale(self._weigh(terms) / frames * self.world.size).backward()
@@ -412,8 +407,8 @@ class _Run:
         loss = self._weigh(sums) / frames
         state.step += 1
         state.cursor = group.after
-        # The one place where the device is waited for. With fp16 the scaler itself skips gradients that overflow.
-        finite = bool(torch.isfinite(loss) & (torch.isfinite(norm) | (self.dtype is torch.float16)))
+        # The one place where the device is waited for.
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -422,7 +417,7 @@ class _Run:
         if not finite:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
-            if self.scaler.is_enabled():
+            if self.scaler.is_enabled():  # by hand: the scaler knows of the gradients, not of the loss
                 self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
             return None
         state.skipped_in_a_row = 0
@@ -431,6 +426,14 @@ class _Run:
         own = sum(student.config.frames(crop.count) for micro, _ in group.mine for crop in micro.crops)
         layers = (sums * self.term_weights[:, None]).sum(0) / frames
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether to give up. With fp16 the first steps find the loss's scale, halving it wherever one is skipped: that
+        is no divergence before the scale is below 1."""
+        if self.scaler.is_enabled():
+            return self.scaler.get_scale() < 1
+        return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def _weigh(self, sums: Tensor) -> Tensor:
         return (self.term_weights @ sums) @ self.layer_weights
@@ -630,6 +633,15 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
     return dataclasses.replace(config, **{**changes, "out": str(out)})
 
 
+def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:
+    """Raise ArmhubertError where the loss needs a masked view that the teacher does not have."""
+    if "masking" in config.terms and teacher.mask_embedding is None:
+        raise ArmhubertError(
+            f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
+            "use --loss plain or star, or the same weights from the hub"
+        )
+
+
 def _new_student(config: DistillConfig, teacher: SpeechEncoder) -> ARMHuBERT:
     wanted = student_config(config, teacher.config)
     with torch.random.fork_rng([]):
@@ -667,11 +679,11 @@ def _prepare_data(
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
     cache = out.absolute().parent / SCAN_CACHE
     if not processes.leads:
-        processes.wait()
+        processes.wait_for_lead()
     found = yield from _scan(config.sources, min_samples, cache, config.workers)
     held = (yield from _scan(config.valid, min_samples, cache, config.workers)) if config.valid else None
     if processes.leads:
-        processes.wait()
+        processes.wait_for_lead()
     for part in (found, held):
         if part is not None:
             part.require_utterances()
@@ -752,8 +764,9 @@ def _started(run: _Run, copied: int, out: Path) -> Started:
     )
 
 
-def peak_memory(processes: World) -> int:
-    """Bytes: the GPU's high-water mark where one is used, else the process's; 0 where the system does not tell."""
+def high_water_mark(processes: World) -> int:
+    """Bytes that this process held at most so far, libraries included: on the GPU where one is used, else in memory; 0
+    where the system does not tell."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)
     try:

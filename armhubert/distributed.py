@@ -20,6 +20,8 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """The same processes, with a timeout for work that the lead does alone; None for one process."""
 
     @property
     def leads(self) -> bool:
@@ -43,6 +45,11 @@ class World(NamedTuple):
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def wait_for_lead(self) -> None:
+        """As `wait`, where the lead comes hours later: a first scan decodes all of the data."""
+        if self.size > 1:
+            dist.barrier(self.patient)
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,17 +90,25 @@ def processor_name() -> str:
     return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
 
 
+_TIMEOUT = timedelta(minutes=30)
+"""A step, a validation or an export takes less; whoever is away for longer has died or hangs."""
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """Join the other processes that torchrun started (gloo on CPUs, NCCL on GPUs); alone where it started none."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1 or dist.is_initialized():
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        yield World(rank, dist.get_world_size() if dist.is_initialized() else 1, device)
+    joined = dist.is_initialized()
+    if size == 1 and not joined:
+        yield World(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+    if not joined:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    # Of gloo on GPUs too: a barrier of NCCL's would keep them busy, and its watchdog impatient. A lead that dies is
+    # noticed at once by its closed connections, so days of patience cost nothing.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     try:
-        yield World(dist.get_rank(), size, device)
+        yield World(dist.get_rank(), dist.get_world_size(), device, patient)
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group(patient if joined else None)

@@ -38,7 +38,7 @@ from armhubert.data import Crop, Scan, Utterance, batches, discover, plan_epoch,
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import open_atomic, write_atomic
+from armhubert.files import append_lines, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -314,15 +314,17 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     run = _Run(config, model, device, selection, width, out, names)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
+    if not known:  # nothing of another run's
+        (out / _INDEX).unlink(missing_ok=True)
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(out / _INDEX, "a" if known else "w", encoding="utf-8"))
+        log = stack.enter_context(append_lines(out / _INDEX))
         writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
         steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
         for rows in _ahead(steps):
             for row, count in rows:
                 index[row["features"]] = row
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps(row).encode() + b"\n")
                 done, samples, size = done + 1, samples + row["samples"], size + count
             log.flush()
             yield Progress(done, len(missing), samples / SAMPLE_RATE, time.perf_counter() - started)
@@ -496,19 +498,21 @@ def output_names(sources: Sequence[str], paths: Sequence[Path], suffix: str) -> 
     """Where the features of each recording go, relative to the output folder.
 
     One folder of data is mirrored from its inside; several, or files and manifests, from the folder that holds all of
-    them. Recordings that differ in their ending only keep it: `a.wav.npy`, `a.flac.npy`.
+    them. Recordings whose names would be the same keep their endings: `a.wav.npy`, `a.flac.npy`.
     """
     folders = [os.path.normpath(os.path.abspath(source)) for source in sources if os.path.isdir(source)]
     files = {str(path): os.path.normpath(path) for path in paths}
     alone = [os.path.dirname(file) for file in files.values() if not any(file.startswith(f + os.sep) for f in folders)]
     root = os.path.commonpath([*folders, *alone])
-    stems = Counter(os.path.splitext(file)[0] for file in files.values())
-    names = {}
-    for path, file in files.items():
-        stem = os.path.splitext(file)[0]
-        name = os.path.relpath(stem if stems[stem] == 1 else file, root)
-        names[path] = Path(name + suffix).as_posix()
-    return names
+    stems = {path: os.path.splitext(file)[0] for path, file in files.items()}
+    kept: set[str] = set()
+    while True:  # an ending that is kept may be another's stem: x.wav, x.flac, x.wav.flac
+        chosen = {path: file if path in kept else stems[path] for path, file in files.items()}
+        count = Counter(chosen.values())
+        clash = {path for path, name in chosen.items() if count[name] > 1} - kept
+        if not clash:
+            return {path: Path(os.path.relpath(name, root) + suffix).as_posix() for path, name in chosen.items()}
+        kept |= clash
 
 
 def _settings(config: ExtractConfig, model: SpeechEncoder, selection: Selection, width: int) -> dict[str, Any]:

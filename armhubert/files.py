@@ -44,6 +44,20 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def append_lines(path: Path) -> BinaryIO:
+    """Open a file of lines to add to; a last line that an interruption tore is ended first, lest it swallow the next.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    file = open(path, "a+b")  # noqa: SIM115 - the caller's
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
+    return file
+
+
 def _umask() -> int:
     # The umask can only be read by setting it; /proc tells it without touching the process.
     try:

@@ -112,7 +112,22 @@ class Objective(nn.Module):
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, targets: TeacherTargets
     ) -> Tensor:
-        """Each term's sum over valid frames, by layer: [terms, L] float32, unweighted, in the order of `terms`.
+        """Each term's sum over valid frames, by layer: [terms, L] float32, unweighted, in the order of `terms`."""
+        return self.compare(*self.views(waveforms, lengths, mask), targets)
+
+    @property
+    def needs(self) -> dict[str, bool]:
+        """What `teacher_targets` must give, as its keywords."""
+        return {
+            "masking": "masking" in self.terms,
+            "clean": bool(self.terms.keys() & {"plain", "star"}),
+            "inputs": "star" in self.terms,
+        }
+
+    def views(
+        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+        """The student's hidden states, input of layer 0 first, of every view; valid frames [B].
 
         The student sees the masked view for `masking` and the clean view for `plain` and `star`; where it needs both,
         they share its front end and go through its layers as one batch, like the teacher's.
@@ -126,7 +141,10 @@ class Objective(nn.Module):
         inputs = torch.cat([self.student.layer_inputs(x, frames, view) for view in views])
         repeated = None if frames is None else frames.repeat(len(views))
         hidden = (inputs, *self.student.layer_outputs(inputs, repeated))
-        by_view = list(zip(*(h.chunk(len(views)) for h in hidden), strict=True))
+        return list(zip(*(h.chunk(len(views)) for h in hidden), strict=True)), frames
+
+    def compare(self, by_view: Sequence[Sequence[Tensor]], frames: Tensor | None, targets: TeacherTargets) -> Tensor:
+        """What `forward` returns, from what `views` does."""
         sums = []
         for term in self.terms:
             if term == "masking":

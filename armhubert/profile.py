@@ -78,9 +78,10 @@ class ProfileConfig:
         for mode in (*self.modes, *(split_baseline(text)[1] for text in self.baselines)):
             if mode not in MODES:
                 raise ArmhubertError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
-        for name in ("seconds", "batch_sizes"):
-            if any(value <= 0 for value in getattr(self, name)):
-                raise ArmhubertError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("seconds", "batch_sizes", "batch_seconds"):
+            value = getattr(self, name)
+            if not all(0 < each < float("inf") for each in (value if isinstance(value, tuple) else (value,))):
+                raise ArmhubertError(f"{name} must be finite and above 0, got {value}")
         if not self.seconds and not self.batch_sizes:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
@@ -267,7 +268,7 @@ class Model(NamedTuple):
     macs_superb: int
     """Of SUPERB's 224.86 s, as 32 utterances of equal length."""
     peak_memory: int | None
-    """Bytes, at the largest cell that all candidates ran; None: not measured."""
+    """Bytes, at `Profile.memory_shape`; None: not measured."""
     feature_error: float | None
     """Relative to the same model in float32 and eager mode; None for that mode itself."""
     stages: dict[str, float]
@@ -284,6 +285,8 @@ class Profile(NamedTuple):
     cells: tuple[Cell, ...]
     """Latencies by length, then batches by size."""
     ragged: tuple[Ragged, ...] = ()
+    memory_shape: tuple[int, float] | None = None
+    """Batch and seconds at which peak memory was measured: the largest cell that all candidates ran; None: nowhere."""
 
 
 Report = Building | Measuring | Profile
@@ -324,12 +327,14 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     models = [_describe(candidate, waveforms, config.repeats) for candidate in candidates.values()]
     candidates.clear()  # with the pools of their runtimes, whose memory the next processes may need
     forecasts.clear()
-    whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
-    if config.memory and whole:
-        batch, seconds = max(whole, key=lambda shape: shape[0] * shape[1])
+    memory_shape = None
+    if config.memory:
+        whole = [(cell.batch, cell.seconds) for cell in cells if not cell.left_out]
+        memory_shape = max(whole, key=lambda shape: shape[0] * shape[1], default=None)
+    if memory_shape is not None:
         for number, model in enumerate(models):
             yield Measuring(len(cells) + config.ragged + number, steps, f"memory of {model.name}")
-            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, batch, seconds))
+            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, *memory_shape))
     yield Profile(
         {
             **conditions(device),
@@ -340,6 +345,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         tuple(models),
         tuple(cells),
         tuple(unequal),
+        memory_shape,
     )
 
 

@@ -22,6 +22,7 @@ def as_json(result: Profile, quality: Comparison | None = None) -> dict[str, Any
         "conditions": result.conditions,
         "rates": result.rates._asdict(),
         "models": [model._asdict() for model in result.models],
+        "memory_shape": result.memory_shape,
         "cells": [{**cell._asdict(), "timings": _plain(cell.timings)} for cell in result.cells],
     }
     if result.ragged:

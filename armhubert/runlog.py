@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,15 +35,17 @@ class RunLog:
             self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def add(self, kind: str, step: int, scalars: dict[str, float], layers: tuple[float, ...]) -> None:
-        """One measurement: `kind` is train or valid; `layers` the unweighted error of each layer.
+        """One measurement: `kind` is train or valid; `layers` the unweighted error of each layer. What is not finite
+        becomes null: JSON has no NaN.
 
         Raises:
             ArmhubertError: the disk is full.
         """
-        row: dict[str, Any] = {"kind": kind, "step": step, **scalars, "layers": [round(x, 6) for x in layers]}
+        row: dict[str, Any] = {"kind": kind, "step": step, **{name: _finite(x) for name, x in scalars.items()}}
+        row["layers"] = [_finite(round(x, 6)) for x in layers]
         self.rows.append(row)
         with _disk_errors(self.folder):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
             by_layer = {f"layer_{number:02d}": value for number, value in enumerate(layers, start=1)}
             self._board.add({f"{kind}/{name}": value for name, value in (scalars | by_layer).items()}, step)
@@ -57,6 +60,10 @@ class RunLog:
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _Board:

@@ -12,7 +12,7 @@ from torch import Tensor
 from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, conditions, summarize
 from armhubert.data import AudioBatch, batches, discover, plan_epoch, scan
-from armhubert.distill import peak_memory
+from armhubert.distill import check_views, high_water_mark
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.distributed import World, pick_device
 from armhubert.losses import Objective, layer_weights
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) -> Iterator[Step | TrainingProfile]:
     """Measure `steps` steps of the distillation that `config` describes; the last report is the result.
 
-    The pieces are those of `armhubert.distill`, with `masking` as the loss; on a GPU the device is waited for between
+    The pieces are those of `armhubert.distill`; on a GPU the device is waited for between
     them, so that the parts add up to more than an undisturbed step.
 
     Raises:
@@ -60,21 +60,23 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
     """
     device = pick_device(config.device)
     teacher = load_teacher(config.teacher, device=device)
+    check_views(config, teacher)
     with torch.random.fork_rng([]):
         student = ARMHuBERT(student_config(config, teacher.config), impl=config.impl).to(device).train()
-    objective = Objective(student, {"masking": 1.0}, config.distance, config.impl)
+    objective = Objective(student, config.terms, config.distance, config.impl)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     layers = layer_mapping(student.config.layers, teacher.config.layers)
     weights = layer_weights(student.config.layers, config.layer_weight).to(device)
+    term_weights = torch.tensor(list(config.terms.values()), device=device)
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in (*PARTS, "step")}
     audio_seconds = []
 
-    def timed(part: str, run: Callable[..., Any], *args: Any) -> Any:
+    def timed(part: str, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         wait()
         started = time.perf_counter()
-        result = run(*args)
+        result = run(*args, **options)
         wait()
         seconds[part].append(time.perf_counter() - started)
         return result
@@ -87,30 +89,32 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
     for number in range(warmup + steps):
         batch = timed("data", next, audio)
         waveforms, lengths = batch.waveforms.to(device), batch.lengths.to(device)
-        mask, frames = _mask(config, batch, teacher.config.frames), teacher.config.frames(batch.lengths)
-        mask = mask.to(device)
+        mask = _mask(config, batch, teacher.config.frames).to(device)
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws
         autocast = torch.autocast(device.type, precision, enabled=precision is not None)
         with forked, autocast:
-            targets = timed("teacher", teacher_targets, teacher, waveforms, lengths, mask, layers)
-            sums = timed("student forward", objective, waveforms, lengths, mask, targets)
-            with torch.no_grad():
-                hidden = student(waveforms, lengths, mask, projections=False).hidden_states
-                timed("loss", objective.frame_loss, hidden, targets.masking, frames.to(device))
-        loss = (sums[0] @ weights) / int(frames.sum())
+            targets = timed("teacher", teacher_targets, teacher, waveforms, lengths, mask, layers, **objective.needs)
+            hidden, frames = timed("student forward", objective.views, waveforms, lengths, mask)
+            sums = timed("loss", objective.compare, hidden, frames, targets)
+        loss = (term_weights @ sums) @ weights / int(frames.sum())
         timed("backward", loss.backward)
         timed("optimizer", update)
-        seconds["student forward"][-1] -= seconds["loss"][-1]
         seconds["step"].append(sum(seconds[part][-1] for part in PARTS[1:]))
         audio_seconds.append(float(batch.lengths.sum()) / SAMPLE_RATE)
         yield Step(number + 1, warmup + steps)
     timings = {name: summarize(values[warmup:]) for name, values in seconds.items()}
     yield TrainingProfile(
-        {**conditions(device), "teacher": config.teacher, "precision": config.precision, "steps": steps},
+        {
+            **conditions(device),
+            "teacher": config.teacher,
+            "loss": config.loss,
+            "precision": config.precision,
+            "steps": steps,
+        },
         sum(audio_seconds) / len(audio_seconds),
         timings.pop("step"),
         timings,
-        peak_memory(World(0, 1, device)),
+        high_water_mark(World(0, 1, device)),
     )
 
 

@@ -72,12 +72,14 @@ def _profile(content: dict[str, Any], folder: Path) -> list[str]:
     conditions = content["conditions"]
     pictures = [folder / f"{name}.png" for name in ("profile", "profile-length", "profile-quality")]
     rate = content["rates"]["macs_per_second"] / 1e9
+    shape = content.get("memory_shape")  # not in files of before it was recorded
+    largest = "the largest batch that all models ran" + (f", {shape[0]} x {shape[1]:g} s," if shape else "")
     return [
         f"### {_processor(conditions)}",
         "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in the same "
         f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
         f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
-        "and the largest batch that all models ran add to a process.",
+        f"and {largest} add to a process.",
         _timings(content["models"], _shown(content["cells"])),
         *_ragged(content.get("ragged", ())),
         *(f"![{p.stem}](bench/results/{folder.name}/{p.name})" for p in pictures if p.is_file()),

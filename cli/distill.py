@@ -117,6 +117,9 @@ def distill(
         float | None, typer.Option(help="Share of the steps with rising rate. [0.05]", rich_help_panel=TRAINING)
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's. [0.01]", rich_help_panel=TRAINING)] = None,
+    beta1: Annotated[float | None, typer.Option(help="AdamW's. [0.9]", rich_help_panel=TRAINING)] = None,
+    beta2: Annotated[float | None, typer.Option(help="AdamW's. [0.98]", rich_help_panel=TRAINING)] = None,
+    epsilon: Annotated[float | None, typer.Option(help="AdamW's. [1e-6]", rich_help_panel=TRAINING)] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm. [none]", rich_help_panel=TRAINING)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [fp32]", rich_help_panel=TRAINING)] = None,
     gradient_checkpointing: Annotated[

@@ -173,7 +173,8 @@ def render(result: "Profile") -> None:
                 ratios.add_row(label(model), label(other), *("-" if x is None else f"{x:.2f}" for x in found))
         ui.draw(ratios)
 
-    about = Table(title="size and cost", title_justify="left")
+    shape = "" if result.memory_shape is None else "; peak memory at {} x {:g} s".format(*result.memory_shape)
+    about = Table(title=f"size and cost{shape}", title_justify="left")
     for name in ("model", "parameters", "without heads", "MiB", "GMACs 10 s", "GMACs SUPERB", "peak memory MiB",
                  "of matrix rate", "feature error"):  # fmt: skip
         about.add_column(name, justify="left" if name == "model" else "right")

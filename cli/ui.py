@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from armhubert.errors import ArmhubertError
 
@@ -25,29 +26,33 @@ if TYPE_CHECKING:
     from armhubert.extract import Started as ExtractStarted
     from armhubert.student import ParameterCount
 
-_out = Console(highlight=False, emoji=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+def console(**settings: Any) -> Console:
+    """Shows text as it is: names of files and models may look like rich's markup."""
+    return Console(highlight=False, emoji=False, markup=False, **settings)
+
+
+_out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
 
 
 def error(message: str) -> None:
     """One line on standard error."""
-    _err.print(f"[red]error:[/red] {_plain(message)}" if _err.is_terminal else f"error: {_plain(message)}")
+    _err.print(Text.assemble(("error:", "red"), f" {_line(message)}"))
 
 
 def note(message: str) -> None:
     """A remark on standard error."""
-    _err.print(_plain(message))
+    _err.print(_line(message))
 
 
 def say(message: str) -> None:
     """A result on standard output, as it is."""
-    _out.print(message, markup=False)
+    _out.print(message)
 
 
 def draw(table: Table) -> None:
     """A table on standard output; without a terminal as wide as its content."""
-    console = _out if _out.is_terminal else Console(highlight=False, emoji=False, width=400)
-    console.print(table)
+    (_out if _out.is_terminal else console(width=400)).print(table)
 
 
 @contextmanager
@@ -65,10 +70,10 @@ def progress() -> Iterator[Callable[[str, float, float | None], None]]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_err, transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda what, done, total: bars.update(task, description=_plain(what), completed=done, total=total)
+        yield lambda what, done, total: bars.update(task, description=_line(what), completed=done, total=total)
 
 
 def set_threads(count: int | None) -> None:
@@ -95,8 +100,8 @@ def silence_libraries() -> None:
     logging.disable(logging.WARNING)
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("[", r"\[")
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def show(reports: "Iterator[Report]") -> None:
@@ -181,14 +186,13 @@ def _show_live(reports: "Iterator[Report]") -> None:
                 detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"
                 bar.update(training, completed=report.step, detail=detail)
             elif isinstance(report, distill.Validated):
-                mark = " [green]best[/green]" if report.best else ""
+                mark = (" best", "green") if report.best else ""
                 layers = " ".join(f"{x:.3f}" for x in report.layers)
-                bar.console.print(
-                    f"step {report.step}: held-out loss {report.loss:.4f}{mark} [dim]by layer {layers}[/dim]"
-                )
+                loss = f"step {report.step}: held-out loss {report.loss:.4f}"
+                bar.console.print(Text.assemble(loss, mark, (f" by layer {layers}", "dim")))
             elif isinstance(report, distill.StepSkipped):
                 bar.console.print(
-                    f"[yellow]step {report.step} skipped: not finite ({report.in_a_row} in a row)[/yellow]"
+                    f"step {report.step} skipped: not finite ({report.in_a_row} in a row)", style="yellow"
                 )
             elif isinstance(report, distill.Finished):
                 bar.stop()
@@ -214,7 +218,7 @@ def _start_table(report: "Started") -> Table:
         table.add_row("held out", f"{report.valid_utterances} utterances, {_duration(report.valid_seconds)}")
     if report.skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.skipped.items())
-        table.add_row("skipped", f"[yellow]{kinds}[/yellow], listed in {report.skipped_report}")
+        table.add_row("skipped", Text.assemble((kinds, "yellow"), f", listed in {report.skipped_report}"))
     processes = f"{report.processes} processes, " if report.processes > 1 else ""
     table.add_row("on", f"{processes}{report.device}, {report.config.precision}")
     if report.first_step:
@@ -229,10 +233,10 @@ def _show_end(report: "Finished") -> None:
         f"{_duration(report.audio_seconds)} of audio, peak memory {report.peak_memory / 2**30:.2f} GiB."
     )
     if report.reason == "stopped":
-        _out.print(f"Go on with:  armhubert distill --resume {shlex.quote(str(report.out))}", markup=False)
+        _out.print(f"Go on with:  armhubert distill --resume {shlex.quote(str(report.out))}")
     else:
         name = str(report.out)
-        _out.print(f"Student, curves and card are in {name}:  ARMHuBERT.from_pretrained({name!r})", markup=False)
+        _out.print(f"Student, curves and card are in {name}:  ARMHuBERT.from_pretrained({name!r})")
 
 
 def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -> None:

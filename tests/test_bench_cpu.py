@@ -41,17 +41,20 @@ def test_the_readme_shows_every_machine_and_what_did_not_run(tmp_path):
             "ragged": [{"name": "runs/arm (eager)", "rates": {"equal": 100.0, "sorted": 95.0, "unsorted": 80.0}}],
         }  # fmt: skip
 
-    for folder, content in {"a": profile("Some CPU", 0.5), "b": profile("Another CPU", 0.25)}.items():
+    recorded = profile("Another CPU", 0.25) | {"memory_shape": [8, 10.0]}  # older files lack it
+    for folder, content in {"a": profile("Some CPU", 0.5), "b": recorded}.items():
         (tmp_path / f"profile-{folder}").mkdir()
         (tmp_path / f"profile-{folder}" / "profile.json").write_text(json.dumps(content))
     (tmp_path / "profile-b" / "profile-length.png").write_bytes(b"")
-    text = report.render(tmp_path)
+    text = report.summary(tmp_path)
     assert "### Some CPU (avx2, avx512f)" in text
     assert "### Another CPU (avx2, avx512f)" in text
     assert "| model | 1 x 1 s | 1 x 10 s | 1 x 30 s | 1 x 300 s | 8 x 10 s |" in text
     assert "| student, preset armhubert | 250 ms, 4.0x | 250 ms, 4.0x | 250 ms, 4.0x | 9000 ms | 250 ms, 4.0x |" in text
     assert "| HuBERT Base | 1000 ms, 1.0x | 1000 ms, 1.0x | 1000 ms, 1.0x | - | 1000 ms, 1.0x |" in text
     assert "eager 95% (80%)" in text
+    assert text.count("and the largest batch that all models ran add to a process") == 1
+    assert text.count("and the largest batch that all models ran, 8 x 10 s, add to a process") == 1
     assert text.count("![profile-length](bench/results/profile-b/profile-length.png)") == 1
     assert "profile-a/profile-length.png" not in text
 

@@ -110,7 +110,7 @@ def test_help(call, asked):
     assert "Usage" in out
     if asked[0] == "distill":
         for field in DistillConfig.__dataclass_fields__:
-            if field not in ("data", "beta1", "beta2", "epsilon"):
+            if field != "data":
                 assert f"--{field.replace('_', '-')}" in re.sub(r"[│\s]+", " ", out), field
 
 
@@ -141,6 +141,7 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         "--loss", "star=2", "--distance", "l1", "--layer-weight", 0.5, "--mask-prob", 0.4, "--mask-prob-end", 0.9,
         "--mask-length", 7, "--epochs", 1.5, "--batch-seconds", 12, "--accumulate", 3, "--max-seconds", 8,
         "--lr", "1e-4", "--warmup", 0.2, "--weight-decay", 0, "--clip", 2, "--precision", "bf16",
+        "--beta1", 0.8, "--beta2", 0.95, "--epsilon", "1e-8",
         "--gradient-checkpointing", "--impl", "torch", "--device", "cpu", "--workers", 0, "--seed", 9,
         "--log-every", 2, "--validate-every", 3, "--save-every", 4, "--patience", 5, "--hold-out", 0.25,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         dropout=0.3, init="teacher", loss="star=2", distance="l1", layer_weight=0.5, mask_prob=0.4, mask_prob_end=0.9,
         mask_length=7, epochs=1.5, batch_seconds=12.0, accumulate=3, max_seconds=8.0, learning_rate=1e-4, warmup=0.2,
         weight_decay=0.0, clip=2.0, precision="bf16", gradient_checkpointing=True, impl="torch", device="cpu",
-        workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
+        beta1=0.8, beta2=0.95, epsilon=1e-8, workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
     )  # fmt: skip
     assert how["force"] is True
 
@@ -212,17 +213,23 @@ def test_output_without_a_terminal_is_one_parseable_line_a_report(call, speech, 
 def test_output_on_a_terminal_shows_the_run_and_where_the_student_is(call, speech, teacher, tmp_path, monkeypatch):
     import io
 
-    from rich.console import Console
-
     screen = io.StringIO()
-    terminal = Console(file=screen, force_terminal=True, width=200, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(cli.ui, "_out", terminal)
-    out = tmp_path / "run [1]"
-    code, _, err = call("distill", speech, "-o", out, "--teacher", teacher, *STUDENT, "--steps", 2, "--hold-out", 0.3)
+    monkeypatch.setattr(cli.ui, "_out", cli.ui.console(file=screen, force_terminal=True, width=200, soft_wrap=True))
+    out = tmp_path / "run [b]"
+    (tmp_path / "more[b]").mkdir()
+    soundfile.write(tmp_path / "more[b]" / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
+    (tmp_path / "teacher[i]").symlink_to(teacher)
+    teacher = tmp_path / "teacher[i]"
+    code, _, err = call(
+        "distill", speech, tmp_path / "more[b]", "-o", out, "--teacher", teacher, *STUDENT, "--steps", 2,
+        "--hold-out", 0.3,
+    )  # fmt: skip
     assert (code, err) == (0, "")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "Done at step 2" in text
     assert "held-out loss" in text
+    assert f"{teacher}, " in text
+    assert f"too short, listed in {out / 'skipped.tsv'}" in text
     assert f"ARMHuBERT.from_pretrained({str(out)!r})" in text
 
 
@@ -232,6 +239,17 @@ def test_info_tells_what_a_run_made_and_runs_it(call, old_run, speech):
     assert "2 of width 32, 2 heads, FFN 32" in out
     assert "CR" in out
     assert "features [1, 39, 32]" in out
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(call, old_run, speech, tmp_path):
+    model, audio = tmp_path / "run[b]", tmp_path / "x[b].wav"
+    model.symlink_to(old_run)
+    audio.write_bytes((speech / "0.wav").read_bytes())
+    code, out, err = call("info", model, "--audio", audio)
+    assert (code, err) == (0, "")
+    assert re.search(r"model +.*run\[b\]", out)
+    assert "x[b].wav: 0.80 s" in out
+    assert "x[/b].wav" in call("info", model, "--audio", tmp_path / "x[/b].wav")[2]
 
 
 def test_info_on_what_is_no_model(refused, tmp_path):

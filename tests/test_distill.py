@@ -535,6 +535,9 @@ def test_starting_anew_with_force_leaves_nothing_of_the_old_run_to_resume(settin
     reports.close()  # killed before its first checkpoint
     with pytest.raises(ArmhubertError, match=r"no checkpoint\.pt"):
         run(config, resume=True)
+    assert not (Path(config.out) / "model.safetensors").exists()
+    with pytest.raises(ArmhubertError, match=r"no config\.json"):
+        ARMHuBERT.from_pretrained(config.out)
 
 
 def test_sigterm_writes_a_checkpoint_exits_with_0_and_says_how_to_go_on(settings, tmp_path):
@@ -611,6 +614,27 @@ def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact
     monkeypatch.setattr(distill, "teacher_targets", real)
     end = run(dataclasses.replace(config, steps=saved.state.step + 2), resume=True)[-1]
     assert end.reason == "done"
+
+
+def test_gradients_beyond_fp16_halve_the_scale_and_count_as_skipped_steps(settings):
+    reports = run(config := settings(steps=30, precision="fp16", loss="masking=1e4"))
+    skipped, progress = of(reports, distill.StepSkipped), of(reports, distill.Progress)
+    assert len(skipped) > 0
+    assert [r.step for r in progress] == list(range(len(skipped) + 1, 31))  # the scale is found, then all steps count
+    assert all(np.isfinite(r.gradient_norm) for r in progress)
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert progress[-1].skipped_steps == saved.state.skipped_steps == len(skipped)
+    assert saved.scaler["scale"] == 65536 / 2 ** len(skipped)
+    assert {state["step"].item() for state in saved.optimizer["state"].values()} == {len(progress)}
+
+
+def test_gradients_that_no_scale_brings_into_fp16_are_a_run_that_diverged(settings):
+    config = settings(steps=100, precision="fp16", loss="masking=1e30", clip=1.0)
+    reports = []
+    with pytest.raises(ArmhubertError, match=r"17 steps in a row .* gradients that are not finite.* bf16 or fp32"):
+        reports.extend(distill.distill(config))
+    assert len(of(reports, distill.StepSkipped)) == 17  # 65536 down to below 1
+    assert of(reports, distill.Progress) == []
 
 
 def test_a_ruinous_learning_rate_ends_in_one_clear_error(settings):

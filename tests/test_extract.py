@@ -161,6 +161,22 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(student, speech, tmp_
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 4
 
 
+def test_a_torn_line_of_the_index_swallows_no_other(student, speech, tmp_path):
+    index = tmp_path / "out/index.jsonl"
+    run(student, speech, tmp_path / "out")
+    lines = index.read_text().splitlines()
+    index.write_text(f"{lines[0]}\n{lines[1][:20]}")  # killed while it wrote the second
+    reports = extract(ExtractConfig(str(student), (str(speech),), str(tmp_path / "out"), batch_seconds=0.1, workers=0))
+    for report in reports:
+        if isinstance(report, Progress):
+            break
+    reports.close()  # killed again, after one more
+    first, torn, *more = index.read_text().splitlines()
+    assert (first, torn) == (lines[0], lines[1][:20])
+    assert len(more) >= 1
+    assert all(json.loads(line)["features"] in {"1.npy", "2.npy", "3.npy"} for line in more)
+
+
 def test_a_changed_recording_is_computed_again(student, speech, tmp_path):
     run(student, speech, tmp_path / "out")
     soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(9000) * 0.1, 16_000)
@@ -227,6 +243,12 @@ def test_names_mirror_the_data(tmp_path):
     assert list(output_names([str(b / "3.wav")], [b / "3.wav"], ".npy").values()) == ["3.npy"]
     outside = output_names([str(a / "list.tsv")], [a / "../b/3.wav", a / "2.wav"], ".npy")
     assert list(outside.values()) == ["b/3.npy", "a/2.npy"]
+
+
+def test_an_ending_that_is_kept_is_no_other_recordings_name(tmp_path):
+    paths = [tmp_path / name for name in ("x.wav", "x.flac", "x.wav.flac", "y.wav.flac", "y.wav")]
+    expected = ["x.wav.npy", "x.flac.npy", "x.wav.flac.npy", "y.wav.npy", "y.npy"]
+    assert list(output_names([str(tmp_path)], paths, ".npy").values()) == expected
 
 
 def test_files_that_cannot_be_used_are_listed(student, speech, tmp_path):

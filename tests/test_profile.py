@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from armhubert import cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
+from armhubert.cli.profile import render
 from armhubert.clock import Timing
 from armhubert.config import preset
 from armhubert.encoder import SpeechEncoder
@@ -109,6 +110,27 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     ]
     assert len(list(csv.DictReader(paths[1].open()))) == 9
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_peak_memory_tells_at_which_shape(student, tmp_path, monkeypatch, capsys):
+    """The largest that every candidate ran: 3 x 0.2 s here, since 11 s would take too long."""
+    asked = []
+    monkeypatch.setattr(profile, "peak_memory", lambda *args: asked.append(args[1:]) or 5 << 20)
+    config = profile.ProfileConfig(
+        student, seconds=(0.2, 11.0), batch_sizes=(3,), batch_seconds=0.2, repeats=1, device="cpu", limit_seconds=1e-6
+    )
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    assert asked == [(student, "eager", 3, 0.2)]
+    assert result.memory_shape == (3, 0.2)
+    assert json.loads(profile_report.write(result, tmp_path)[0].read_text())["memory_shape"] == [3, 0.2]
+    render(result)
+    assert "peak memory at 3 x 0.2 s" in capsys.readouterr().out
+    *_, without = profile.profile(dataclasses.replace(config, memory=False, seconds=(0.2,)))
+    assert isinstance(without, profile.Profile)
+    assert without.memory_shape is None
+    render(without)
+    assert "peak memory at" not in capsys.readouterr().out
 
 
 def test_quantised_and_onnx_modes_stay_near_the_model(student):
@@ -234,8 +256,13 @@ def test_unequal_and_equal_batches_hold_the_same_audio():
 
 def test_stages_cover_the_pass(student):
     model = ARMHuBERT.from_pretrained(student)
-    parts = profile.stages(model, torch.zeros(1, 8000), repeats=1)
+    parts = profile.stages(model, torch.zeros(1, 8000), repeats=3)
+    assert parts.keys() == {
+        "front end", "projection", "positional convolution", "attention", "feed-forward", "norms", "heads",
+        "between them",
+    }  # fmt: skip
     assert all(seconds >= 0 for seconds in parts.values())
+    assert parts["between them"] < sum(parts.values()) / 2
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -292,7 +319,10 @@ def test_memory_is_that_of_a_process_of_its_own(student):
         ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
         ({"repeats": 0}, "repeats and warmup must be at least 1"),
         ({"limit_seconds": 0}, "limit_seconds must be above 0"),
-        ({"seconds": (-1.0,)}, "seconds must be above 0"),
+        ({"seconds": (-1.0,)}, "seconds must be finite and above 0"),
+        ({"seconds": (1.0, float("nan"))}, "seconds must be finite and above 0"),
+        ({"batch_seconds": -1.0}, "batch_seconds must be finite and above 0, got -1"),
+        ({"batch_seconds": float("nan"), "batch_sizes": (2,)}, "batch_seconds must be finite and above 0, got nan"),
         ({"seconds": (), "batch_sizes": ()}, "nothing would be timed"),
         ({"device": "tpu"}, "device must be auto"),
     ],

@@ -37,6 +37,24 @@ def test_rows_pictures_and_tensorboard_events_are_written(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.add("train", 1, {"loss": float("nan"), "gradient_norm": float("inf")}, (float("nan"), 0.5))
+    log.draw()
+    log.add("train", 2, {"loss": 0.5, "gradient_norm": 1.0}, (0.25, 0.5))
+    log.draw()
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    first, _ = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first, parse_constant=refuse) == {
+        "kind": "train", "step": 1, "loss": None, "gradient_norm": None, "layers": [None, 0.5]
+    }  # fmt: skip
+    filled(tmp_path, steps=(3,), start=2)  # what is resumed is drawn too
+
+
 def test_each_row_is_on_disk_as_soon_as_it_is_added(tmp_path):
     log = RunLog(tmp_path, 0)
     log.add("train", 1, {"loss": 1.0}, (1.0,))
