@@ -182,7 +182,7 @@ def evaluate(
         for fold in folds:
             folder = out / f"fold-{fold + 1}" if task.folds > 1 else out
             evaluation = _Evaluation(config, task, upstream, fold, folder, device, should_stop)
-            results.append((yield from evaluation.run(anew=not resume)))
+            results.append((yield from evaluation.run(anew=not resume and fold == folds[0])))
     except _Stopped:
         yield Finished("stopped", {}, out)
         return
@@ -386,6 +386,8 @@ class _Training:
             "data": evaluation.hashes["train"] + evaluation.hashes["dev"],
             "settings": json.dumps(dataclasses.asdict(self.settings), sort_keys=True),
             "rate": self.rate,
+            "seed": evaluation.config.seed,
+            "normalize_layers": evaluation.config.normalize_layers,
         }
 
     def save(self) -> None:
@@ -608,7 +610,7 @@ class _Evaluation:
                 self.config = dataclasses.replace(config, **settings)  # type: ignore[arg-type]
 
     def run(self, *, anew: bool) -> Generator[Report, None, dict[str, Any]]:
-        """Everything; returns the result."""
+        """Everything; returns the result. With `anew`, nothing of an earlier run is left once the data are checked."""
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
         scan_cache = (Path(config.cache) if config.cache else out) / SCAN_CACHE
@@ -621,12 +623,9 @@ class _Evaluation:
         self.features = Features(self.upstream, self.measured, cache, self.device, config.workers)
         if config.dry_run:
             self.folder = out / ".dry-run"
-            anew = True
-        if anew:
-            for name in (CHECKPOINT_FILE, BEST_FILE, RESULT_FILE):
-                (self.folder / name).unlink(missing_ok=True)
-            for folder in self.folder.glob("lr-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
+        elif anew:
+            _clear(out)
         try:
             yield from self._start()
             return (yield from self._trained() if config.training.steps else self._searched())
@@ -789,6 +788,15 @@ class _Evaluation:
             },
             **more,
         }  # fmt: skip
+
+
+def _clear(out: Path) -> None:
+    """Remove what a resumed run would take up, of every fold and rate; the result first: it says that all is done."""
+    for name in (RESULT_FILE, CHECKPOINT_FILE, BEST_FILE):
+        (out / name).unlink(missing_ok=True)
+    for pattern in ("fold-*", "lr-*"):
+        for folder in out.glob(pattern):
+            shutil.rmtree(folder)
 
 
 def _few(split: Split) -> Split:

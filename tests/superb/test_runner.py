@@ -131,6 +131,49 @@ def test_a_finished_run_is_not_repeated(config):
     assert len(reports) == 1
 
 
+@pytest.fixture
+def folds(waves, tmp_path):
+    waves(*(f"er/{emotion}/{s}/{n}.wav" for emotion in ("glad", "sad") for s in "abcde" for n in "12"), seconds=0.2)
+    return EvaluateConfig(
+        "fbank", "er", str(tmp_path / "er"), str(tmp_path / "run"),
+        steps=2, batch=2, accumulate=1, validate_every=1, workers=0,
+    )  # fmt: skip
+
+
+def test_a_run_begun_anew_takes_nothing_from_the_one_before(folds, tmp_path):
+    run(folds)
+    other = replace(folds, seed=1)
+    assert run(other, force=True, should_stop=lambda: True)[0] == {}
+    resumed, reports = run(load_run_config(tmp_path / "run", {}), resume=True)
+    assert resumed["config"]["seed"] == 1
+    steps = {r.fold: r.first_step for r in reports if isinstance(r, Started)}
+    assert steps == {1: 1, 2: 0, 3: 0, 4: 0, 5: 0}
+    fresh, _ = run(replace(other, out=str(tmp_path / "fresh")))
+    assert resumed["folds"] == fresh["folds"]
+
+
+def test_each_fold_leaves_a_checkpoint_until_a_run_begins_anew(folds, tmp_path):
+    run(folds)
+    assert len(list((tmp_path / "run").glob("fold-*/checkpoint.pt"))) == 5
+    one, _ = run(replace(folds, fold=3), force=True)
+    assert len(one["data"]) == 3  # train, dev and test of one fold
+    assert [path.parent.name for path in (tmp_path / "run").glob("fold-*/checkpoint.pt")] == ["fold-3"]
+
+
+def test_a_dry_run_leaves_an_earlier_run_as_it_is(folds, tmp_path):
+    first, _ = run(folds)
+    run(replace(folds, seed=1, dry_run=True), force=True)
+    assert run(folds, resume=True)[0] == first
+    assert len(list((tmp_path / "run").glob("fold-*/checkpoint.pt"))) == 5
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"seed": 1}, "seed"), ({"normalize_layers": True}, "normalize_layers")])
+def test_checkpoints_of_other_settings_are_refused(config, changes, name):
+    run(config, should_stop=lambda: True)
+    with pytest.raises(ArmhubertError, match=f"begun with other {name}: start anew"):
+        run(replace(config, **changes), resume=True)
+
+
 def test_a_run_is_not_overwritten_by_accident(config):
     run(config)
     with pytest.raises(ArmhubertError, match=r"exists: give --resume"):
@@ -152,6 +195,8 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
     assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
     assert same(first, second)
+    _, reports = run(replace(cached, out=str(tmp_path / "cached-seed"), seed=1))
+    assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0  # seeds share features
 
 
 def test_an_interrupted_cache_is_completed(config, tmp_path):
