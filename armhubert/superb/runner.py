@@ -426,6 +426,11 @@ class _Training:
         """The head of the best step on dev."""
         self.probe.load_state_dict(read_pickle(self.folder / BEST_FILE))
 
+    def best(self, until: int) -> dict[str, Any]:
+        """The best row on dev up to a step; a resumed sweep asks for steps that are long past."""
+        rows = [row for row in self.state.history if row["kind"] == "dev" and row["step"] <= until]
+        return max(rows, key=lambda row: _rank(self.evaluation.task.metrics, row))
+
     # -- training --
 
     def run(self, until: int) -> Iterator[Report]:
@@ -711,12 +716,12 @@ class _Evaluation:
         rates = sorted(self.config.rates)
         for share in (8, 4, 2, 1):
             until = max(1, steps // share)
-            scores: dict[float, dict[str, float]] = {}
+            scores: dict[float, dict[str, Any]] = {}
             for rate in rates:
                 training = _Training(self, rate, self.folder / f"lr-{rate:g}")
                 with contextlib.suppress(Diverged):
                     yield from training.run(until)
-                    scores[rate] = training.state.best
+                    scores[rate] = training.best(until)
             if not scores:
                 tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
                 raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")

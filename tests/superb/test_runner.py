@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_wave  # type: ignore[import-not-found]
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
 from armhubert.distributed import processor_name
@@ -234,6 +235,28 @@ def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
     best = max(r.metric for r in tried if r.metric is not None and r.step == 16)
     assert result["dev"]["accuracy"] == pytest.approx(best)
     assert len([r for r in tried if r.step == 16]) == 1
+
+
+def test_a_resumed_sweep_records_what_an_uninterrupted_one_does(config, tmp_path):
+    for n in range(16):
+        write_wave(tmp_path / f"words/cat/{n}.wav", 0.3, n, level=0.01)  # loudness alone tells the words apart
+    swept = replace(
+        config,
+        model="fbank_no_cmvn",
+        learning_rate=None,
+        sweep="lr",
+        rates=(1e-2, 1e-3, 1e-4),
+        steps=8,
+        validate_every=1,
+    )
+    whole, _ = run(swept)
+    assert whole["sweep"][1]["dev"] < whole["dev"]["accuracy"]  # a rate that gets better later
+    part = replace(swept, out=str(tmp_path / "part"))
+    steps = iter(range(100))
+    assert run(part, should_stop=lambda: next(steps) >= 5)[0] == {}
+    resumed, _ = run(load_run_config(tmp_path / "part", {}), resume=True)
+    assert resumed["sweep"] == whole["sweep"]
+    assert same(whole, resumed)
 
 
 def test_a_dry_run_leaves_nothing(config, tmp_path):
