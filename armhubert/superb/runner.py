@@ -26,7 +26,7 @@ from armhubert.convert.tensors import read_pickle
 from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
-from armhubert.superb.audio import Measured, ahead, measure_corpus, padded
+from armhubert.superb.audio import Recordings, ahead, measure_corpus, padded
 from armhubert.superb.cache import FeatureCache, Plan
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
 from armhubert.superb.heads import WeightedSum
@@ -226,15 +226,15 @@ class Features:
     """The features of items, from the cache where there is one, else from the upstream."""
 
     def __init__(
-        self, upstream: Upstream, measured: Measured, cache: FeatureCache | None, device: torch.device, workers: int
+        self, upstream: Upstream, recordings: Recordings, cache: FeatureCache | None, device: torch.device, workers: int
     ) -> None:
-        self.upstream, self.measured, self.cache = upstream, measured, cache
+        self.upstream, self.recordings, self.cache = upstream, recordings, cache
         self.device, self.workers = device, workers
 
     def stream(self, groups: Sequence[Sequence[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
         """([L, B, T, D], valid frames [B]) of each group, on the device."""
         if self.cache is not None:
-            cache, digest = self.cache, self.measured.digest
+            cache, digest = self.cache, self.recordings.digest
             for rows in ahead(lambda group: [cache.read(digest(item)) for item in group], groups, self.workers):
                 lengths = torch.tensor([row.shape[1] for row in rows])
                 layers = rows[0].new_zeros(rows[0].shape[0], len(rows), int(lengths.max()), rows[0].shape[2])
@@ -246,7 +246,7 @@ class Features:
                 yield self.upstream(waveforms.to(self.device), lengths.to(self.device))
 
     def _read(self, group: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        return padded([self.measured.waveform(item) for item in group])
+        return padded([self.recordings.waveform(item) for item in group])
 
     def fill(self, items: Sequence[Item], should_stop: Callable[[], bool]) -> Iterator[CachePlanned | Caching]:
         """Compute what the cache does not have yet; says first how much it will be.
@@ -255,8 +255,8 @@ class Features:
             ArmhubertError: it does not fit on the disk.
         """
         assert self.cache is not None
-        by_digest = {self.measured.digest(item): item for item in items}
-        frames = [self.upstream.frames(self.measured.samples(item)) for item in by_digest.values()]
+        by_digest = {self.recordings.digest(item): item for item in items}
+        frames = [self.upstream.frames(self.recordings.samples(item)) for item in by_digest.values()]
         plan = self.cache.plan(list(by_digest), frames)
         yield CachePlanned(plan)
         if plan.bytes > 0.95 * plan.free:
@@ -268,8 +268,8 @@ class Features:
             return
         with self.cache.writer() as writer:
             missing = [(digest, item) for digest, item in by_digest.items() if digest not in self.cache]
-            missing.sort(key=lambda pair: -self.measured.samples(pair[1]))
-            groups = _by_seconds(missing, self.measured)
+            missing.sort(key=lambda pair: -self.recordings.samples(pair[1]))
+            groups = _by_seconds(missing, self.recordings)
             done = 0
             waveforms = ahead(lambda group: self._read([item for _, item in group]), groups, self.workers)
             with contextlib.closing(waveforms):  # type: ignore[type-var]
@@ -283,14 +283,14 @@ class Features:
                         raise _Stopped
 
 
-def _by_seconds(pairs: Sequence[tuple[str, Item]], measured: Measured) -> list[list[tuple[str, Item]]]:
+def _by_seconds(pairs: Sequence[tuple[str, Item]], recordings: Recordings) -> list[list[tuple[str, Item]]]:
     """Pairs, longest first, in groups that padded hold at most `CACHE_BATCH_SECONDS`."""
     groups: list[list[tuple[str, Item]]] = []
     longest = 0
     for pair in pairs:
         if not groups or longest * (len(groups[-1]) + 1) > CACHE_BATCH_SECONDS * SAMPLE_RATE:
             groups.append([])
-            longest = measured.samples(pair[1])
+            longest = recordings.samples(pair[1])
         groups[-1].append(pair)
     return groups
 
@@ -365,7 +365,7 @@ class _Training:
         optimizer = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[self.settings.optimizer]
         self.optimizer = optimizer(self.trained, lr=learning_rate)
         self.items = self.corpus.splits["train"].items
-        self.samples = [evaluation.measured.samples(item) for item in self.items]
+        self.samples = [evaluation.recordings.samples(item) for item in self.items]
         self.weights: list[float] | None = None
         if self.settings.balanced:
             counts: dict[str, int] = {}
@@ -547,8 +547,8 @@ class _Training:
     def predict(self, split: Split) -> list[Any]:
         """Predictions in the order of the split's items."""
         self.probe.eval()
-        measured, size = self.evaluation.measured, self.settings.batch
-        order = sorted(range(len(split.items)), key=lambda index: -measured.samples(split.items[index]))
+        recordings, size = self.evaluation.recordings, self.settings.batch
+        order = sorted(range(len(split.items)), key=lambda index: -recordings.samples(split.items[index]))
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         predictions: list[Any] = [None] * len(order)
         stream = self.evaluation.features.stream([[split.items[i] for i in group] for group in groups])
@@ -591,7 +591,7 @@ class _Evaluation:
     """One model on one task, in one fold of it."""
 
     corpus: Corpus
-    measured: Measured
+    recordings: Recordings
     features: Features
     hashes: dict[SplitName, str]
 
@@ -620,12 +620,12 @@ class _Evaluation:
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
         scan_cache = (Path(config.cache) if config.cache else out) / SCAN_CACHE
         scanning = measure_corpus(self.corpus, None if config.dry_run else scan_cache, max(1, config.workers))
-        self.measured = yield from _reported(scanning)
-        self.hashes = {name: list_hash(split, self.measured) for name, split in self.corpus.splits.items()}
+        self.recordings = yield from _reported(scanning)
+        self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None
         if config.cache and not config.dry_run:
             cache = FeatureCache(Path(config.cache), self.upstream)
-        self.features = Features(self.upstream, self.measured, cache, self.device, config.workers)
+        self.features = Features(self.upstream, self.recordings, cache, self.device, config.workers)
         if config.dry_run:
             self.folder = out / ".dry-run"
             shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
@@ -666,7 +666,7 @@ class _Evaluation:
         if not config.dry_run:
             write_atomic(Path(config.out) / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         splits = {
-            name: (len(split.items), sum(self.measured.samples(item) for item in split.items) / SAMPLE_RATE)
+            name: (len(split.items), sum(self.recordings.samples(item) for item in split.items) / SAMPLE_RATE)
             for name, split in self.corpus.splits.items()
         }
         yield Started(
@@ -779,7 +779,7 @@ class _Evaluation:
             "data": {
                 name: {
                     "items": len(split.items),
-                    "seconds": round(sum(self.measured.samples(item) for item in split.items) / SAMPLE_RATE, 3),
+                    "seconds": round(sum(self.recordings.samples(item) for item in split.items) / SAMPLE_RATE, 3),
                     "hash": self.hashes[name],
                 }
                 for name, split in self.corpus.splits.items()
@@ -813,19 +813,19 @@ def _few(split: Split) -> Split:
     return Split(split.items[:DRY_ITEMS])
 
 
-def _reported(scanning: Generator[tuple[int, int], None, Measured]) -> Generator[Scanning, None, Measured]:
+def _reported(scanning: Generator[tuple[int, int], None, Recordings]) -> Generator[Scanning, None, Recordings]:
     while True:
         try:
             done, total = next(scanning)
         except StopIteration as end:
-            measured: Measured = end.value
-            return measured
+            recordings: Recordings = end.value
+            return recordings
         yield Scanning(done, total)
 
 
-def list_hash(split: Split, measured: Measured) -> str:
+def list_hash(split: Split, recordings: Recordings) -> str:
     """Digest of a split: keys, lengths and labels of its items, and its trials; no machine path."""
-    rows = [(item.key, measured.samples(item), item.label) for item in split.items]
+    rows = [(item.key, recordings.samples(item), item.label) for item in split.items]
     return hashlib.blake2b(repr((rows, split.trials)).encode(), digest_size=16).hexdigest()
 
 
