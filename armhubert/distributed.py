@@ -1,4 +1,4 @@
-"""Several processes under torchrun, or one: what the training loop needs to know of the others."""
+"""What training loops need to know of where they run: devices, other processes under torchrun, generators of chance."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -81,6 +82,18 @@ def processor_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
+
+
+@contextmanager
+def chance(device: torch.device, *key: int) -> Iterator[None]:
+    """torch's default generators of the CPU and of `device`, as `pick_device` gives it, seeded by `key`; the caller's
+    are put back."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 @contextmanager

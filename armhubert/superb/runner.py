@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import build, read_mapping
 from armhubert.convert.tensors import read_pickle
-from armhubert.distributed import device_name, pick_device, processor_name
+from armhubert.distributed import chance, device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.superb.audio import Recordings, ahead, measure_corpus, padded
@@ -311,17 +311,6 @@ def plan_batches(
         bucket = sorted(order[start : start + BUCKET * batch].tolist(), key=lambda index: -samples[index])
         plan += [bucket[i : i + batch] for i in range(0, len(bucket), batch)]
     return [plan[place] for place in draw.permutation(len(plan))]
-
-
-@contextlib.contextmanager
-def chance(device: torch.device, *key: int) -> Iterator[None]:
-    """torch's default generators seeded by `key`; the caller's are put back."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        yield
 
 
 # ---- one head --------------------------------------------------------------
