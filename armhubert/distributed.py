@@ -1,4 +1,4 @@
-"""What training loops need to know of where they run: devices, other processes under torchrun, generators of chance."""
+"""What training loops need to know of where they run: devices, other processes under torchrun, random generators."""
 
 import os
 import platform

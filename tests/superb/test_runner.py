@@ -12,10 +12,12 @@ from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
-from armhubert.superb import runner
+from armhubert.superb import features
 from armhubert.superb.config import EvaluateConfig
-from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
+from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
+from armhubert.superb.runner import evaluate, load_run_config
 from armhubert.superb.tasks import find
+from armhubert.superb.training import plan_batches, rank
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -186,7 +188,7 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     plain, _ = run(config)
     cached = replace(config, out=str(tmp_path / "cached"), cache=str(tmp_path / "features"))
     first, reports = run(cached)
-    plan = next(r.plan for r in reports if isinstance(r, runner.CachePlanned))
+    plan = next(r.plan for r in reports if isinstance(r, CachePlanned))
     assert plan.items == len(WORDS)
     assert plan.bytes == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.fp16"))
     assert first["layer_weights"] == pytest.approx(plain["layer_weights"], abs=1e-3)  # fp16 rounds features to 5e-4
@@ -194,32 +196,28 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert (first["metrics"], first["dev"]) == (plain["metrics"], plain["dev"])
     second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
-    assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
+    assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0
     assert same(first, second)
     _, reports = run(replace(cached, out=str(tmp_path / "cached-seed"), seed=1))
-    assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0  # seeds share features
+    assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0  # seeds share features
 
 
-def test_an_interrupted_cache_is_completed(config, tmp_path):
+def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "CACHE_BATCH_SECONDS", 1.0)
     cached = replace(config, cache=str(tmp_path / "features"))
-    runner_batch = runner.CACHE_BATCH_SECONDS
-    try:
-        runner.CACHE_BATCH_SECONDS = 1.0
-        result, _ = run(cached, should_stop=lambda: True)
-    finally:
-        runner.CACHE_BATCH_SECONDS = runner_batch
+    result, _ = run(cached, should_stop=lambda: True)
     assert result == {}
     _, reports = run(cached, force=True)
-    missing = next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items
+    missing = next(r.plan for r in reports if isinstance(r, CachePlanned)).items
     assert 0 < missing < len(WORDS)
 
 
 def test_between_equals_the_next_metric_decides():
     rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
-    first, second = (runner._rank(find("ic").metrics, row) for row in rows)
+    first, second = (rank(find("ic").metrics, row) for row in rows)
     assert second > first
     errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
-    ranks = [runner._rank(find("asr").metrics, row) for row in errors]
+    ranks = [rank(find("asr").metrics, row) for row in errors]
     assert ranks == sorted(ranks)
 
 
