@@ -39,7 +39,7 @@ from armhubert.data import (
     write_skipped,
 )
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
-from armhubert.distributed import World, device_name, pick_device, world
+from armhubert.distributed import World, chance, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
@@ -392,7 +392,7 @@ class _Run:
             mask = mask.to(waveforms.device, non_blocking=True)
             last = position == len(group.mine) - 1
             alone = contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
-            with alone, self._chance(state.step, micro.place):
+            with alone, chance(self.world.device, config.seed, state.step, micro.place):
                 with self._autocast():
                     targets = teacher_targets(
                         self.teacher, waveforms, lengths, mask, self.layers, **self.objective.needs
@@ -459,17 +459,6 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
-
-    @contextlib.contextmanager
-    def _chance(self, step: int, place: int) -> Iterator[None]:
-        """Dropout's generators seeded by (seed, step, batch); the caller's are put back."""
-        device = self.world.device
-        seed = int(np.random.SeedSequence([self.config.seed, step, place]).generate_state(1, np.uint64)[0] >> 1)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index].manual_seed(seed)
-            yield
 
     @torch.no_grad()
     def validate(self) -> Validated:

@@ -1,4 +1,4 @@
-"""Several processes under torchrun, or one: what the training loop needs to know of the others."""
+"""What training loops need to know of where they run: devices, other processes under torchrun, random generators."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -92,6 +93,18 @@ def processor_name() -> str:
 
 _TIMEOUT = timedelta(minutes=30)
 """A step, a validation or an export takes less; whoever is away for longer has died or hangs."""
+
+
+@contextmanager
+def chance(device: torch.device, *key: int) -> Iterator[None]:
+    """torch's default generators of the CPU and of `device`, as `pick_device` gives it, seeded by `key`; the caller's
+    are put back."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 @contextmanager

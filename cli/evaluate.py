@@ -15,7 +15,7 @@ from armhubert.cli.distill import stop_on_signal
 from armhubert.errors import ArmhubertError
 
 if TYPE_CHECKING:
-    from armhubert.superb import runner
+    from armhubert.superb import progress
     from armhubert.superb.similarity import Similarity
     from armhubert.superb.suite import Column, SuiteFinished, SuitePlanned
 
@@ -270,26 +270,26 @@ def _cell(value: float | None, column: "Column") -> str:
 # ---- reports ---------------------------------------------------------------
 
 
-def show(report: "runner.Report", bar: Show) -> None:
+def show(report: "progress.Report", bar: Show) -> None:
     """One report of an evaluation: progress to the bar, facts as lines of `kind key=value ...`."""
-    from armhubert.superb import runner
+    from armhubert.superb import progress
 
-    if isinstance(report, runner.Scanning):
+    if isinstance(report, progress.Scanning):
         bar("examine audio", report.done, report.total)
-    elif isinstance(report, runner.Started):
+    elif isinstance(report, progress.Started):
         _show_start(report)
-    elif isinstance(report, runner.CachePlanned):
+    elif isinstance(report, progress.CachePlanned):
         plan = report.plan
         if plan.items:
             ui.say(
                 f"cache items={plan.items} write={plan.bytes / 1e9:.2f}GB free={plan.free / 1e9:.1f}GB "
                 f"folder={shlex.quote(str(plan.folder))}"
             )
-    elif isinstance(report, runner.Caching):
+    elif isinstance(report, progress.Caching):
         bar("compute features", report.done, report.total)
-    elif isinstance(report, runner.Searching):
+    elif isinstance(report, progress.Searching):
         bar("search", report.done, report.total)
-    elif isinstance(report, runner.Progress):
+    elif isinstance(report, progress.Progress):
         if sys.stderr.isatty():
             bar(f"train, loss {report.loss:.4f}", report.step, report.steps)
         else:
@@ -297,16 +297,16 @@ def show(report: "runner.Report", bar: Show) -> None:
                 f"train step={report.step} of={report.steps} loss={report.loss:.5f} lr={report.learning_rate:.2e} "
                 f"grad_norm={report.gradient_norm:.3f} eta={report.eta:.0f}"
             )
-    elif isinstance(report, runner.Validated):
+    elif isinstance(report, progress.Validated):
         ui.say(f"dev step={report.step} {_pairs(report.metrics)}{' best' if report.best else ''}")
-    elif isinstance(report, runner.RateTried):
+    elif isinstance(report, progress.RateTried):
         value = "diverged" if report.metric is None else f"{report.metric:.4f}"
         ui.say(f"rate={report.rate:g} step={report.step} dev={value} {'kept' if report.kept else 'given up'}")
-    elif isinstance(report, runner.Finished):
+    elif isinstance(report, progress.Finished):
         _show_end(report)
 
 
-def _show_start(report: "runner.Started") -> None:
+def _show_start(report: "progress.Started") -> None:
     task = f"{report.task.name} ({report.task.title.lower()})" + (f", fold {report.fold}" if report.fold else "")
     upstream = report.upstream
     ui.say(
@@ -323,7 +323,7 @@ def _show_start(report: "runner.Started") -> None:
         ui.say(f"not SUPERB's: {' '.join(f'{name}={value}' for name, value in report.changed.items())}")
 
 
-def _show_end(report: "runner.Finished") -> None:
+def _show_end(report: "progress.Finished") -> None:
     from armhubert.superb.report import write_pictures
 
     out = shlex.quote(str(report.out))

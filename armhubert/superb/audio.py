@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class Measured:
+class Recordings:
     """The lengths of a corpus' recordings, and what follows from them for its items."""
 
     def __init__(self, samples: Mapping[str, int]) -> None:
@@ -62,7 +62,7 @@ class Measured:
         return self._identity[path]
 
 
-def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generator[tuple[int, int], None, Measured]:
+def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generator[tuple[int, int], None, Recordings]:
     """Decode every recording once; yields (done, total), returns the lengths.
 
     Raises:
@@ -78,7 +78,7 @@ def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generato
             f"{len(bad)} recordings of the data cannot be used ({some}{'; ...' if len(bad) > 3 else ''}): "
             "repair them, or remove them and their labels"
         )
-    measured = Measured(
+    recordings = Recordings(
         {u.path: u.samples for u in result.utterances}
         | {skipped.path: len(read_audio(skipped.path)) for skipped in result.skipped}
     )
@@ -86,12 +86,12 @@ def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generato
         for item in split.items:
             for part in item.parts:
                 end = part.start + (part.count or 1)
-                if end > measured.samples_of_file[part.path]:
+                if end > (there := recordings.samples_of_file[part.path]):
                     raise ArmhubertError(
-                        f"{item.key}: {part.path} has {measured.samples_of_file[part.path] / SAMPLE_RATE:.2f} s where "
-                        f"the labels need {end / SAMPLE_RATE:.2f} s: check the lists"
+                        f"{item.key}: {part.path} has {there / SAMPLE_RATE:.2f} s where the "
+                        f"labels need {end / SAMPLE_RATE:.2f} s: check the lists"
                     )
-    return measured
+    return recordings
 
 
 def ahead(function: Callable[[_T], _R], inputs: Iterable[_T], workers: int) -> Iterator[_R]:

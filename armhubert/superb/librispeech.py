@@ -128,8 +128,8 @@ def hold_out(
     *,
     by_speaker: bool = False,
 ) -> tuple[dict[SplitName, list[Transcribed]], list[str]]:
-    """Fill an empty dev or test from train: a tenth, chosen by the hash of the utterance's id; of every speaker alike
-    with `by_speaker`, as speaker identification needs."""
+    """Fill an empty dev or test from train: a tenth, but at least one and never the last, chosen by the hash of the
+    utterance's id; of every speaker alike with `by_speaker`, as speaker identification needs."""
     notes = []
     for split in which:
         if splits.get(split):
@@ -141,7 +141,7 @@ def hold_out(
         held = {
             utterance.key
             for group in groups.values()
-            if len(group) > 2
+            if len(group) > 1
             for utterance in sorted(group, key=lambda u: _rank(split, u.key))[: max(1, round(HELD_OUT * len(group)))]
         }
         splits = {

@@ -10,7 +10,7 @@ from armhubert.config import build
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig, given_in_vain
-from armhubert.superb.runner import Report
+from armhubert.superb.progress import Finished, Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
 from armhubert.superb.tasks.mini import RESOLUTION
@@ -247,7 +247,7 @@ def run_suite(
                 config, resume=same, force=not same, upstream=upstream, should_stop=should_stop
             ):
                 yield last
-        assert isinstance(last, runner.Finished)
+        assert isinstance(last, Finished)
         if last.reason == "stopped":
             yield SuiteFinished(results, _columns(plan), "stopped", out)
             return

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_wave  # type: ignore[import-not-found]
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
-from armhubert.superb import runner
+from armhubert.superb import features
 from armhubert.superb.config import EvaluateConfig
-from armhubert.superb.runner import Finished, RateTried, Started, Validated, evaluate, load_run_config, plan_batches
+from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
+from armhubert.superb.runner import evaluate, load_run_config
 from armhubert.superb.tasks import find
+from armhubert.superb.training import plan_batches, rank
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -131,6 +134,49 @@ def test_a_finished_run_is_not_repeated(config):
     assert len(reports) == 1
 
 
+@pytest.fixture
+def folds(waves, tmp_path):
+    waves(*(f"er/{emotion}/{s}/{n}.wav" for emotion in ("glad", "sad") for s in "abcde" for n in "12"), seconds=0.2)
+    return EvaluateConfig(
+        "fbank", "er", str(tmp_path / "er"), str(tmp_path / "run"),
+        steps=2, batch=2, accumulate=1, validate_every=1, workers=0,
+    )  # fmt: skip
+
+
+def test_a_run_begun_anew_takes_nothing_from_the_one_before(folds, tmp_path):
+    run(folds)
+    other = replace(folds, seed=1)
+    assert run(other, force=True, should_stop=lambda: True)[0] == {}
+    resumed, reports = run(load_run_config(tmp_path / "run", {}), resume=True)
+    assert resumed["config"]["seed"] == 1
+    steps = {r.fold: r.first_step for r in reports if isinstance(r, Started)}
+    assert steps == {1: 1, 2: 0, 3: 0, 4: 0, 5: 0}
+    fresh, _ = run(replace(other, out=str(tmp_path / "fresh")))
+    assert resumed["folds"] == fresh["folds"]
+
+
+def test_each_fold_leaves_a_checkpoint_until_a_run_begins_anew(folds, tmp_path):
+    run(folds)
+    assert len(list((tmp_path / "run").glob("fold-*/checkpoint.pt"))) == 5
+    one, _ = run(replace(folds, fold=3), force=True)
+    assert len(one["data"]) == 3  # train, dev and test of one fold
+    assert [path.parent.name for path in (tmp_path / "run").glob("fold-*/checkpoint.pt")] == ["fold-3"]
+
+
+def test_a_dry_run_leaves_an_earlier_run_as_it_is(folds, tmp_path):
+    first, _ = run(folds)
+    run(replace(folds, seed=1, dry_run=True), force=True)
+    assert run(folds, resume=True)[0] == first
+    assert len(list((tmp_path / "run").glob("fold-*/checkpoint.pt"))) == 5
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"seed": 1}, "seed"), ({"normalize_layers": True}, "normalize_layers")])
+def test_checkpoints_of_other_settings_are_refused(config, changes, name):
+    run(config, should_stop=lambda: True)
+    with pytest.raises(ArmhubertError, match=f"begun with other {name}: start anew"):
+        run(replace(config, **changes), resume=True)
+
+
 def test_a_run_is_not_overwritten_by_accident(config):
     run(config)
     with pytest.raises(ArmhubertError, match=r"exists: give --resume"):
@@ -142,7 +188,7 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     plain, _ = run(config)
     cached = replace(config, out=str(tmp_path / "cached"), cache=str(tmp_path / "features"))
     first, reports = run(cached)
-    plan = next(r.plan for r in reports if isinstance(r, runner.CachePlanned))
+    plan = next(r.plan for r in reports if isinstance(r, CachePlanned))
     assert plan.items == len(WORDS)
     assert plan.bytes == sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.fp16"))
     assert first["layer_weights"] == pytest.approx(plain["layer_weights"], abs=1e-3)  # fp16 rounds features to 5e-4
@@ -150,30 +196,28 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert (first["metrics"], first["dev"]) == (plain["metrics"], plain["dev"])
     second, reports = run(replace(cached, out=str(tmp_path / "cached-again")))
-    assert next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items == 0
+    assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0
     assert same(first, second)
+    _, reports = run(replace(cached, out=str(tmp_path / "cached-seed"), seed=1))
+    assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0  # seeds share features
 
 
-def test_an_interrupted_cache_is_completed(config, tmp_path):
+def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "CACHE_BATCH_SECONDS", 1.0)
     cached = replace(config, cache=str(tmp_path / "features"))
-    runner_batch = runner.CACHE_BATCH_SECONDS
-    try:
-        runner.CACHE_BATCH_SECONDS = 1.0
-        result, _ = run(cached, should_stop=lambda: True)
-    finally:
-        runner.CACHE_BATCH_SECONDS = runner_batch
+    result, _ = run(cached, should_stop=lambda: True)
     assert result == {}
     _, reports = run(cached, force=True)
-    missing = next(r.plan for r in reports if isinstance(r, runner.CachePlanned)).items
+    missing = next(r.plan for r in reports if isinstance(r, CachePlanned)).items
     assert 0 < missing < len(WORDS)
 
 
 def test_between_equals_the_next_metric_decides():
     rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
-    first, second = (runner._rank(find("ic").metrics, row) for row in rows)
+    first, second = (rank(find("ic").metrics, row) for row in rows)
     assert second > first
     errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
-    ranks = [runner._rank(find("asr").metrics, row) for row in errors]
+    ranks = [rank(find("asr").metrics, row) for row in errors]
     assert ranks == sorted(ranks)
 
 
@@ -189,6 +233,28 @@ def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
     best = max(r.metric for r in tried if r.metric is not None and r.step == 16)
     assert result["dev"]["accuracy"] == pytest.approx(best)
     assert len([r for r in tried if r.step == 16]) == 1
+
+
+def test_a_resumed_sweep_records_what_an_uninterrupted_one_does(config, tmp_path):
+    for n in range(16):
+        write_wave(tmp_path / f"words/cat/{n}.wav", 0.3, n, level=0.01)  # loudness alone tells the words apart
+    swept = replace(
+        config,
+        model="fbank_no_cmvn",
+        learning_rate=None,
+        sweep="lr",
+        rates=(1e-2, 1e-3, 1e-4),
+        steps=8,
+        validate_every=1,
+    )
+    whole, _ = run(swept)
+    assert whole["sweep"][1]["dev"] < whole["dev"]["accuracy"]  # a rate that gets better later
+    part = replace(swept, out=str(tmp_path / "part"))
+    steps = iter(range(100))
+    assert run(part, should_stop=lambda: next(steps) >= 5)[0] == {}
+    resumed, _ = run(load_run_config(tmp_path / "part", {}), resume=True)
+    assert resumed["sweep"] == whole["sweep"]
+    assert same(whole, resumed)
 
 
 def test_a_dry_run_leaves_nothing(config, tmp_path):

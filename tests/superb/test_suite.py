@@ -65,6 +65,21 @@ def test_a_suite_runs_what_is_there_and_goes_on(small, tmp_path):
     assert len(reports) == 2  # nothing is repeated
 
 
+def test_a_suite_of_another_seed_is_another_suite(tmp_path, waves):
+    waves(*(f"data/emotions/{e}/{s}/1.wav" for e in ("glad", "sad") for s in "abcde"), seconds=0.2)
+    out = tmp_path / "out"
+
+    def suite(seed, stop=False):
+        settings = {"steps": 2, "batch": 2, "accumulate": 1, "workers": 0, "seed": seed}
+        plan = plan_suite("superb", ["fbank"], str(tmp_path / "data"), str(out), settings, {})
+        *_, finished = run_suite(plan, out, should_stop=lambda: stop)
+        return finished
+
+    assert suite(0).results["fbank"]["er"]["config"]["seed"] == 0
+    assert suite(1, stop=True).reason == "stopped"
+    assert suite(1).results["fbank"]["er"]["config"]["seed"] == 1
+
+
 class Page(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()

@@ -187,6 +187,14 @@ def test_sid_reads_folders_of_speakers_and_voxceleb(tmp_path, waves):
     assert any("1 recordings of iden_split.txt are missing" in note for note in corpus.notes)
 
 
+def test_sid_takes_speakers_with_a_recording_for_each_split(tmp_path, waves):
+    waves(*(f"{speaker}/{n}.wav" for speaker in ("ann", "bob") for n in range(3)))
+    corpus = TASKS["sid"].read(tmp_path, Options())
+    for split in ("train", "dev", "test"):
+        assert {item.label for item in corpus.splits[split].items} == {("ann",), ("bob",)}
+        assert len(corpus.splits[split].items) == 2
+
+
 def test_one_speaker_is_not_enough(tmp_path, waves):
     waves(*(f"only/{n}.wav" for n in range(10)))
     with pytest.raises(ArmhubertError, match="at least 2 speakers, got 1"):
