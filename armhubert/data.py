@@ -475,13 +475,21 @@ class AudioBatch(NamedTuple):
     """int64 [B], into the utterances that were planned."""
 
 
+class ReaderDied(ArmhubertError):
+    """A process that reads audio is gone."""
+
+
 def batches(
     utterances: Sequence[Utterance], plan: Sequence[Sequence[Crop]], *, workers: int, pin_memory: bool = False
 ) -> Iterator[AudioBatch]:
     """The batches of a plan, in its order, read ahead by `workers` processes (0: read here, when asked for).
 
     The workers end with the iterator, also where it is closed or dropped early. `pin_memory` counts where there is a
-    CUDA device. Raises ArmhubertError where a file has vanished or changed since the scan, or where a worker dies.
+    CUDA device.
+
+    Raises:
+        ArmhubertError: a file has vanished or changed since the scan.
+        ReaderDied: a worker died.
     """
     loader = DataLoader(
         _Planned([utterance.path for utterance in utterances], plan),
@@ -507,7 +515,7 @@ def batches(
                     raise
                 died = " ".join(str(error).split())
             if died:  # raised out here, where no traceback keeps the iterator and its other workers alive
-                raise ArmhubertError(
+                raise ReaderDied(
                     f"a process that reads audio died ({died}): memory or /dev/shm may be full; use fewer workers, or 0"
                 )
             if isinstance(batch, ArmhubertError):

@@ -28,6 +28,7 @@ from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.data import (
     AudioBatch,
     Crop,
+    ReaderDied,
     Scan,
     Utterance,
     batches,
@@ -205,6 +206,15 @@ def distill(
                 log.close()
 
 
+def _while_read(groups: "Iterator[_Group]", should_stop: Callable[[], bool]) -> "Iterator[_Group]":
+    """The groups, up to where their readers are ended by the signal that also asks this process to stop."""
+    try:
+        yield from groups
+    except ReaderDied:
+        if not should_stop():
+            raise
+
+
 def _train(
     run: "_Run", log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
 ) -> Iterator[Report]:
@@ -213,7 +223,18 @@ def _train(
     save_every = config.save_every or validate_every
     reason = "done"
     window = _Window(run)
-    for group in run.groups():
+
+    def save() -> Saved:
+        if run.world.leads:
+            window.keep()
+            checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
+            if state.best_loss == float("inf"):  # no validation yet, or none at all: the latest is what there is
+                run.export(out)
+        if log is not None:
+            log.draw()
+        return Saved(state.step, out / CHECKPOINT_FILE)
+
+    for group in _while_read(run.groups(), should_stop):
         outcome = run.step(group)
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
@@ -244,17 +265,14 @@ def _train(
             if config.patience is not None and state.validations_without_gain >= config.patience and not last:
                 reason, stop = "early stop", True
         if last or stop or state.step % save_every == 0:
-            if run.world.leads:
-                window.keep()
-                checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
-                if state.best_loss == float("inf"):  # no validation yet, or none at all: the latest is what there is
-                    run.export(out)
-            if log is not None:
-                log.draw()
-            yield Saved(state.step, out / CHECKPOINT_FILE)
+            yield save()
         if last or stop:
             reason = "stopped" if stop and reason == "done" and not last else reason
             break
+    else:
+        if state.step < run.steps:  # its readers were ended with it
+            reason = "stopped"
+            yield save()
     run.world.wait()
     yield Finished(
         state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, high_water_mark(run.world), out

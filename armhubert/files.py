@@ -44,6 +44,20 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """The folder that results will go to, made before the work.
+
+    Raises:
+        ArmhubertError: it cannot be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ArmhubertError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+
+
 def append_lines(path: Path) -> BinaryIO:
     """Open a file of lines to add to; a last line that an interruption tore is ended first, lest it swallow the next.
 

@@ -1,5 +1,6 @@
 """`armhubert distill`: argv -> DistillConfig -> reports on the screen."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     if "steps" in options or "epochs" in options:  # one on the command line replaces the other in the file
         settings.pop("epochs" if "steps" in options and "epochs" not in options else "", None)
         settings.pop("steps" if "epochs" in options and "steps" not in options else "", None)
-    source = str(file) if file and not options else "the options"
+    source = " and ".join([*([str(file)] if file else []), *(["the options"] if options or not file else [])])
     if resume is not None:
         if force:
             raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
@@ -192,9 +193,11 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set; a second one ends the process as usual."""
-    stop = threading.Event()
+    stop, owner = threading.Event(), os.getpid()
 
     def handle(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a reading process, which ends with this one
+            return
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
         ui.note("Stopping after this step, with a checkpoint; once more to end at once.")

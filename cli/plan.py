@@ -8,6 +8,7 @@ import typer
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError
+from armhubert.files import make_folder
 
 
 @app.command()
@@ -39,6 +40,8 @@ def plan(
     ((kind, text),) = asked
     budget = Budget(kind, parse_amount(text, kind))  # type: ignore[arg-type]
     ui.set_threads(threads)
+    if out is not None:
+        make_folder(out.parent)
     with ui.progress() as show:
         for report in search(teacher, budget, device=device, repeats=repeats):
             if isinstance(report, Searching):

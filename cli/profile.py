@@ -9,6 +9,7 @@ import typer
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError
+from armhubert.files import make_folder
 
 if TYPE_CHECKING:
     from armhubert.clock import Timing
@@ -103,6 +104,8 @@ def profile(
         ragged=ragged,
     )
     results = read_results(quality or ())
+    if out is not None:
+        make_folder(out)
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):

@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 from armhubert import ARMHuBERT, ArmhubertError, checkpoint, distill, load_teacher
+from armhubert.data import ReaderDied
 from armhubert.distill_config import DistillConfig
 from armhubert.runlog import read_metrics
 
@@ -454,6 +455,26 @@ def test_a_random_student_copies_nothing(settings, teacher):
 
 
 # stopping and going on
+
+
+def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal(settings, tmp_path, monkeypatch):
+    groups, signalled = distill._Run.groups, []
+
+    def ended(self):
+        for number, group in enumerate(groups(self)):
+            if number == 2 and not signalled:
+                signalled.append(True)
+                raise ReaderDied("gone")
+            yield group
+
+    monkeypatch.setattr(distill._Run, "groups", ended)
+    config = settings(out=str(tmp_path / "run"), steps=4)
+    last = run(config, should_stop=lambda: bool(signalled))[-1]
+    assert (last.reason, last.step) == ("stopped", 2)
+    assert (run(config, resume=True)[-1].reason, run(config, resume=True)[-1].step) == ("done", 4)
+    signalled.clear()
+    with pytest.raises(ReaderDied):
+        run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("log_every", [1, 4])

@@ -303,6 +303,16 @@ def test_the_command_shows_what_ran_and_what_is_known(student, tmp_path, monkeyp
     assert len(err.splitlines()) == 1
 
 
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(student, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("armhubert.profile.profile", lambda settings: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["armhubert", "profile", str(student), "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(student):
     config = profile.ProfileConfig(student, device="cpu")
