@@ -239,10 +239,11 @@ def _train(
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
+                remedy = "set clip, or use bf16 or fp32" if config.precision == "fp16" else "or set clip"
                 raise ArmhubertError(
                     f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
-                    f"{state.step}: lower the learning rate ({config.learning_rate}), set clip, or leave fp16 for bf16 "
-                    f"or fp32 (precision {config.precision}); the last good state is in {out}"
+                    f"{state.step}: lower the learning rate ({config.learning_rate}), {remedy}; "
+                    f"the last good state is in {out}"
                 )
         else:
             window.add(outcome)
