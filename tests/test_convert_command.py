@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import GOLDEN, needs_golden, transformers_model
+from test_convert import GOLDEN, transformers_model
 from test_convert_files import fairseq_state, model_settings
 from typer.testing import CliRunner
 
@@ -90,7 +90,6 @@ def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_golden
 def test_a_released_student_keeps_its_setting_or_warns(tmp_path):
     source = GOLDEN / "reuse-2by2" / "student.ckpt"
     assert run(source, tmp_path / "as-released")[0] == 0
