@@ -19,7 +19,7 @@ def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
     details = result["details"]
     found = {
         "training": training({result["model"]["source"]: result}) if result.get("history") else None,
-        "layers": layer_weights({result["model"]["source"]: result["layer_weights"]})
+        "layers": layer_weights({result["model"]["source"]: result})
         if len(result.get("layer_weights") or ()) > 1
         else None,
         "confusion": confusion(details["confusion"]) if details["confusion"] else None,
@@ -49,11 +49,12 @@ def training(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
     return figures.png(figure)
 
 
-def layer_weights(by_model: Mapping[str, Sequence[float]]) -> bytes:
-    """Softmax weights of the layers, one line a model; 0 is the input of the first layer."""
+def layer_weights(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Softmax weights of the layers, a line for each result: 0 is the input of the first layer, heads are at theirs."""
     figure, (axes,) = figures.panels()
-    for (name, weights), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
-        axes.plot(range(len(weights)), weights, marker="o", color=color, label=plain(name))
+    for (name, result), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
+        weights, first = result["layer_weights"], int(result["model"].get("features") == "heads")
+        axes.plot(range(first, first + len(weights)), weights, marker="o", color=color, label=plain(name))
     axes.set(xlabel="layer", ylabel="weight", ylim=(0, None))
     return figures.png(figure)
 

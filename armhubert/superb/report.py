@@ -208,9 +208,8 @@ def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     shown = []
     if trained := {m: r for m, r in by_model.items() if r.get("history")}:
         shown.append(_figure(pictures.training(trained), f"{task.title}: training"))
-    weights = {m: r["layer_weights"] for m, r in by_model.items() if len(r.get("layer_weights") or ()) > 1}
-    if weights:
-        shown.append(_figure(pictures.layer_weights(weights), "Learned weights of the layers"))
+    if weighted := {m: r for m, r in by_model.items() if len(r.get("layer_weights") or ()) > 1}:
+        shown.append(_figure(pictures.layer_weights(weighted), "Learned weights of the layers"))
     if detections := {m: r["details"]["detection"] for m, r in by_model.items() if r["details"]["detection"]}:
         shown.append(_figure(pictures.det(detections), "Detection error trade-off"))
     parts.append(f"<div class=figures>{''.join(shown)}</div>")

@@ -1,11 +1,13 @@
 import html.parser
 import json
 import re
+from typing import Any
 
 import pytest
 
 from armhubert.bundled import SPEECH, TEST_SPEECH, TRAINING_SPEECH
 from armhubert.errors import ArmhubertError
+from armhubert.superb import pictures
 from armhubert.superb import report as report_module
 from armhubert.superb.suite import (
     COLUMNS,
@@ -172,8 +174,6 @@ def test_no_speaker_is_in_two_sets_of_the_bundled_speech():
 
 
 def test_pictures_of_every_kind():
-    from armhubert.superb import pictures
-
     result = {
         "model": {"source": "m"}, "dev": {"eer": 3.0}, "best_step": 2, "layer_weights": [0.2, 0.8],
         "history": [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "dev", "step": 2, "eer": 3.0}],
@@ -190,3 +190,13 @@ def test_pictures_of_every_kind():
 
 def test_finished_names_columns():
     assert SuiteFinished({}, COLUMNS, "done", None).columns[0].title == "PER"  # type: ignore[arg-type]
+
+
+def test_a_students_heads_stand_at_their_layers(monkeypatch):
+    monkeypatch.setattr(pictures.figures, "png", lambda figure: figure)
+    results = {
+        "student": {"model": {"features": "heads"}, "layer_weights": [0.4, 0.6]},
+        "teacher": {"model": {"features": "hidden"}, "layer_weights": [0.2, 0.3, 0.5]},
+    }
+    figure: Any = pictures.layer_weights(results)
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 2], [0, 1, 2]]
