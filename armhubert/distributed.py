@@ -91,10 +91,6 @@ def processor_name() -> str:
     return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
 
 
-_TIMEOUT = timedelta(minutes=30)
-"""A step, a validation or an export takes less; whoever is away for longer has died or hangs."""
-
-
 @contextmanager
 def chance(device: torch.device, *key: int) -> Iterator[None]:
     """torch's default generators of the CPU and of `device`, as `pick_device` gives it, seeded by `key`; the caller's
@@ -105,6 +101,10 @@ def chance(device: torch.device, *key: int) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
+
+
+_TIMEOUT = timedelta(minutes=30)
+"""A step, a validation or an export takes less; whoever is away for longer has died or hangs."""
 
 
 @contextmanager

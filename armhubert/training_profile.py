@@ -52,8 +52,8 @@ class Step(NamedTuple):
 def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) -> Iterator[Step | TrainingProfile]:
     """Measure `steps` steps of the distillation that `config` describes; the last report is the result.
 
-    The pieces are those of `armhubert.distill`; on a GPU the device is waited for between
-    them, so that the parts add up to more than an undisturbed step.
+    The pieces are those of `armhubert.distill`; on a GPU the device is waited for between them, so that the parts add
+    up to more than an undisturbed step.
 
     Raises:
         ArmhubertError: as `distill`: no teacher, no speech, settings that make no student.

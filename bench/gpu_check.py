@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from armhubert.baselines import HUBERT_BASE
+from armhubert.bench.gpu_clock import captured
 from armhubert.config import EncoderConfig, preset
 from armhubert.frontend import FrontEnd
 from armhubert.kernels import Impl, attend, distillation_loss, reattend
@@ -345,24 +346,12 @@ def check_graph(device: str, op: str, dtype: str) -> dict[str, Any]:
         targets, sources = [inputs.qkv, inputs.x], [inputs.qkv.flip(0), inputs.x.flip(1)]
         options: dict[str, Any] = {"dropout": 0.2} if op == "dropout" else {}
         run = partial(inputs.run, impl, "resoftmax" if op == "resoftmax" else "exact", **options)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    replay = captured(run, torch.device(device))
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
-    graph.replay()
-    torch.cuda.synchronize()
-    first = [t.clone() for t in outputs]
+    first = [t.clone() for t in replay()]
     if op == "dropout":
-        graph.replay()
-        torch.cuda.synchronize()
-        return verdict(not torch.equal(first[0], outputs[0]), "another mask at each replay")
+        return verdict(not torch.equal(first[0], replay()[0]), "another mask at each replay")
     return same(names, first, run())
 
 

@@ -56,8 +56,11 @@ def report(out: Path, addition: Path | None = None) -> Path:
 
 def failures(path: Path) -> int:
     """Checks of a report that were reached and did not pass."""
-    rows = json.loads(path.read_text("utf-8"))["check"]
-    return sum(not row.get("ok") and not row.get("unreached") for row in rows)
+    return len(_failed(json.loads(path.read_text("utf-8"))["check"]))
+
+
+def _failed(checks: list[Row]) -> list[Row]:
+    return [row for row in checks if not row.get("ok") and not row.get("unreached")]
 
 
 def adopt(result: Path) -> Path:
@@ -149,7 +152,7 @@ def summary(content: dict[str, Any]) -> list[str]:
     checks = content["check"]
     passed = [row for row in checks if row.get("ok") and not row.get("untried")]
     untried = sum(bool(row.get("untried")) for row in checks)
-    failed = [row for row in checks if not row.get("ok") and not row.get("unreached")]
+    failed = _failed(checks)
     unreached = sum(bool(row.get("unreached")) for row in checks)
     worst = max((row for row in passed if row.get("ratio") is not None), key=lambda r: r["ratio"], default=None)
     lines = ["", "SUMMARY" if content["conditions"]["real"] else "SUMMARY of a rehearsal: nothing here is a GPU figure"]

@@ -92,8 +92,7 @@ def _length(content: dict[str, Any], folder: Path) -> list[str]:
     return [
         f"## Cost against length, {_processor(conditions)}",
         "`armhubert profile` at batch size 1: milliseconds, and times faster than transformers' HuBERT Base (sdpa, "
-        f"fp32) in the same run; medians of {conditions['repeats']} interleaved runs ({conditions['device']}, torch "
-        f"{conditions['torch']}, {conditions['date']}).",
+        f"fp32) in the same run; medians of {conditions['repeats']} interleaved runs ({_conditions(content)}).",
         _timings(content["models"], content["cells"]),
         f"![cost against length](../bench/results/{folder.name}/profile-length.png)",
     ]

@@ -174,7 +174,7 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     if "steps" in options or "epochs" in options:  # one on the command line replaces the other in the file
         settings.pop("epochs" if "steps" in options and "epochs" not in options else "", None)
         settings.pop("steps" if "epochs" in options and "steps" not in options else "", None)
-    source = " and ".join([*([str(file)] if file else []), *(["the options"] if options or not file else [])])
+    source = "the options" if file is None else f"{file} and the options" if options else str(file)
     if resume is not None:
         if force:
             raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")

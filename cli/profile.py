@@ -263,10 +263,11 @@ def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup
     from armhubert.training_profile import Step, profile_training
 
     given = {**(read_mapping(file) if file else {}), "teacher": teacher, "device": device}
+    settings = build(DistillConfig, given, str(file or "the options"))
+    if out is not None:
+        make_folder(out)
     with ui.progress() as show:
-        for report in profile_training(
-            build(DistillConfig, given, str(file or "the options")), steps=repeats, warmup=warmup
-        ):
+        for report in profile_training(settings, steps=repeats, warmup=warmup):
             if isinstance(report, Step):
                 show("measure a step", report.done, report.total)
             else:

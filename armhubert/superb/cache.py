@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import append_lines, write_atomic
 from armhubert.superb.upstream import Upstream
 
 FORMAT = 1
@@ -151,14 +152,12 @@ class _Writer:
         self.cache = cache
         ends = [(p.shard, p.offset + 2 * cache.count * p.frames * cache.width) for p in cache._index.values()]
         self.number, self.position = max(ends, default=(0, 0))
-        self.index = _open(cache.folder / _INDEX, "ab")
-        if self.index.tell():
-            self.index.write(b"\n")  # ends a torn line
+        self.index = _open(cache.folder / _INDEX, append_lines)
         self.shard = self._open_shard()
 
     def _open_shard(self) -> Any:
         path = self.cache._shard(self.number)
-        file = _open(path, "r+b" if path.is_file() else "w+b")
+        file = _open(path, partial(open, mode="r+b" if path.is_file() else "w+b"))
         file.truncate(self.position)
         file.seek(self.position)
         return file
@@ -205,9 +204,9 @@ class _Writer:
                 file.close()
 
 
-def _open(path: Path, mode: str) -> Any:
+def _open(path: Path, way: Callable[[Path], Any]) -> Any:
     try:
-        return open(path, mode)
+        return way(path)
     except OSError as error:
         raise ArmhubertError(f"cannot write {path}: {error.strerror}; choose another folder with --cache") from None
 
@@ -219,7 +218,7 @@ def _lock(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with _open(path, "w") as file:
+    with _open(path, partial(open, mode="w")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

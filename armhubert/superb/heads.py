@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from armhubert.errors import ArmhubertError
+from armhubert.kernels.runtime import frame_mask
 from armhubert.superb.task import Batch, Head
 
 PROJECTION = 256
-
-
-def frame_mask(lengths: Tensor, frames: int) -> Tensor:
-    """[B] -> [B, T] bool, true for valid frames."""
-    return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 class WeightedSum(nn.Module):

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_TRITON = INTERPRET or DEVICE == "cuda"
 # the interpreter has no bfloat16 arithmetic
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _true_float32() -> Iterator[None]:
+    """cuDNN's convolutions default to tf32: the error that float32 is judged by would be hundreds of times larger."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def assert_no_worse_than_torch(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:

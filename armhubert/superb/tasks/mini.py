@@ -5,7 +5,8 @@ No proxy of sid: with one session a speaker, plain filter banks without normalis
 
 from torch import Tensor
 
-from armhubert.superb.heads import CTCLinear, frame_mask
+from armhubert.kernels.runtime import frame_mask
+from armhubert.superb.heads import CTCLinear
 from armhubert.superb.task import Batch, Corpus, Defaults
 from armhubert.superb.tasks.pr import PhonemeRecognition
 

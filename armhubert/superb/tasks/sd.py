@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
 from armhubert.errors import ArmhubertError
+from armhubert.kernels.runtime import frame_mask
 from armhubert.superb import metrics
-from armhubert.superb.heads import frame_mask
 from armhubert.superb.metrics import Turn
 from armhubert.superb.simulate import as_turns, mixtures, speech_intervals
 from armhubert.superb.speakers import LAYOUTS, speaker_splits
