@@ -27,6 +27,7 @@ check: $(VENV)/.installed-dev
 	rm -rf build && $(BIN)/pip install -q --no-deps --target build/typed . && rm -rf build/lib build/bdist*
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p armhubert
 
+bench: export OUT ?= bench/results/this-machine
 bench: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 $(BIN)/python -m armhubert.bench cpu
 	$(BIN)/python -m pytest bench/test_ops.py -q -o addopts= --import-mode=importlib --benchmark-only \

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, nearest
 from armhubert.export import OnnxProgram, Program, aot_program, onnx_program, quantise
 from armhubert.kernels import Impl
 from armhubert.kernels.runtime import resolve_impl
@@ -62,7 +63,12 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     elif source == "released":
         module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
     else:
-        weights = load_weights(source)
+        try:
+            weights = load_weights(source)
+        except ArmhubertError as error:
+            if source == student or os.path.lexists(source):
+                raise
+            raise ArmhubertError(f"{error}{nearest(source, (*BASELINES, 'released'))}") from None
         left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
         impl: Impl = "triton" if mode == "triton" else "auto"
         module = ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl)

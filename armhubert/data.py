@@ -214,9 +214,10 @@ class Scan:
         """Raise ArmhubertError where every file was skipped; `report` is where `write_skipped` has listed them."""
         if not self.utterances:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped_by_kind.items()) or "there were none"
+            first = f", first {str(self.skipped[0].path)!r}" if self.skipped else ""
             where = f"; see {str(report)!r}" if report else ""
             raise ArmhubertError(
-                f"no usable audio is left of {len(self.skipped)} files ({kinds}): name other data{where}"
+                f"no usable audio is left of {len(self.skipped)} files ({kinds}{first}): name other data{where}"
             )
 
 

@@ -41,6 +41,10 @@ class Budget(NamedTuple):
     limit: float
     """Parameters; multiply-accumulates for 10 s; or seconds for 10 s at batch size 1."""
 
+    def missed(self, proposal: "Proposal") -> bool:
+        """Whether a proposal that was found within a latency took longer when all were timed in turn at the end."""
+        return self.kind == "latency" and proposal.latency.median > self.limit
+
 
 class Proposal(NamedTuple):
     """The widest student of one kind within the budget."""

@@ -41,7 +41,7 @@ def _plain(timings: dict[str, Any]) -> dict[str, Any]:
 
 def write(result: Profile, folder: Path, quality: Comparison | None = None) -> list[Path]:
     """profile.json, profile.csv (a row a model and cell) and profile.png in `folder`; profile-length.png where there
-    are enough lengths, profile-quality.png where there is quality to compare.
+    are enough lengths, profile-quality.png where two models or more have a quality.
     """
     paths = [folder / f"profile.{kind}" for kind in ("json", "csv", "png")]
     write_atomic(paths[0], json.dumps(as_json(result, quality), indent=1) + "\n")
@@ -50,7 +50,7 @@ def write(result: Profile, folder: Path, quality: Comparison | None = None) -> l
     if len(_curve(result)) >= LENGTHS:
         paths.append(folder / "profile-length.png")
         draw_lengths(result, paths[-1])
-    if quality is not None and quality.points:
+    if quality is not None and len({point.model for point in quality.points}) > 1:
         paths.append(folder / "profile-quality.png")
         draw_quality(result, quality, paths[-1])
     return paths

@@ -1,7 +1,7 @@
 """Render bench/results/*.json: what a user chooses by into the README, between its markers, the rest into docs."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ README, DETAILS = Path("README.md"), Path("docs/measured.md")
 def summary(results: Path = RESULTS) -> str:
     """The README's section, from whichever result files are there."""
     parts = ["## Measured"]
-    for path in sorted(results.glob("profile-*/profile.json")):
-        parts += _profile(_read(path), path.parent)
+    for machine in _machines(results):
+        parts += _profile(_read(machine / "profile/profile.json"), machine)
     parts += _sections(results, {"superb-mini": _superb})
     for path, content in _gpus(results):
         parts += _gpu(content, path)
@@ -33,27 +33,36 @@ def details(results: Path = RESULTS) -> str:
         "Written by `python -m armhubert.bench report` from `bench/results/`; the README holds the models' figures, "
         "[performance.md](performance.md) says what they mean.",
     ]
+    parts += _sections(results, {"distill-mini": _distillation})
     sections = {
-        "distill-mini": _distillation,
+        "length/profile": _length,
+        "ragged/profile": _unequal,
         "teacher-views": _teacher_views,
         "distillation-step": _step,
         "loader": _loader,
         "cpu-microbench": _cpu,
     }
-    for path in sorted(results.glob("length-*/profile.json")):
-        parts += _length(_read(path), path.parent)
-    for path in sorted(results.glob("ragged-*/profile.json")):
-        parts += _unequal(_read(path))
-    parts += _sections(results, sections)
+    for machine in _machines(results):
+        parts.append(f"## {_processor(_read(machine / 'profile/profile.json')['conditions'])}")
+        parts += _sections(machine, sections)
     for _, content in _gpus(results):
         parts += _gpu_ops(content)
     return "\n\n".join(parts) + "\n"
 
 
-def _sections(results: Path, sections: Mapping[str, Callable[[dict[str, Any]], list[str]]]) -> list[str]:
+Section = Callable[[dict[str, Any], Path], list[str]]
+"""A result file's content, and its folder -> paragraphs."""
+
+
+def _sections(folder: Path, sections: Mapping[str, Section]) -> list[str]:
     """The parts of those files that are there."""
-    paths = {name: results / f"{name}.json" for name in sections}
-    return [part for name, path in paths.items() if path.is_file() for part in sections[name](_read(path))]
+    paths = {folder / f"{name}.json": section for name, section in sections.items()}
+    return [part for path, section in paths.items() if path.is_file() for part in section(_read(path), path.parent)]
+
+
+def _machines(results: Path) -> list[Path]:
+    """A folder a processor that was measured."""
+    return sorted(path.parent.parent for path in results.glob("*/profile/profile.json"))
 
 
 def _gpus(results: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -67,34 +76,29 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _profile(content: dict[str, Any], folder: Path) -> list[str]:
+def _profile(content: dict[str, Any], machine: Path) -> list[str]:
     """One machine: times of a run of `armhubert profile`, as ratios to transformers' HuBERT Base."""
     conditions = content["conditions"]
-    pictures = [folder / f"{name}.png" for name in ("profile", "profile-length", "profile-quality")]
     rate = content["rates"]["macs_per_second"] / 1e9
-    shape = content.get("memory_shape")  # not in files of before it was recorded
-    largest = "the largest batch that all models ran" + (f", {shape[0]} x {shape[1]:g} s," if shape else "")
     return [
         f"### {_processor(conditions)}",
         "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in the same "
         f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
         f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
-        f"and {largest} add to a process.",
-        _timings(content["models"], _shown(content["cells"])),
-        *_ragged(content.get("ragged", ())),
-        *(f"![{p.stem}](bench/results/{folder.name}/{p.name})" for p in pictures if p.is_file()),
+        "and the largest batch add to a process.",
+        _timings(content["models"], content["cells"]),
+        f"![profile](bench/results/{machine.name}/profile/profile.png)",
     ]
 
 
 def _length(content: dict[str, Any], folder: Path) -> list[str]:
-    """One machine: cost against length."""
     conditions = content["conditions"]
     return [
-        f"## Cost against length, {_processor(conditions)}",
+        "### Cost against length",
         "`armhubert profile` at batch size 1: milliseconds, and times faster than transformers' HuBERT Base (sdpa, "
         f"fp32) in the same run; medians of {conditions['repeats']} interleaved runs ({_conditions(content)}).",
         _timings(content["models"], content["cells"]),
-        f"![cost against length](../bench/results/{folder.name}/profile-length.png)",
+        f"![cost against length](../bench/results/{folder.parent.name}/length/profile-length.png)",
     ]
 
 
@@ -118,35 +122,17 @@ def _timings(models: list[dict[str, Any]], cells: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows))
 
 
-def _shown(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A table has room for four lengths; the picture has them all."""
-    lengths = [cell["seconds"] for cell in cells if cell["batch"] == 1]
-    if len(lengths) > 4:
-        lengths = [s for s in lengths if s in (1, 10, 30, max(lengths))]
-    return [cell for cell in cells if cell["batch"] > 1 or cell["seconds"] in lengths]
-
-
-def _unequal(content: dict[str, Any]) -> list[str]:
-    """One machine: recordings of unequal lengths."""
-    return [
-        f"## Unequal lengths, {_processor(content['conditions'])}",
-        f"{_ragged(content['ragged'])[0]} Medians of {content['conditions']['repeats']} interleaved runs "
-        f"({_conditions(content)}).",
-    ]
-
-
-def _ragged(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How much of the throughput on equal lengths is left on LibriSpeech's."""
-    if not rows:
-        return []
+def _unequal(content: dict[str, Any], folder: Path) -> list[str]:
     shares = [
         f"{row['name'].rpartition('(')[2].rstrip(')')} {row['rates']['sorted'] / row['rates']['equal']:.0%} "
         f"({row['rates']['unsorted'] / row['rates']['equal']:.0%})"
-        for row in rows
+        for row in content["ragged"]
     ]
     return [
+        "### Unequal lengths",
         "Batches of recordings as long as LibriSpeech's, sorted by length as `extract` and `distill` do (in brackets: "
-        f"unsorted), reach of the throughput on equal lengths: {', '.join(shares)}."
+        f"unsorted), reach of the throughput on equal lengths: {', '.join(shares)}. Medians of "
+        f"{content['conditions']['repeats']} interleaved runs ({_conditions(content)}).",
     ]
 
 
@@ -173,7 +159,7 @@ _BASELINES = {
 }
 
 
-def _distillation(content: dict[str, Any]) -> list[str]:
+def _distillation(content: dict[str, Any], _: Path) -> list[str]:
     rows = content["rows"]
     step = last_common_step(rows)
     lines = ["| student | parameters | held-out loss | error by layer |", "|---|---|---|---|"]
@@ -209,7 +195,7 @@ _SUPERB = (
 """Title, task, test set and metrics of each column."""
 
 
-def _superb(content: dict[str, Any]) -> list[str]:
+def _superb(content: dict[str, Any], _: Path) -> list[str]:
     """The ten tasks on little real speech, and what may be concluded from them."""
     lines = [f"| model | {' | '.join(title for title, *_ in _SUPERB)} |", f"|---|{'---|' * len(_SUPERB)}"]
     for row in content["rows"]:
@@ -230,24 +216,24 @@ def _superb(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _teacher_views(content: dict[str, Any]) -> list[str]:
+def _teacher_views(content: dict[str, Any], _: Path) -> list[str]:
     lines = ["| batch | two plain passes | one pass, two views | ratio |", "|---|---|---|---|"]
     for row in content["rows"]:
         two, one = row["two_plain_passes_s"]["median"], row["teacher_targets_s"]["median"]
         lines.append(f"| {row['batch']} x {row['seconds']:g} s | {two:.2f} s | {one:.2f} s | {row['speedup']:.2f}x |")
     return [
-        "## The teacher's two views",
+        "### The teacher's two views",
         "Both views of a HuBERT Base teacher (random weights, float32), against running it twice; medians of "
         f"interleaved runs ({_conditions(content)}).",
         "\n".join(lines),
     ]
 
 
-def _step(content: dict[str, Any]) -> list[str]:
+def _step(content: dict[str, Any], _: Path) -> list[str]:
     row = content["rows"][0]
     ours, other = (row["candidates"][name]["median"] for name in row["candidates"])
     return [
-        "## A step of distillation",
+        "### A step of distillation",
         f"A step of distillation, HuBERT Base to the preset armhubert, {row['batch']} x {row['seconds_each']:g} s, "
         f"{row['dtype']}: {ours:.2f} s, and {other:.2f} s by a straightforward loop (two teacher passes, PyTorch's "
         f"attention, convolutions and linear maps, the loss layer by layer): **{other / ours:.2f}x**; medians of "
@@ -255,7 +241,7 @@ def _step(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _loader(content: dict[str, Any]) -> list[str]:
+def _loader(content: dict[str, Any], _: Path) -> list[str]:
     stages = list(content["rows"][0]["rates"])
     titles = [f"{name} processes" if name.isdecimal() else name for name in stages]
     cells = [[f"{row['rates'][name]['cpu']:,.0f}" for name in stages] for row in content["rows"]]
@@ -265,7 +251,7 @@ def _loader(content: dict[str, Any]) -> list[str]:
         *(f"| {row['format']} | {' | '.join(shown)} |" for row, shown in zip(content["rows"], cells, strict=True)),
     ]
     return [
-        "## The loader",
+        "### The loader",
         "The loader of distillation alone, in times real time that one core delivers (seconds of audio a second of CPU "
         f"time; medians of interleaved runs, {_conditions(content)}): the codec, with mixing down and resampling, the "
         "first run's scan, and batches from so many processes. 10,000 times real time on 16 cores is 625 a core.",
@@ -273,7 +259,7 @@ def _loader(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cpu(content: dict[str, Any]) -> list[str]:
+def _cpu(content: dict[str, Any], _: Path) -> list[str]:
     lines = [
         "| op, float32 | pass | ours | released way | ratio | memory, ours and released |",
         "|---|---|---|---|---|---|",
@@ -287,7 +273,7 @@ def _cpu(content: dict[str, Any]) -> list[str]:
         )
     load = content["rows"][0]["machine_load"]
     return [
-        "## Ops on a CPU",
+        "### Ops on a CPU",
         "The PyTorch twins against the released code's way of computing on a CPU; medians of interleaved runs, peak "
         f"extra memory ({_conditions(content)}; load average {load['load_before']} before and {load['load_after']} "
         f"after, {load['cores']} cores). {_LONE}",

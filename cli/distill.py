@@ -2,11 +2,10 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -187,18 +186,38 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     else:
         config = build(DistillConfig, settings, source)
     with stop_on_signal() as stop:
-        ui.show(distil(config, resume=resume is not None, force=force, should_stop=stop.is_set))
+        finished = ui.show(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
+    if finished.reason == "stopped":
+        stop.leave()
+
+
+class Stop:
+    """Whether a signal asked this process to stop."""
+
+    number: int | None = None
+    """Of the signal that came."""
+
+    def asked(self) -> bool:
+        """Whether one came."""
+        return self.number is not None
+
+    def leave(self) -> NoReturn:
+        """End the command with the signal's exit code, so that `armhubert distill && ...` does not go on.
+
+        SIGTERM's where the signal came to another process of the run.
+        """
+        raise typer.Exit(128 + (self.number or signal.SIGTERM))
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second one ends the process as usual."""
-    stop, owner = threading.Event(), os.getpid()
+def stop_on_signal() -> Iterator[Stop]:
+    """What SIGTERM and Ctrl-C set; a second one ends the process as usual."""
+    stop, owner = Stop(), os.getpid()
 
     def handle(number: int, frame: object) -> None:
         if os.getpid() != owner:  # a reading process, which ends with this one
             return
-        stop.set()
+        stop.number = number
         signal.signal(number, previous[signal.Signals(number)])
         ui.note("Stopping after this step, with a checkpoint; once more to end at once.")
 

@@ -173,6 +173,7 @@ def run_task(
     from armhubert.config import build
     from armhubert.superb import runner
     from armhubert.superb.config import EvaluateConfig
+    from armhubert.superb.progress import Finished
     from armhubert.superb.suite import label
 
     if len(models) > 1:
@@ -187,8 +188,10 @@ def run_task(
         where = f"runs/evaluate/{label(settings.get('model', 'mini'))}/{settings.get('task', 'pr')}"
         config = build(EvaluateConfig, {"out": where, **settings}, "the settings")
     with stop_on_signal() as stop, ui.progress() as bar:
-        for report in runner.evaluate(config, resume=resume is not None, force=force, should_stop=stop.is_set):
+        for report in runner.evaluate(config, resume=resume is not None, force=force, should_stop=stop.asked):
             show(report, bar)
+    if isinstance(report, Finished) and report.reason == "stopped":
+        stop.leave()
 
 
 def run_suite(
@@ -213,7 +216,7 @@ def run_suite(
     plan = plan_suite(suite, models, root, folder, common, per_task, only)
     show_plan(plan)
     with stop_on_signal() as stop, ui.progress() as bar:
-        for report in run(plan, Path(folder), should_stop=stop.is_set):
+        for report in run(plan, Path(folder), should_stop=stop.asked):
             if isinstance(report, TaskBegun):
                 ui.say(f"[{report.number}/{report.total}] {report.config.model} on {report.config.task}")
             elif not isinstance(report, SuiteFinished):
@@ -221,7 +224,7 @@ def run_suite(
     assert isinstance(report, SuiteFinished)
     if report.reason == "stopped":
         ui.say("Stopped; the same command goes on.")
-        return
+        stop.leave()
     if common.get("dry_run"):
         return
     ui.draw(suite_table(report))

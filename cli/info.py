@@ -7,6 +7,7 @@ import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+from armhubert.errors import ArmhubertError
 
 
 @app.command()
@@ -25,7 +26,11 @@ def info(
     student = ARMHuBERT.from_pretrained(model)
     ui.show_model(model, student.config, count_parameters(student))
     if audio is not None:
-        wave = read_audio(audio)
+        wave, shortest = read_audio(audio), student.config.receptive_field
+        if len(wave) < shortest:
+            raise ArmhubertError(
+                f"{audio} must have at least {shortest} samples at 16 kHz (one frame), got {len(wave)}: name another"
+            )
         started = time.perf_counter()
         with torch.inference_mode():
             features = student(wave[None], projections=False).last_hidden_state

@@ -56,9 +56,11 @@ def plan(
         table.add_row(
             str(number), p.kind, str(s.width), str(s.ffn), str(s.layers), s.pattern, f"{p.parameters:,}",
             f"{p.macs / 1e9:.1f}", f"{p.latency.median * 1e3:.0f} ms ({p.latency.low * 1e3:.0f}-"
-            f"{p.latency.high * 1e3:.0f})",
+            f"{p.latency.high * 1e3:.0f}){'*' * budget.missed(p)}",
         )  # fmt: skip
     ui.draw(table)
+    if any(map(budget.missed, proposals)):
+        ui.note(f"* above {text} in this last measurement: ask for less, or measure again on a quieter machine")
     if out is not None:
         write(proposals[choose - 1], out)
         ui.say(f"wrote {out}: armhubert distill DATA --config {out}")

@@ -35,7 +35,7 @@ def profile(
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager, compiled, aot, bf16, int8, triton, onnx, onnx-int8; may be repeated. [eager]"),
+        typer.Option(help="eager, compiled, aot, bf16, int8, triton, onnx, onnx-int8; several: eager,bf16. [eager]"),
     ] = None,
     seconds: Annotated[
         str, typer.Option(help="Lengths for latency at batch size 1; of four or more, cost against length is drawn.")
@@ -91,7 +91,7 @@ def profile(
     settings = ProfileConfig(
         model=model,
         baselines=tuple(baseline) if baseline else default_baselines(load_weights(model).config),
-        modes=tuple(mode or ("eager",)),
+        modes=tuple(name.strip() for names in mode or ["eager"] for name in names.split(",")),
         seconds=numbers(seconds, float, "--seconds"),
         batch_sizes=numbers(batch_sizes, int, "--batch-sizes"),
         batch_seconds=batch_seconds,

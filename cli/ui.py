@@ -104,20 +104,21 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def show(reports: "Iterator[Report]") -> None:
-    """Consume a run's reports."""
+def show(reports: "Iterator[Report]") -> "Finished":
+    """Consume a run's reports, of which the last tells the end."""
     import os
 
-    if int(os.environ.get("RANK", 0)) > 0:
-        for _ in reports:
-            pass
-    elif _out.is_terminal:
-        _show_live(reports)
+    from armhubert import distill
+
+    leads = int(os.environ.get("RANK", 0)) == 0
+    if leads and _out.is_terminal:
+        report = _show_live(reports)
     else:
         for report in reports:
-            line = format_line(report)
-            if line:
+            if leads and (line := format_line(report)):
                 print(line, flush=True)
+    assert isinstance(report, distill.Finished)
+    return report
 
 
 def format_line(report: "Report") -> str:
@@ -160,7 +161,7 @@ def format_line(report: "Report") -> str:
     )
 
 
-def _show_live(reports: "Iterator[Report]") -> None:
+def _show_live(reports: "Iterator[Report]") -> "Report":
     from armhubert import distill
 
     columns = (
@@ -197,6 +198,7 @@ def _show_live(reports: "Iterator[Report]") -> None:
             elif isinstance(report, distill.Finished):
                 bar.stop()
                 _show_end(report)
+    return report
 
 
 def _start_table(report: "Started") -> Table:

@@ -58,8 +58,8 @@ class AttentionMap(NamedTuple):
     lengths: Tensor | None
     """[B] valid frames; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
-    """The map itself, where storing it pays; never with gradients. From the PyTorch twin [H, n, n] of each utterance's
-    n valid frames; from Triton one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
+    """The map itself, where storing it pays; never with gradients. From the PyTorch twin [n, n] of each head of each
+    utterance, n its valid frames; from Triton one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
@@ -89,14 +89,20 @@ def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropo
 
 BY_HEADS = 2**22
 """Multiply-adds of one head's product from which a head at a time by oneDNN beats scaled_dot_product_attention."""
-KEPT = 2**23
-"""Most entries of an utterance's map to keep (32 MB): malloc maps anything larger anew each time, page by page."""
+KEPT = 2**24
+"""Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
+by page. Longer utterances are no faster head by head either."""
 
 
 def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
     _, T, H, d = q.shape
     return onednn.serves(q) and not _needs_gradient(q, k, v) and T * T * d >= BY_HEADS and T * T * H <= KEPT
+
+
+def _maps_fit(q: Tensor) -> bool:
+    B, T, H, _ = q.shape
+    return B * H * T * T <= KEPT
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -106,7 +112,10 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _by_heads(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """[B, T, H, d] -> [B, T, H d], padded rows 0, and with `keep` the maps [H, n, n] of each utterance's n frames."""
+    """[B, T, H, d] -> [B, T, H d], padded rows 0, and with `keep` the maps, see `AttentionMap`.
+
+    A map a head, since malloc maps large tensors anew each time, page by page.
+    """
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
     maps = []
@@ -114,24 +123,23 @@ def _by_heads(
         queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()  # [H, n, d]
         keys = k[b, :n].transpose(0, 1).contiguous()
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
-        p = q.new_empty(H if keep else 1, n, n)
         for head in range(H):
-            p_h = p[head if keep else 0]
-            torch.softmax(onednn.product(queries[head], keys[head]), -1, out=p_h)
-            out[b, :n, head] = onednn.product(p_h, values[head])
-        if keep:
-            maps.append(p)
+            p = onednn.product(queries[head], keys[head]).softmax(-1)
+            out[b, :n, head] = onednn.product(p, values[head])
+            if keep:
+                maps.append(p)
     return out.flatten(2), tuple(maps) if keep else None
 
 
 def _apply_maps(maps: tuple[Tensor, ...], v: Tensor, resoftmax: bool) -> Tensor:
     """Kept maps times values [B, T, H, d] -> [B, T, H d], padded rows 0."""
     out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for b, p in enumerate(maps):
-        n = p.shape[-1]
+    B, _, H, _ = v.shape
+    for b in range(B):
+        n = len(maps[b * H])
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
-        for head, (p_h, v_h) in enumerate(zip(p, values, strict=True)):
-            out[b, :n, head] = onednn.product(p_h.softmax(-1) if resoftmax else p_h, v_h)
+        for head, (p, v_h) in enumerate(zip(maps[b * H : (b + 1) * H], values, strict=True)):
+            out[b, :n, head] = onednn.product(p.softmax(-1) if resoftmax else p, v_h)
     return out.flatten(2)
 
 
@@ -523,7 +531,7 @@ def attend(
     chosen = _resolve(impl, q)
     if chosen == "torch" and not dropout:
         if _heads_apart(q, k, v):
-            out, maps = _by_heads(q, k, v, lengths, bool(reused))
+            out, maps = _by_heads(q, k, v, lengths, bool(reused) and _maps_fit(q))
             return out, AttentionMap(q, k, None, lengths, maps)
         return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
     if chosen == "torch" and torch.compiler.is_compiling():
@@ -602,7 +610,7 @@ def reattend(
         if maps is not None and _heads_apart(q, k, v):
             return _apply_maps(maps, v, resoftmax)
         if not resoftmax:
-            return _sdpa(q, k, v, lengths)
+            return _by_heads(q, k, v, lengths, False)[0] if _heads_apart(q, k, v) else _sdpa(q, k, v, lengths)
         if torch.compiler.is_compiling():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]

@@ -4,6 +4,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def handed_over(monkeypatch):
 
     def fake(config, **how):
         seen.append((config, how))
-        return iter(())
+        yield distill.Finished(1, "done", 0.5, 1.0, 1.0, 1, Path(config.out))
 
     monkeypatch.setattr(distill, "distill", fake)
     return seen
@@ -257,6 +258,25 @@ def test_info_on_what_is_no_model(refused, tmp_path):
     refused("info", tmp_path / "absent", says="no model at")
 
 
+def test_info_on_a_recording_that_is_too_short_names_it(refused, old_run, tmp_path):
+    soundfile.write(tmp_path / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
+    refused(
+        "info", old_run, "--audio", tmp_path / "short.wav", says=r"short\.wav must have at least \d+ samples.*got 50"
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_exits_with_the_codes_of_signals(call, monkeypatch, number, code):
+    def stopped(config, *, should_stop, **how):
+        assert not should_stop()
+        signal.raise_signal(number)
+        reason = "stopped" if should_stop() else "done"
+        yield distill.Finished(1, reason, 0.5, 1.0, 1.0, 1, Path(config.out))
+
+    monkeypatch.setattr(distill, "distill", stopped)
+    assert call("distill")[0] == code
+
+
 def test_an_interrupt_before_training_exits_with_130(call, monkeypatch):
     def interrupted(config, **how):
         raise KeyboardInterrupt
@@ -311,7 +331,7 @@ def test_data_in_which_nothing_is_usable(rejected, tmp_path):
     soundfile.write(folder / "silent.wav", torch.zeros(16_000).numpy(), 16_000)
     soundfile.write(folder / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
     before = digests(folder)
-    rejected(data=folder, says="no usable audio is left of 4 files")
+    rejected(data=folder, says=r"no usable audio is left of 4 files \(.*, first '.*broken.wav'\)")
     assert digests(folder) == before
 
 

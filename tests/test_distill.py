@@ -561,7 +561,7 @@ def test_starting_anew_with_force_leaves_nothing_of_the_old_run_to_resume(settin
         ARMHuBERT.from_pretrained(config.out)
 
 
-def test_sigterm_writes_a_checkpoint_exits_with_0_and_says_how_to_go_on(settings, tmp_path):
+def test_sigterm_writes_a_checkpoint_exits_with_143_and_says_how_to_go_on(settings, tmp_path):
     config = settings(out=str(tmp_path / "with space"), steps=100_000, log_every=1)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(dataclasses.asdict(config)))
@@ -579,7 +579,7 @@ def test_sigterm_writes_a_checkpoint_exits_with_0_and_says_how_to_go_on(settings
     finally:
         child.kill()
         child.wait()
-    assert child.returncode == 0, complaints
+    assert child.returncode == 128 + signal.SIGTERM, complaints
     assert "Stopping after this step" in complaints
     last = rest.splitlines()[-1]
     assert last.startswith("finished reason=stopped ")

@@ -58,6 +58,8 @@ def test_a_latency_budget_is_measured(monkeypatch):
     monkeypatch.setattr(plan, "_latencies", fake)
     *_, found = plan.plan("mini", plan.Budget("latency", 0.1), device="cpu")
     assert {p.student.width for p in found} == {96}
+    assert [plan.Budget("latency", limit).missed(found[0]) for limit in (0.095, 0.1)] == [True, False]
+    assert not plan.Budget("parameters", 1).missed(found[0])
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def read_pickle(path: Path, *, stand_ins: bool = False) -> Any:
         machine = _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
     # Whatever a damaged or hostile file provokes in the parsers is that file's fault, and one line.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        told = isinstance(error, (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError))
+        reason = (" ".join(str(error).split())[:200] if told else "") or "its contents make no sense"
         raise ArmhubertError(f"{path} is damaged or no torch checkpoint: {reason}") from None
     if machine.foreign and not stand_ins:
         raise ArmhubertError(

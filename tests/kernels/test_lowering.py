@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from conftest import INTERPRET
+from oracle import INTERPRET
 
 from armhubert.bench import lowering
 

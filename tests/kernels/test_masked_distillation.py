@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 
 from armhubert.kernels import distillation_loss
 from armhubert.kernels import masked_distillation as module

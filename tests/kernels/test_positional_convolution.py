@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_no_worse_than_torch
+from oracle import assert_no_worse_than_torch
 
 from armhubert.kernels import positional_convolution as positional
 

@@ -4,9 +4,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
 from armhubert.kernels import AttentionMap, attend, reattend

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_wave  # type: ignore[import-not-found]
+from noise import write_wave
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
 from armhubert.superb import runner

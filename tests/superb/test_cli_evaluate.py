@@ -1,10 +1,13 @@
 import json
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+
+from armhubert.superb import progress, runner
 
 SMALL = ["--steps", "2", "--batch", "4", "--accumulate", "1", "--workers", "0", "--device", "cpu"]
 
@@ -29,6 +32,23 @@ def test_a_task_from_start_to_result(call, words, tmp_path):
     code, out, err = call("evaluate", "--resume", "run")
     assert code == 0
     assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
+
+
+def test_a_stopped_evaluation_exits_with_the_code_of_its_signal(call, words, monkeypatch):
+    real = runner.evaluate
+
+    def interrupted(config, *, should_stop, **how):
+        for report in real(config, should_stop=should_stop, **how):
+            yield report
+            if isinstance(report, progress.Progress) and not should_stop():
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "evaluate", interrupted)
+    argv = ["evaluate", "fbank", "--task", "ks", "--data", words, *SMALL, "--steps", "30", "-o", "run"]
+    code, out, _ = call(*argv)
+    assert (code, out.splitlines()[-1]) == (143, "Stopped. Go on with:  armhubert evaluate --resume run")
+    code, out, _ = call("evaluate", "fbank", "--suite", "superb", "--data", words, *SMALL, "--steps", "30", "-o", "all")
+    assert (code, out.splitlines()[-1]) == (143, "Stopped; the same command goes on.")
 
 
 def test_a_suite_prints_the_published_rows_and_writes_the_report(call, words, tmp_path):

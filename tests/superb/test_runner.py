@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_wave  # type: ignore[import-not-found]
+from noise import write_wave
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
 from armhubert.distributed import processor_name
