@@ -159,7 +159,7 @@ _BASELINES = {
 }
 
 
-def _distillation(content: dict[str, Any], _: Path) -> list[str]:
+def _distillation(content: dict[str, Any], folder: Path) -> list[str]:
     rows = content["rows"]
     step = last_common_step(rows)
     lines = ["| student | parameters | held-out loss | error by layer |", "|---|---|---|---|"]
@@ -195,7 +195,7 @@ _SUPERB = (
 """Title, task, test set and metrics of each column."""
 
 
-def _superb(content: dict[str, Any], _: Path) -> list[str]:
+def _superb(content: dict[str, Any], folder: Path) -> list[str]:
     """The ten tasks on little real speech, and what may be concluded from them."""
     lines = [f"| model | {' | '.join(title for title, *_ in _SUPERB)} |", f"|---|{'---|' * len(_SUPERB)}"]
     for row in content["rows"]:
@@ -216,7 +216,7 @@ def _superb(content: dict[str, Any], _: Path) -> list[str]:
     ]
 
 
-def _teacher_views(content: dict[str, Any], _: Path) -> list[str]:
+def _teacher_views(content: dict[str, Any], folder: Path) -> list[str]:
     lines = ["| batch | two plain passes | one pass, two views | ratio |", "|---|---|---|---|"]
     for row in content["rows"]:
         two, one = row["two_plain_passes_s"]["median"], row["teacher_targets_s"]["median"]
@@ -229,7 +229,7 @@ def _teacher_views(content: dict[str, Any], _: Path) -> list[str]:
     ]
 
 
-def _step(content: dict[str, Any], _: Path) -> list[str]:
+def _step(content: dict[str, Any], folder: Path) -> list[str]:
     row = content["rows"][0]
     ours, other = (row["candidates"][name]["median"] for name in row["candidates"])
     return [
@@ -241,7 +241,7 @@ def _step(content: dict[str, Any], _: Path) -> list[str]:
     ]
 
 
-def _loader(content: dict[str, Any], _: Path) -> list[str]:
+def _loader(content: dict[str, Any], folder: Path) -> list[str]:
     stages = list(content["rows"][0]["rates"])
     titles = [f"{name} processes" if name.isdecimal() else name for name in stages]
     cells = [[f"{row['rates'][name]['cpu']:,.0f}" for name in stages] for row in content["rows"]]
@@ -259,7 +259,7 @@ def _loader(content: dict[str, Any], _: Path) -> list[str]:
     ]
 
 
-def _cpu(content: dict[str, Any], _: Path) -> list[str]:
+def _cpu(content: dict[str, Any], folder: Path) -> list[str]:
     lines = [
         "| op, float32 | pass | ours | released way | ratio | memory, ours and released |",
         "|---|---|---|---|---|---|",
