@@ -614,8 +614,10 @@ def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> N
             raise ArmhubertError(f"the run's folder {out} lies inside the data {source}: nothing is written there")
     if force or not out.is_dir() or not any(out.iterdir()):
         return
-    if (out / CONFIG_FILE).is_file():
+    if (out / CHECKPOINT_FILE).is_file():
         raise ArmhubertError(f"{out} holds a run: continue it with --resume {out}, or start anew with --force")
+    if (out / CONFIG_FILE).is_file():
+        raise ArmhubertError(f"{out} holds a run that ended before its first checkpoint: start anew with --force")
     raise ArmhubertError(f"{out} exists, is not empty and is no run: choose another folder, or use --force")
 
 

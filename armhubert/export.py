@@ -77,7 +77,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         suffix = _SUFFIX[self.format]
         if Path(self.out).suffix != suffix:
-            raise ArmhubertError(f"a {self.format} file must end in {suffix}, got {self.out!r}")
+            formats = " or ".join(name for name, other in _SUFFIX.items() if other == Path(self.out).suffix)
+            other = f"choose the name, or --format {formats}" if formats else "choose the name"
+            raise ArmhubertError(f"a file of format {self.format} must end in {suffix}, got {self.out!r}: {other}")
         if Path(self.out).is_dir() or (Path(self.out).exists() and not self.force):
             raise ArmhubertError(f"{self.out} exists: choose another name, or --force to replace it")
 

@@ -64,15 +64,15 @@ class Searching(NamedTuple):
 
 
 def parse_amount(text: str, kind: Kind) -> float:
-    """`20M`, `15G`, `200ms`, `0.2` -> a number.
+    """`20M`, `15G`, `200ms`, `0.2s` -> a number.
 
     Raises:
-        ArmhubertError: no number, another unit than the kind has, or not above 0.
+        ArmhubertError: no number, another unit than the kind has, a latency without one, or not above 0.
     """
-    allowed = ("", "s", "ms") if kind == "latency" else ("", "k", "m", "g")
+    allowed = ("s", "ms") if kind == "latency" else ("", "k", "m", "g")
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in allowed or not 0 < float(match[1]) < 1e15:
-        example = "200ms or 0.2" if kind == "latency" else "20M or 2e7"
+        example = "200ms or 0.2s" if kind == "latency" else "20M or 2e7"
         raise ArmhubertError(f"--{'params' if kind == 'parameters' else kind} must be like {example}, got {text!r}")
     return float(match[1]) * _UNITS[match[2]]
 

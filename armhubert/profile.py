@@ -75,7 +75,9 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if not self.modes:
             raise ArmhubertError("modes must name at least one, got none")
-        for mode in (*self.modes, *(split_baseline(text)[1] for text in self.baselines)):
+        of_baselines = [text.rpartition(":") for text in self.baselines]
+        named = [mode for name, _, mode in of_baselines if name in (*BASELINES, "released")]
+        for mode in (*self.modes, *named):
             if mode not in MODES:
                 raise ArmhubertError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
         for name in ("seconds", "batch_sizes", "batch_seconds"):

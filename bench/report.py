@@ -355,3 +355,4 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     write_atomic(README, before + summary() + rest.split(END)[1])
     write_atomic(DETAILS, details())
+    print(f"wrote {README} and {DETAILS}")

@@ -203,6 +203,7 @@ def run_suite(
     only: Sequence[str],
 ) -> None:
     """Several models on several tasks."""
+    from armhubert.superb.progress import Finished
     from armhubert.superb.report import write_report
     from armhubert.superb.suite import MINI_NOTE, SuiteFinished, TaskBegun, plan_suite, settings_of
     from armhubert.superb.suite import run_suite as run
@@ -219,7 +220,7 @@ def run_suite(
         for report in run(plan, Path(folder), should_stop=stop.asked):
             if isinstance(report, TaskBegun):
                 ui.say(f"[{report.number}/{report.total}] {report.config.model} on {report.config.task}")
-            elif not isinstance(report, SuiteFinished):
+            elif not isinstance(report, SuiteFinished) and not (isinstance(report, Finished) and stop.asked()):
                 show(report, bar)
     assert isinstance(report, SuiteFinished)
     if report.reason == "stopped":

@@ -31,6 +31,8 @@ def info(
             raise ArmhubertError(
                 f"{audio} must have at least {shortest} samples at 16 kHz (one frame), got {len(wave)}: name another"
             )
+        if not wave.isfinite().all():
+            raise ArmhubertError(f"{audio} must have finite samples, got NaN or infinity: name another")
         started = time.perf_counter()
         with torch.inference_mode():
             features = student(wave[None], projections=False).last_hidden_state

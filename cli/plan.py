@@ -24,6 +24,7 @@ def plan(
         Path | None, typer.Option("--out", "-o", help="Write a configuration for distill --config here.")
     ] = None,
     choose: Annotated[int, typer.Option(help="Which proposal to write, counted from 1.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Propose students of a teacher for a budget of parameters, operations or latency."""
     from rich.table import Table
@@ -41,6 +42,8 @@ def plan(
     budget = Budget(kind, parse_amount(text, kind))  # type: ignore[arg-type]
     ui.set_threads(threads)
     if out is not None:
+        if out.is_dir() or (out.exists() and not force):
+            raise ArmhubertError(f"{out} exists: choose another name, or --force to replace it")
         make_folder(out.parent)
     with ui.progress() as show:
         for report in search(teacher, budget, device=device, repeats=repeats):

@@ -568,10 +568,11 @@ def test_resume_of_what_is_no_run(refused, tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-def test_resume_without_a_checkpoint(refused, old_run):
+def test_resume_without_a_checkpoint(refused, old_run, speech):
     (old_run / "checkpoint.pt").unlink()
     before = digests(old_run)
     refused("distill", "--resume", old_run, says=r"no checkpoint\.pt: nothing to resume")
+    refused("distill", speech, "-o", old_run, says="ended before its first checkpoint: start anew with --force")
     assert digests(old_run) == before
 
 

@@ -279,7 +279,9 @@ def test_nothing_left_is_an_error(tmp_path):
     nothing = Scan(
         (), (Skipped("a", "silent"), Skipped("b", "too short: 3 samples, at least 400"), Skipped("c", "silent"))
     )
-    with pytest.raises(ArmhubertError, match=r"of 3 files \(2 silent, 1 too short, first 'a'\).*skipped\.tsv") as caught:
+    with pytest.raises(
+        ArmhubertError, match=r"of 3 files \(2 silent, 1 too short, first 'a'\).*skipped\.tsv"
+    ) as caught:
         nothing.require_utterances(tmp_path / "skipped.tsv")
     message(caught)
     Scan((Utterance("a", 400),), ()).require_utterances()

@@ -198,8 +198,11 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"out": "m.pt2"}, r"an? onnx file must end in \.onnx, got .*m\.pt2"),
-        ({"out": "m.onnx", "format": "torch"}, r"torch file must end in \.pt2"),
+        (
+            {"out": "m.pt2"},
+            r"a file of format onnx must end in \.onnx, got .*m\.pt2.*: choose the name, or --format torch or aot",
+        ),
+        ({"out": "m.onnx", "format": "torch"}, r"format torch must end in \.pt2.*--format onnx"),
         ({"out": "there.onnx"}, "exists: choose another name, or --force"),
         ({"out": "folder.onnx", "force": True}, "exists: choose another name"),
     ],

@@ -70,7 +70,9 @@ def test_amounts(text, kind, value):
     assert plan.parse_amount(text, kind) == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("text", "kind"), [("20ms", "macs"), ("20M", "latency"), ("", "macs"), ("-3", "macs")])
+@pytest.mark.parametrize(
+    ("text", "kind"), [("20ms", "macs"), ("20M", "latency"), ("20", "latency"), ("", "macs"), ("-3", "macs")]
+)
 def test_amounts_that_are_none(text, kind):
     with pytest.raises(ArmhubertError, match="must be like"):
         plan.parse_amount(text, kind)

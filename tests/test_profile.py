@@ -325,7 +325,8 @@ def test_memory_is_that_of_a_process_of_its_own(student):
     ("change", "message"),
     [
         ({"modes": ("fast",)}, "mode must be one of"),
-        ({"baselines": ("hubert-base:eagr",)}, "no model at 'hubert-base:eagr'.*; did you mean 'hubert-base'"),
+        ({"baselines": ("hubert-base:eagr",)}, "mode must be one of .*, got 'eagr'; did you mean 'eager'"),
+        ({"baselines": ("hubert",)}, "no model at 'hubert'.*; did you mean 'hubert-base'"),
         ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
         ({"repeats": 0}, "repeats and warmup must be at least 1"),
         ({"limit_seconds": 0}, "limit_seconds must be above 0"),

@@ -69,8 +69,8 @@ def load_weights(source: str | Path) -> Weights:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_folder(huggingface.download(name))
     raise ArmhubertError(
-        f"no model at {name!r}: it must be 'mini', a folder with config.json, a checkpoint file, "
-        "a torchaudio pipeline such as HUBERT_BASE, or a hub id such as facebook/hubert-base-ls960"
+        f"no model at {name!r}, where no file or folder is: it must be 'mini', a folder with config.json, a checkpoint "
+        "file, a torchaudio pipeline such as HUBERT_BASE, or a hub id such as facebook/hubert-base-ls960"
     )
 
 

@@ -30,8 +30,8 @@ def download(hub_id: str) -> Path:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArmhubertError(
-            f"{hub_id!r} is no folder or file here, and the hub does not give it either: {first} "
-            "Check the path, or the id and the network"
+            f"{hub_id!r} is no folder or file here, and the hub does not give it either "
+            f"({first.removeprefix('Got: ').rstrip('. ')}): check the path, or the id and the network"
         ) from None
     return folder
 

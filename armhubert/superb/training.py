@@ -199,7 +199,7 @@ class Training:
         log_every = config.log_every or min(100, max(1, settings.steps // 50))
         losses: list[Tensor] = []
         norms: list[Tensor] = []
-        since = time.perf_counter()
+        begun, first, validating = time.perf_counter(), state.step, 0.0
         for micros in self._steps(until):
             loss, norm = self._step(micros)
             if loss is not None:
@@ -207,20 +207,21 @@ class Training:
                 norms.append(norm)
             last = state.step >= until
             if losses and (last or state.step % log_every == 0):
-                seconds = time.perf_counter() - since
+                a_step = (time.perf_counter() - begun - validating) / (state.step - first)
                 progress = Progress(
                     state.step, settings.steps,
                     float(torch.stack(losses).mean()), self.rate, float(torch.stack(norms).mean()),
-                    seconds / len(losses) * (settings.steps - state.step),
+                    a_step * (settings.steps - state.step),
                 )  # fmt: skip
                 state.history.append({"kind": "train", "step": state.step, "loss": progress.loss})
-                losses, norms, since = [], [], time.perf_counter()
+                losses, norms = [], []
                 yield progress
             stop = self.setup.should_stop()
             if last or state.step % settings.validate_every == 0:
+                since = time.perf_counter()
                 yield self._validate()
                 self.save()
-                since = time.perf_counter()
+                validating += time.perf_counter() - since
             elif stop:
                 self.save()
             if stop and state.step < settings.steps:
