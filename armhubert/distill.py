@@ -219,7 +219,7 @@ def _train(
     run: "_Run", log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
 ) -> Iterator[Report]:
     config, state, out = run.config, run.state, Path(run.config.out)
-    validate_every = config.validate_every or max(1, run.steps // 20)
+    validate_every = config.validate_every or max(10, run.steps // 20)
     save_every = config.save_every or validate_every
     reason = "done"
     window = _Window(run)

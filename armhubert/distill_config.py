@@ -106,7 +106,7 @@ class DistillConfig:
     log_every: int = 10
     """Steps between two progress reports."""
     validate_every: int | None = None
-    """Steps between two validations; none: a twentieth of the run."""
+    """Steps between two validations; none: a twentieth of the run, at least 10."""
     save_every: int | None = None
     """Steps between two checkpoints; none: at every validation."""
     patience: int | None = None

@@ -142,7 +142,7 @@ def distill(
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. [0]", rich_help_panel=TRAINING)] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between reports. [10]", rich_help_panel=RUN)] = None,
     validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validations. [steps / 20]", rich_help_panel=RUN)
+        int | None, typer.Option(help="Steps between validations. [steps / 20, at least 10]", rich_help_panel=RUN)
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. [at validations]", rich_help_panel=RUN)
