@@ -83,7 +83,7 @@ def evaluate(
     result = _average(results)
     earlier = sum(r.pop("earlier_seconds", 0.0) for r in results)
     result.pop("earlier_seconds", None)
-    result["wall_seconds"] = round(time.perf_counter() - started + earlier, 1)
+    result["wall_seconds"] = round(time.perf_counter() - started + earlier, 3)
     text = json.dumps(result, indent=1)
     write_atomic(out / RESULT_FILE, text + "\n")
     yield Finished("done", json.loads(text), out)  # as a later reader finds it

@@ -226,7 +226,7 @@ def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
     swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e30), steps=16)
     started = time.perf_counter()
     result, reports = run(swept)
-    assert result["wall_seconds"] < time.perf_counter() - started + 0.1  # rates that are taken up again count once
+    assert result["wall_seconds"] < time.perf_counter() - started + 0.001  # rates that are taken up again count once
     tried = [r for r in reports if isinstance(r, RateTried)]
     assert {r.rate for r in tried} == {1e-2, 1e-3, 1e30}
     assert [r.rate for r in tried if r.step == 16 and r.kept] == [result["training"]["learning_rate"]]
