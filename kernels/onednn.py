@@ -89,15 +89,17 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x W^T + b without gradients: [N, D], [D', D], [D'], all contiguous -> [N, D'].
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, longest: int | None = None
+) -> Tensor:
+    """x W^T + b without gradients: [N, D], [D', D], [D'] -> [N, D']; x contiguous, the weight or its transpose too.
 
-    oneDNN adds up a whole row of D products in one go, which costs up to twice MKL's rounding error; in pieces it costs
-    half of that. Strided operands would be right as well, and a hundred times slower.
+    oneDNN adds up a whole row of D products in one go, which costs up to twice MKL's rounding error; in pieces of at
+    most `longest` (LONGEST) it costs half of that. Other strides would be right as well, and a hundred times slower.
     """
     assert _linear_pointwise is not None
     N, D = x.shape
-    width = -(-D // -(-D // LONGEST)) if x.dtype == torch.float32 else D
+    width = -(-D // -(-D // (longest or LONGEST))) if x.dtype == torch.float32 else D
     if width == D:
         y: Tensor = _linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
         return y

@@ -87,17 +87,25 @@ def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropo
     return keep.to(like.dtype).mul_(1 / (1 - dropout))
 
 
-BY_HEADS = 2**22
-"""Multiply-adds of one head's product from which a head at a time by oneDNN beats scaled_dot_product_attention."""
+BY_HEADS = 2**21
+"""Multiply-adds of one head's product, a thread, from which a head at a time by oneDNN beats
+scaled_dot_product_attention: each product is a parallel region of its own (measured with two threads)."""
 KEPT = 2**24
 """Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
 by page. Longer utterances are no faster head by head either."""
+LONGEST = 768
+"""Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own."""
 
 
 def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
     _, T, H, d = q.shape
-    return onednn.serves(q) and not _needs_gradient(q, k, v) and T * T * d >= BY_HEADS and T * T * H <= KEPT
+    return onednn.serves(q) and not _needs_gradient(q, k, v) and _pays(T * T * d) and T * T * H <= KEPT
+
+
+def _pays(multiply_adds: int) -> bool:
+    """Whether oneDNN should make a product of one head."""
+    return multiply_adds >= BY_HEADS * torch.get_num_threads()
 
 
 def _maps_fit(q: Tensor) -> bool:
@@ -107,6 +115,11 @@ def _maps_fit(q: Tensor) -> bool:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """In place on a CPU: a second tensor of this size would leave no room in the cache."""
+    return torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
 
 
 def _by_heads(
@@ -124,8 +137,8 @@ def _by_heads(
         keys = k[b, :n].transpose(0, 1).contiguous()
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
         for head in range(H):
-            p = onednn.product(queries[head], keys[head]).softmax(-1)
-            out[b, :n, head] = onednn.product(p, values[head])
+            p = _softmax_(onednn.product(queries[head], keys[head]))
+            out[b, :n, head] = onednn.product(p, values[head], longest=LONGEST)
             if keep:
                 maps.append(p)
     return out.flatten(2), tuple(maps) if keep else None
@@ -139,7 +152,7 @@ def _apply_maps(maps: tuple[Tensor, ...], v: Tensor, resoftmax: bool) -> Tensor:
         n = len(maps[b * H])
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
         for head, (p, v_h) in enumerate(zip(maps[b * H : (b + 1) * H], values, strict=True)):
-            out[b, :n, head] = onednn.product(p.softmax(-1) if resoftmax else p, v_h)
+            out[b, :n, head] = onednn.product(p.softmax(-1) if resoftmax else p, v_h, longest=LONGEST)
     return out.flatten(2)
 
 
@@ -158,9 +171,31 @@ def _pieces(H: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice
             yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
 
 
-def _logits(q: Tensor, k: Tensor) -> Tensor:
-    """Scaled queries [h, r, d] and keys [h, n, d] -> [h, r, n], at least float32."""
-    return torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+def _one_head(piece: Tensor, d: int) -> bool:
+    """Whether oneDNN multiplies a piece of a map, [h, r, n], by d columns or rows."""
+    h, r, n = piece.shape
+    return h == 1 and n <= LONGEST and _pays(r * n * d) and onednn.serves(piece)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T: [h, r, d] and [h, n, d] -> [h, r, n], at least float32."""
+    if len(x) == 1 and _pays(x.numel() * y.shape[1]) and onednn.serves(x):
+        return onednn.product(x[0].contiguous(), y[0].contiguous())[None]
+    return torch.bmm(x, y.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _times(piece: Tensor, v: Tensor) -> Tensor:
+    """Of a map, [h, r, n], times [h, n, d] -> [h, r, d]."""
+    if _one_head(piece, v.shape[2]):
+        return onednn.product(piece[0], v[0].t().contiguous(), longest=LONGEST)[None]
+    return torch.bmm(piece.to(v.dtype), v)
+
+
+def _transposed_times(piece: Tensor, u: Tensor) -> Tensor:
+    """Of a map, [h, r, n], transposed, times [h, r, d] -> [h, n, d]."""
+    if _one_head(piece, u.shape[2]):
+        return onednn.product(u[0].t().contiguous(), piece[0].t(), longest=LONGEST).t()[None]
+    return torch.bmm(piece.to(u.dtype).transpose(1, 2), u)
 
 
 def attention_forward(
@@ -174,8 +209,8 @@ def attention_forward(
 ) -> Tensor:
     """A piece of an utterance's map at a time, so that no whole map ever exists. -> [B, T, H d], padded rows 0.
 
-    Keeping the map for the layers that reuse it does not pay: it must be written and read again, in pages that are
-    fresh each time, and a pair of layers then takes longer than with the map made twice (CPU, 4 x 499 frames).
+    With gradients, keeping the map for the layers that reuse it does not pay: it must be written and read again, in
+    pages that are fresh each time, and a pair of layers takes longer than with the map made twice (CPU, 4 x 499).
     """
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
@@ -185,12 +220,12 @@ def attention_forward(
         q_b = q_b * d**-0.5
         factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
         for h, r in _pieces(H, n, q.device):
-            p = _logits(q_b[h, r], k_b[h]).softmax(-1)
+            p = _softmax_(_dots(q_b[h, r], k_b[h]))
             if resoftmax:
-                p = p.softmax(-1)
+                p = _softmax_(p)
             if factors is not None:
-                p = p * factors[h, r]
-            out[b, r, h] = torch.bmm(p.to(v.dtype), v_b[h]).transpose(0, 1)
+                p *= factors[h, r]
+            out[b, r, h] = _times(p, v_b[h]).transpose(0, 1)
     return out.flatten(2)
 
 
@@ -207,29 +242,30 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k, v, a piece of an utterance's map at a time; the formulas are in the module docstring."""
     B, T, H, d = q.shape
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(B, H, T, d) for x in (q, k, v))
     for b in range(B):
         n = T if lengths is None else int(lengths[b])
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
         u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
+        dq_b, dk_b, dv_b = (x[b, :, :n] for x in (dq, dk, dv))
         factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
         for h, r in _pieces(H, n, q.device):
             u = u_b[h, r]
-            p = _logits(q_b[h, r], k_b[h]).softmax(-1)
+            p = _softmax_(_dots(q_b[h, r], k_b[h]))
             weights = p.softmax(-1) if resoftmax else p if factors is None else p * factors[h, r]
-            dv[b, :n, h] += torch.bmm(weights.to(q.dtype).transpose(1, 2), u).transpose(0, 1)
+            dv_b[h] += _transposed_times(weights, u)
             delta = (u.to(p.dtype) * o_b[h, r]).sum(-1, keepdim=True)
-            dp = torch.bmm(u, v_b[h].transpose(1, 2)).to(p.dtype)
+            dp = _dots(u, v_b[h])
             if resoftmax:
                 dp = dp.sub_(delta).mul_(weights)
                 delta = (p * dp).sum(-1, keepdim=True)
             elif factors is not None:
                 dp *= factors[h, r]
-            ds = dp.sub_(delta).mul_(p).to(q.dtype)
-            dq[b, r, h] = torch.bmm(ds, k_b[h]).mul_(d**-0.5).transpose(0, 1)
-            dk[b, :n, h] += torch.bmm(ds.transpose(1, 2), q_b[h, r]).transpose(0, 1)
-    return dq, dk, dv
+            ds = dp.sub_(delta).mul_(p)
+            dq_b[h, r] = _times(ds, k_b[h]).mul_(d**-0.5)
+            dk_b[h] += _transposed_times(ds, q_b[h, r])
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _resoftmax_composite(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
@@ -421,7 +457,8 @@ def _attention_bwd_torch(
     dropout: float,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(d_out, q, k, v, out, lengths, seed, dropout, resoftmax)
+    dq, dk, dv = attention_backward(d_out, q, k, v, out, lengths, seed, dropout, resoftmax)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _attention_bwd_fake(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
