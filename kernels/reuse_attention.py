@@ -5,8 +5,8 @@
                       out = concat_h(softmax_j(A_h) V_h)                                    ("resoftmax")
 
 The map is a handle (q, k, log-sum-exp, lengths), not a tensor: a reusing layer recomputes p_ij = exp(s_ij - lse_i) tile
-by tile, in memory linear in T; where that pays and no gradient is asked for, the computing layer stores it besides
-(`variants.py`). "resoftmax" is what the released ARMHuBERT weights were trained with: the map went
+by tile, in memory linear in T; where that pays, the computing layer stores it besides (`variants.py`; with gradients
+only on a CPU, `KEPT_FOR_BACKWARD`). "resoftmax" is what the released ARMHuBERT weights were trained with: the map went
 through the softmax twice. Its second softmax needs no maximum, since probabilities lie in [0, 1]: with e = exp(A) - 1,
 
     softmax(A) V = (sum_valid V + e V) / (T_valid + sum e).
@@ -58,8 +58,8 @@ class AttentionMap(NamedTuple):
     lengths: Tensor | None
     """[B] valid frames; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
-    """The map itself, where storing it pays; never with gradients. From the PyTorch twin [n, n] of each head of each
-    utterance, n its valid frames; from Triton one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
+    """The map itself, where storing it pays. From the PyTorch twin [n, n] of each head of each utterance, n its valid
+    frames; from Triton, never with gradients, one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
@@ -93,24 +93,19 @@ scaled_dot_product_attention: each product is a parallel region of its own (meas
 KEPT = 2**24
 """Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
 by page. Longer utterances are no faster head by head either."""
+KEPT_FOR_BACKWARD = 2**26
+"""Likewise with gradients, where keeping saves products as well: as much as memory should be spent on (256 MB)."""
 LONGEST = 768
-"""Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own."""
+"""Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own; not so after
+the second softmax, which leaves hardly any of it."""
 
 
-def _heads_apart(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether inference goes head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
-    _, T, H, d = q.shape
-    return onednn.serves(q) and not _needs_gradient(q, k, v) and _pays(T * T * d) and T * T * H <= KEPT
-
-
-def _pays(multiply_adds: int) -> bool:
-    """Whether oneDNN should make a product of one head."""
-    return multiply_adds >= BY_HEADS * torch.get_num_threads()
-
-
-def _maps_fit(q: Tensor) -> bool:
-    B, T, H, _ = q.shape
-    return B * H * T * T <= KEPT
+def _heads_apart(q: Tensor, gradients: bool) -> bool:
+    """Whether to go head by head: `_sdpa` multiplies by MKL, see `armhubert.kernels.onednn`."""
+    B, T, H, d = q.shape
+    if not onednn.serves(q) or T * T * d < BY_HEADS * torch.get_num_threads():
+        return False
+    return T <= LONGEST and B * H * T * T <= KEPT_FOR_BACKWARD if gradients else H * T * T <= KEPT
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -138,10 +133,57 @@ def _by_heads(
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
         for head in range(H):
             p = _softmax_(onednn.product(queries[head], keys[head]))
-            out[b, :n, head] = onednn.product(p, values[head], longest=LONGEST)
+            out[b, :n, head] = _product(p, values[head])
             if keep:
                 maps.append(p)
     return out.flatten(2), tuple(maps) if keep else None
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T where the sum goes over frames: [N, n] and [N', n] or a view of its transpose -> [N, N']."""
+    return onednn.product(x, weight, longest=LONGEST)
+
+
+def _gradients_of_product(p: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Of p v, [n, n] and [n, d], whose gradient is u: for p, and for v the transpose [d, n]."""
+    return onednn.product(u, v), _product(u.t().contiguous(), p.t())
+
+
+_gradient_of_softmax = torch.ops.aten._softmax_backward_data
+
+
+class _ByHeads(torch.autograd.Function):
+    """`_by_heads` with gradients: the maps are outputs, for which the layers that reuse them return gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+        out, maps = _by_heads(q, k, v, lengths, True)
+        assert maps is not None
+        ctx.save_for_backward(q, k, v, *maps)
+        ctx.set_materialize_grads(False)
+        return out, *maps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, *d_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, *maps = ctx.saved_tensors
+        B, T, H, d = q.shape
+        dq, dk, dv = (q.new_zeros(B, H, d, T) for _ in range(3))
+        for b in range(B):
+            n = len(maps[b * H])
+            queries, keys = ((x[b, :n] * d**-0.5).permute(1, 2, 0).contiguous() for x in (q, k))  # [H, d, n]
+            values = v[b, :n].transpose(0, 1).contiguous()  # [H, n, d]
+            us = None if d_out is None else d_out[b, :n].reshape(n, H, d).transpose(0, 1).contiguous()
+            for head in range(H):
+                p, dp = maps[b * H + head], d_maps[b * H + head]
+                if us is not None:
+                    own, dv[b, head, :, :n] = _gradients_of_product(p, values[head], us[head])
+                    dp = own if dp is None else own.add_(dp)
+                if dp is not None:
+                    ds = _gradient_of_softmax(dp, p, -1, p.dtype)
+                    dq[b, head, :, :n] = _product(keys[head], ds)
+                    dk[b, head, :, :n] = _product(queries[head], ds.t())
+        return *(x.permute(0, 3, 1, 2) for x in (dq, dk, dv)), None
 
 
 def _apply_maps(maps: tuple[Tensor, ...], v: Tensor, resoftmax: bool) -> Tensor:
@@ -152,8 +194,49 @@ def _apply_maps(maps: tuple[Tensor, ...], v: Tensor, resoftmax: bool) -> Tensor:
         n = len(maps[b * H])
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
         for head, (p, v_h) in enumerate(zip(maps[b * H : (b + 1) * H], values, strict=True)):
-            out[b, :n, head] = onednn.product(p.softmax(-1) if resoftmax else p, v_h, longest=LONGEST)
+            out[b, :n, head] = onednn.product(p.softmax(-1), v_h) if resoftmax else _product(p, v_h)
     return out.flatten(2)
+
+
+class _ApplyMaps(torch.autograd.Function):
+    """`_apply_maps` with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, resoftmax: bool, v: Tensor, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(v, *maps)
+        ctx.resoftmax = resoftmax
+        return _apply_maps(maps, v, resoftmax)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        v, *maps = ctx.saved_tensors
+        B, T, H, d = v.shape
+        dv = v.new_zeros(B, H, d, T)
+        d_maps = []
+        for b in range(B):
+            n = len(maps[b * H])
+            values = v[b, :n].transpose(0, 1).contiguous()  # [H, n, d]
+            us = d_out[b, :n].reshape(n, H, d).transpose(0, 1).contiguous()
+            for head, p in enumerate(maps[b * H : (b + 1) * H]):
+                weights = p.softmax(-1) if ctx.resoftmax else p
+                dp, dv[b, head, :, :n] = _gradients_of_product(weights, values[head], us[head])
+                d_maps.append(_gradient_of_softmax(dp, weights, -1, p.dtype) if ctx.resoftmax else dp)
+        return None, dv.permute(0, 3, 1, 2), *d_maps
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Attention without dropout by PyTorch, and its maps where they are wanted and keeping them pays."""
+    gradients = _needs_gradient(q, k, v)
+    if not _heads_apart(q, gradients):
+        return _sdpa(q, k, v, lengths), None
+    if gradients:
+        out, *maps = _ByHeads.apply(q, k, v, lengths)
+        return out, tuple(maps) if keep else None
+    B, T, H, _ = q.shape
+    return _by_heads(q, k, v, lengths, keep and B * H * T * T <= KEPT)
 
 
 PIECE = 2**18
@@ -171,31 +254,9 @@ def _pieces(H: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice
             yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
 
 
-def _one_head(piece: Tensor, d: int) -> bool:
-    """Whether oneDNN multiplies a piece of a map, [h, r, n], by d columns or rows."""
-    h, r, n = piece.shape
-    return h == 1 and n <= LONGEST and _pays(r * n * d) and onednn.serves(piece)
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T: [h, r, d] and [h, n, d] -> [h, r, n], at least float32."""
-    if len(x) == 1 and _pays(x.numel() * y.shape[1]) and onednn.serves(x):
-        return onednn.product(x[0].contiguous(), y[0].contiguous())[None]
-    return torch.bmm(x, y.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _times(piece: Tensor, v: Tensor) -> Tensor:
-    """Of a map, [h, r, n], times [h, n, d] -> [h, r, d]."""
-    if _one_head(piece, v.shape[2]):
-        return onednn.product(piece[0], v[0].t().contiguous(), longest=LONGEST)[None]
-    return torch.bmm(piece.to(v.dtype), v)
-
-
-def _transposed_times(piece: Tensor, u: Tensor) -> Tensor:
-    """Of a map, [h, r, n], transposed, times [h, r, d] -> [h, n, d]."""
-    if _one_head(piece, u.shape[2]):
-        return onednn.product(u[0].t().contiguous(), piece[0].t(), longest=LONGEST).t()[None]
-    return torch.bmm(piece.to(u.dtype).transpose(1, 2), u)
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled queries [h, r, d] and keys [h, n, d] -> [h, r, n], at least float32."""
+    return torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
 
 
 def attention_forward(
@@ -220,12 +281,12 @@ def attention_forward(
         q_b = q_b * d**-0.5
         factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
         for h, r in _pieces(H, n, q.device):
-            p = _softmax_(_dots(q_b[h, r], k_b[h]))
+            p = _softmax_(_logits(q_b[h, r], k_b[h]))
             if resoftmax:
                 p = _softmax_(p)
             if factors is not None:
                 p *= factors[h, r]
-            out[b, r, h] = _times(p, v_b[h]).transpose(0, 1)
+            out[b, r, h] = torch.bmm(p.to(v.dtype), v_b[h]).transpose(0, 1)
     return out.flatten(2)
 
 
@@ -252,19 +313,19 @@ def attention_backward(
         factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
         for h, r in _pieces(H, n, q.device):
             u = u_b[h, r]
-            p = _softmax_(_dots(q_b[h, r], k_b[h]))
+            p = _softmax_(_logits(q_b[h, r], k_b[h]))
             weights = p.softmax(-1) if resoftmax else p if factors is None else p * factors[h, r]
-            dv_b[h] += _transposed_times(weights, u)
+            dv_b[h] += torch.bmm(weights.to(q.dtype).transpose(1, 2), u)
             delta = (u.to(p.dtype) * o_b[h, r]).sum(-1, keepdim=True)
-            dp = _dots(u, v_b[h])
+            dp = torch.bmm(u, v_b[h].transpose(1, 2)).to(p.dtype)
             if resoftmax:
                 dp = dp.sub_(delta).mul_(weights)
                 delta = (p * dp).sum(-1, keepdim=True)
             elif factors is not None:
                 dp *= factors[h, r]
-            ds = dp.sub_(delta).mul_(p)
-            dq_b[h, r] = _times(ds, k_b[h]).mul_(d**-0.5)
-            dk_b[h] += _transposed_times(ds, q_b[h, r])
+            ds = dp.sub_(delta).mul_(p).to(q.dtype)
+            dq_b[h, r] = torch.bmm(ds, k_b[h]).mul_(d**-0.5)
+            dk_b[h] += torch.bmm(ds.transpose(1, 2), q_b[h, r])
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -567,10 +628,8 @@ def attend(
     check_lengths(lengths, B, T, q.device)
     chosen = _resolve(impl, q)
     if chosen == "torch" and not dropout:
-        if _heads_apart(q, k, v):
-            out, maps = _by_heads(q, k, v, lengths, bool(reused) and _maps_fit(q))
-            return out, AttentionMap(q, k, None, lengths, maps)
-        return _sdpa(q, k, v, lengths), AttentionMap(q, k, None, lengths)
+        out, maps = _softmax_attention(q, k, v, lengths, bool(reused))
+        return out, AttentionMap(q, k, None, lengths, maps)
     if chosen == "torch" and torch.compiler.is_compiling():
         if seed is not None:
             raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
@@ -644,10 +703,11 @@ def reattend(
     resoftmax = setting == "resoftmax"
     if _resolve(impl, q) == "torch" or lse is None:
         v = linear(x, weight, bias).view(B, T, H, d)
-        if maps is not None and _heads_apart(q, k, v):
-            return _apply_maps(maps, v, resoftmax)
+        gradients = _needs_gradient(v, *(maps or ()))
+        if maps is not None and _heads_apart(q, gradients):
+            return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:
-            return _by_heads(q, k, v, lengths, False)[0] if _heads_apart(q, k, v) else _sdpa(q, k, v, lengths)
+            return _softmax_attention(q, k, v, lengths, False)[0]
         if torch.compiler.is_compiling():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]

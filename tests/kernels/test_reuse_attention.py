@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,7 +100,58 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
         monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
         low, maps = run(torch.float32)
         assert maps is None
-        assert_no_worse_than_torch("computing and reusing", got, low, run(torch.float64)[0])
+        for name, *outputs in zip(("computed", "reused"), got, low, run(torch.float64)[0], strict=True):
+            assert_no_worse_than_torch(name, *outputs)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("T", [1, 63, 500])
+def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch):
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    monkeypatch.setattr(module, "BY_HEADS", 1)
+    shape = {"B": 2, "T": T, "H": 3, "d": 40, "D": 20, "lengths": torch.tensor([T, max(1, T // 2)])}
+    applied = Mock(wraps=module._apply_maps)
+    monkeypatch.setattr(module, "_apply_maps", applied)
+    got = layer_pair("torch", torch.float32, setting, **shape)
+    assert applied.called
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+    low = layer_pair("torch", torch.float32, setting, **shape)
+    high = layer_pair("torch", torch.float64, setting, **shape)
+    for name in got:
+        assert_no_worse_than_torch(name, got[name], low[name], high[name])
+
+
+def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    monkeypatch.setattr(module, "BY_HEADS", 1)
+    inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_() for s in range(3)]
+    x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
+
+    def run(uses):
+        computed, kept = attend(*inputs, impl="torch")
+        reused = [reattend(kept, x, weight * scale, impl="torch") for scale in (1, -0.3)]
+        outputs = [[computed, *reused][i] for i in uses]
+        return torch.autograd.grad([o.square().sum() for o in outputs], inputs, allow_unused=True)
+
+    for uses in ([0], [2], [1, 2], [0, 1, 2]):
+        got = run(uses)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "KEPT_FOR_BACKWARD", 0)
+            want = run(uses)
+        assert 0 not in uses or got[2].any()
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-4)
+
+    # layers below are frozen: maps without gradients, values with them
+    with torch.no_grad():
+        kept = attend(*inputs, impl="torch")[1]
+    trained = weight.clone().requires_grad_()
+    reattend(kept, x, trained, impl="torch").square().sum().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+        other = weight.clone().requires_grad_()
+        reattend(kept, x, other, impl="torch").square().sum().backward()
+    torch.testing.assert_close(trained.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_twin_is_the_formula():
