@@ -703,7 +703,9 @@ def reattend(
     resoftmax = setting == "resoftmax"
     if _resolve(impl, q) == "torch" or lse is None:
         v = linear(x, weight, bias).view(B, T, H, d)
-        gradients = _needs_gradient(v, *(maps or ()))
+        gradients = _needs_gradient(q, k, v)
+        if maps is not None and _needs_gradient(q, k) and not maps[0].requires_grad:
+            maps = None  # made where no gradient was asked for, they would lead none to q and k
         if maps is not None and _heads_apart(q, gradients):
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:

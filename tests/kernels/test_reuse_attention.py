@@ -142,16 +142,22 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-4)
 
-    # layers below are frozen: maps without gradients, values with them
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch):
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    monkeypatch.setattr(module, "BY_HEADS", 1)
+    inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_(not frozen) for s in range(3)]
+    x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
     with torch.no_grad():
         kept = attend(*inputs, impl="torch")[1]
-    trained = weight.clone().requires_grad_()
-    reattend(kept, x, trained, impl="torch").square().sum().backward()
-    with monkeypatch.context() as patch:
-        patch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
-        other = weight.clone().requires_grad_()
-        reattend(kept, x, other, impl="torch").square().sum().backward()
-    torch.testing.assert_close(trained.grad, other.grad, rtol=1e-4, atol=1e-4)
+    assert kept.probabilities is not None
+    leaves = [weight.requires_grad_(), *([] if frozen else inputs[:2])]
+    got = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+    want = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_twin_is_the_formula():
