@@ -3,42 +3,85 @@
 On a CPU the same calls use the host's clock, so that the whole path can be rehearsed there.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from armhubert import clock
-from armhubert.clock import Timing
 
 Run = Callable[[], Any]
 FLUSHED_BYTES = 256 * 2**20
 """Several times the L2 of any GPU that we name."""
+CYCLES_PER_SECOND = 2e9
+"""About the highest clock of a GPU; a lower one only lengthens the head start."""
+HEAD_START = 2e-3, 50e-3
+"""Seconds, least and most."""
 
 
-def interleave(runs: Mapping[str, Run], *, device: torch.device, repeats: int, seconds: float) -> dict[str, Timing]:
-    """Seconds of each candidate, A B C A B C ..., each from a cold L2; 3 rounds or more, none begun after `seconds`."""
+class Timing(NamedTuple):
+    """Seconds of one candidate over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    host: float | None
+    """Median that the host took to queue it; None on a CPU."""
+    ahead: float | None
+    """Share of rounds that were queued whole before the device began with them: their time is the device's alone."""
+
+
+def interleave(
+    runs: Mapping[str, Run], *, device: torch.device, repeats: int, seconds: float, ahead: bool = True
+) -> dict[str, Timing]:
+    """Seconds of each candidate, A B C A B C ..., each from a cold L2; 3 rounds or more, none begun after `seconds`.
+
+    With `ahead` the device first sleeps for half as long again as the host needs to queue the candidate, else eager
+    baselines of many small ops would be timed by the host; without, it is timed as it runs, host and all.
+    """
     if device.type != "cuda":
-        return clock.interleave(runs, repeats=repeats, warmup=0)
-    flushed = torch.empty(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        timings = clock.interleave(runs, repeats=repeats, warmup=0)
+        return {name: Timing(*timing, None, None) for name, timing in timings.items()}
+    # read, not written: lines left dirty would be written back while the candidate runs
+    flushed = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
+    times, queued, early = ({name: [] for name in runs} for _ in range(3))  # type: dict[str, list[Any]]
+    least, most = HEAD_START
+    head_start = {name: min(max(least, 1.5 * _host_seconds(run, device)), most) for name, run in runs.items()}
     stop = time.monotonic() + seconds
     for number in range(repeats):
         if number >= 3 and time.monotonic() > stop:
             break
-        events = {}
         for name, run in runs.items():
-            flushed.zero_()  # the device is busy with it while the host queues the candidate
+            flushed.sum()
+            if ahead:
+                torch.cuda._sleep(int(head_start[name] * CYCLES_PER_SECOND))
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
+            started = time.perf_counter()
             run()
             end.record()
-            events[name] = begin, end
-        torch.cuda.synchronize(device)
-        for name, (begin, end) in events.items():
+            queued[name].append(time.perf_counter() - started)
+            early[name].append(not begin.query())
+            torch.cuda.synchronize(device)
             times[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: clock.summarize(values) for name, values in times.items()}
+    return {
+        name: Timing(*clock.summarize(values), statistics.median(queued[name]), statistics.mean(early[name]))
+        for name, values in times.items()
+    }
+
+
+def _host_seconds(run: Run, device: torch.device) -> float:
+    """What queueing it takes on an idle device."""
+    taken = []
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    torch.cuda.synchronize(device)
+    return min(taken)
 
 
 def warm(run: Run, device: torch.device, times: int = 3) -> None:

@@ -13,7 +13,7 @@ from armhubert.kernels import attend, costs, reattend, variants
 from armhubert.kernels import reuse_attention as attention_module
 
 GRAPHS_UP_TO_BYTES = 512e6
-"""Cells that move no more are also timed as CUDA graphs: eager PyTorch cannot queue them fast enough."""
+"""Cells that move no more are also timed as CUDA graphs, whose launches are closer together."""
 
 
 class Job(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu, gpu_check, gpu_micro, gpu_report, isolate, report, superb
+from armhubert.bench import cases, gpu, gpu_check, gpu_clock, gpu_micro, gpu_report, isolate, report, superb
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -114,6 +114,56 @@ def test_memory_of_the_twins_is_below_the_released_ways():
     runs = candidates(cases.Cell("pair", 2, 150, 4, 16), backward=False)
     memory = {name: peak_extra_bytes(run) for name, run in runs.items()}
     assert 2 * 150 * 64 * 4 < memory["ours"] < memory["released"] / 2
+
+
+# ---- the clock of a GPU -----------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of a GPU, in order, by a stand-in for one whose every event is 1 ms after the one before."""
+    calls: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def query(self) -> bool:
+            return False
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1.0
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: zeros(2))
+    monkeypatch.setattr(torch.Tensor, "sum", lambda _: calls.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(cycles / gpu_clock.CYCLES_PER_SECOND))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return calls
+
+
+def test_the_device_sleeps_while_the_host_queues(calls):
+    runs = {"quick": lambda: calls.append("quick"), "slow": lambda: (time.sleep(0.01), calls.append("slow"))}
+    timings = gpu_clock.interleave(runs, device=torch.device("cuda"), repeats=3, seconds=9)
+    untimed, rounds = calls[:4], calls[4:]
+    assert untimed == ["quick", "quick", "slow", "slow"]
+    assert len(rounds) == 3 * 10
+    assert rounds[:5] == ["flush", 2e-3, "event", "quick", "event"]
+    assert rounds[5] == "flush"
+    assert 0.015 <= rounds[6] <= 0.05
+    assert timings["slow"].median == 1e-3
+    assert timings["slow"].host >= 0.01
+    assert timings["slow"].ahead == 1
+
+
+def test_a_run_as_it_is_started_has_no_head_start(calls):
+    runs = {"a": lambda: calls.append("a")}
+    gpu_clock.interleave(runs, device=torch.device("cuda"), repeats=3, seconds=9, ahead=False)
+    assert calls[2:6] == ["flush", "event", "a", "event"]
 
 
 # ---- workers ----------------------------------------------------------------
