@@ -237,6 +237,42 @@ def test_the_rule_of_the_checks():
     assert not gpu_check.judge(["x"], [torch.full((2,), torch.nan)], [low], [high])["ok"]
 
 
+def test_a_sum_that_is_truly_0_is_judged_by_what_it_adds():
+    """One frame: any gradient of q is rounding, PyTorch's too, so only the addends tell how much is allowed."""
+    for dtype, kind in gpu_check.DTYPES.items():
+        inputs = gpu_check.pair("cpu", dtype, 2, 1, 2, 64, 20, True)
+        low, high = inputs.run("torch", "resoftmax"), inputs.to(torch.float64).run("torch", "resoftmax")
+        assert high[2].abs().max() < 1e-12
+        scale = inputs.scales()["d_q"]
+        assert 5 < scale < 500
+        for error, ok in ((1.0, True), (1e3, False)):
+            got = [t.clone() for t in low]
+            got[2] += error * torch.finfo(kind).eps * scale
+            row = gpu_check.judge(gpu_check.PAIR, got, low, high, inputs.scales())
+            assert row["ok"] == ok, row
+    assert gpu_check.pair("cpu", "fp32", 2, 3, 2, 64, 20, True).scales() == {}
+
+
+def test_no_residual_of_l1_is_within_rounding_of_its_jump():
+    inputs = gpu_check.loss_inputs("cpu", "bf16", 2, 2, 9, 16, 12).apart()
+    values = torch.einsum("lbtd,led->lbte", torch.stack(inputs.hidden).double(), inputs.weight.double())
+    values += inputs.bias.double()[:, None, None]
+    for view in (inputs.clean, inputs.masked):
+        gaps = (view.double() - values).abs()
+        assert gaps[gaps.isfinite()].min() > 0.05
+        assert 0 < gaps.isnan().sum() < gaps.numel()
+
+
+def test_checks_find_memory_that_was_never_written(monkeypatch):
+    def forgetful(device: str) -> dict[str, Any]:
+        return gpu_check.verdict(bool(torch.empty(3, device=device).isfinite().all()), "written")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", dict.fromkeys(("attention", "graph"), forgetful))
+    assert not gpu_check.work(gpu_check.Job("attention", "cpu", {}))["ok"]
+    monkeypatch.setattr(torch, "empty", torch.ones)
+    assert gpu_check.work(gpu_check.Job("graph", "cpu", {}))["ok"]
+
+
 @pytest.mark.parametrize("job", [j for j in gpu_check.jobs("cpu", True) if j.check in ("padding", "rerun", "dropout")])
 def test_checks_run(job):
     assert gpu_check.work(job)["ok"]
