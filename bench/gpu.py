@@ -35,6 +35,8 @@ class Stage(NamedTuple):
     work: isolate.Work
     side_by_side: bool
     job_seconds: float
+    least_seconds: float = 0.0
+    """With which to begin a job."""
 
 
 STAGES = {
@@ -55,16 +57,17 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
     rows: list[dict[str, Any]] = [{"job": _label(job), "error": "not reached", "unreached": True} for job in jobs]
     gpu_report.write_stage(name, rows, device, out)
     workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
+    limits = {"job_seconds": stage.job_seconds, "least_seconds": stage.least_seconds, "deadline": deadline}
     written = 0.0
-    for index, row in isolate.run(stage.work, jobs, workers=workers, job_seconds=stage.job_seconds, deadline=deadline):
+    for number, (index, row) in enumerate(isolate.run(stage.work, jobs, workers=workers, **limits), 1):
         rows[index] = {"job": _label(jobs[index]), **row}
-        bad = "error" in row or row.get("ok") is False
-        if bad and not row.get("unreached"):
+        bad = ("error" in row or row.get("ok") is False) and not row.get("unreached")
+        if bad:
             console.print(f"{name}: {rows[index]['job']}: {row.get('error') or row.get('at')}", markup=False)
-        if bad or time.monotonic() - written > 5:
+        # the last time before the workers are stopped
+        if bad or number == len(jobs) or time.monotonic() - written > 5:
             gpu_report.write_stage(name, rows, device, out)
             written = time.monotonic()
-    gpu_report.write_stage(name, rows, device, out)
     failed = sum("error" in row or row.get("ok") is False for row in rows)
     console.print(f"{name}: {len(rows) - failed} of {len(rows)} jobs done well, {failed} not", markup=False)
     return rows

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from armhubert import clock
+from armhubert.bench.isolate import SpoiltError
 
 Run = Callable[[], Any]
 FLUSHED_BYTES = 256 * 2**20
@@ -93,7 +94,11 @@ def warm(run: Run, device: torch.device, times: int = 3) -> None:
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """The run as one CUDA graph: its replay costs the host one launch."""
+    """The run as one CUDA graph: its replay costs the host one launch.
+
+    Raises:
+        SpoiltError: the capture failed, and may have left the allocator or the stream in it.
+    """
     if device.type != "cuda":
         return run
     stream = torch.cuda.Stream(device)
@@ -103,9 +108,12 @@ def captured(run: Run, device: torch.device) -> Run:
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # a capture that fails does not restore the stream by itself
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-        kept = run()
+    try:
+        # a capture that fails does not restore the stream by itself
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            kept = run()
+    except Exception as error:
+        raise SpoiltError(f"no capture: {type(error).__name__}: {error}") from error
 
     def replay() -> Any:
         graph.replay()

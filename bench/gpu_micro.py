@@ -58,8 +58,8 @@ def work(job: Job) -> dict[str, Any]:
     with torch.enable_grad() if job.backward else torch.no_grad():
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
-        graphs = _graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else {}
-        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0) if graphs else {}
+        graphs, spoilt = _graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else ({}, False)
+        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
         "cell": {**job.cell._asdict(), "label": job.cell.label},
@@ -77,6 +77,7 @@ def work(job: Job) -> dict[str, Any]:
             for name, timing in timings.items()
         },
         "failed": failed,
+        "spoilt": spoilt,
     }
 
 
@@ -100,15 +101,16 @@ def _prepare(makers: Makers, device: torch.device, backward: bool) -> tuple[dict
     return runs, failed
 
 
-def _graphs(runs: dict[str, Any], device: torch.device, failed: dict[str, str]) -> dict[str, Any]:
-    """Each candidate as a CUDA graph; those that cannot be captured, in `failed`."""
+def _graphs(runs: dict[str, Any], device: torch.device, failed: dict[str, str]) -> tuple[dict[str, Any], bool]:
+    """Each candidate as a CUDA graph; none, and True, where one could not be captured, since eager times are kept."""
     graphs = {}
     for name, run in runs.items():
         try:
             graphs[name] = captured(run, device)
-        except Exception as error:  # eager times are worth keeping
+        except Exception as error:
             failed[f"{name}, as a graph"] = _brief(error)
-    return graphs
+            return {}, True
+    return graphs, False
 
 
 def _brief(error: Exception) -> str:

@@ -177,7 +177,9 @@ def misbehave(job: str) -> dict[str, Any]:
         time.sleep(60)
     if job == "raise":
         raise RuntimeError("on purpose")
-    return {"value": job}
+    if job == "spoil":
+        raise isolate.SpoiltError("on purpose")
+    return {"value": job, "process": os.getpid(), "spoilt": job == "spoilt"}
 
 
 def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
@@ -190,6 +192,35 @@ def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
     assert "exit code 3" in rows[1]["error"]
     assert "stopped after" in rows[2]["error"]
     assert (rows[3]["value"], rows[4]["value"]) == ("good", "also good")
+
+
+def test_a_spoilt_process_is_not_used_again():
+    jobs = ["first", "raise", "spoilt", "second", "spoil", "third"]
+    rows = dict(isolate.run(misbehave, jobs, workers=1, job_seconds=9, deadline=time.monotonic() + 120))
+    assert "SpoiltError" in rows[4]["error"]
+    first, spoilt, second, third = (rows[i]["process"] for i in (0, 2, 3, 5))
+    assert first == spoilt
+    assert len({first, second, third}) == 3
+
+
+def test_no_job_begins_with_too_little_time():
+    jobs = ["good", "good"]
+    options = {"workers": 1, "job_seconds": 9, "least_seconds": 1000}
+    rows = dict(isolate.run(misbehave, jobs, deadline=time.monotonic() + 999, **options))
+    assert all(row["unreached"] for row in rows.values())
+
+
+def test_a_failed_capture_keeps_the_eager_times_and_retires_the_process(monkeypatch):
+    def fail(run: Any, device: Any) -> Any:
+        raise isolate.SpoiltError("no capture: on purpose")
+
+    monkeypatch.setattr(gpu_micro, "captured", fail)
+    job = gpu_micro.jobs("cpu", True)[0]
+    found = gpu_micro.work(job)
+    assert found["spoilt"]
+    assert "on purpose" in found["failed"]["ours, as a graph"]
+    assert found["candidates"]["ours"]["median"] > 0
+    assert found["candidates"]["ours"]["graph"] is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
