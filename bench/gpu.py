@@ -44,7 +44,7 @@ STAGES = {
     "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
     "model": Stage(gpu_model.jobs, gpu_model.work, False, 120),
     "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
-    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 120),
+    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 75, 40),
 }
 
 
@@ -75,7 +75,8 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
 
 def _label(job: Any) -> str:
     if isinstance(job, gpu_micro.Job):
-        return f"{job.cell.label} {'forward+backward' if job.backward else 'forward'}"
+        words = (job.cell.label, "forward+backward" if job.backward else "forward", job.baseline)
+        return " ".join(word for word in words if word)
     if isinstance(job, gpu_check.Job):
         return job.label
     return " ".join(str(value) for value in job)

@@ -396,11 +396,23 @@ def test_what_was_not_tried_has_not_passed_and_a_failure_ends_the_run_so(measure
 
 def test_graphs_are_compared_where_every_candidate_has_one():
     timed = row("x", 2e-5, 3e-5, 1e-6)
-    timed["candidates"]["ours"]["graph"] = {"median": 1e-5}
-    assert gpu_report.best(timed, "ours") == 2e-5
-    timed["candidates"]["released"]["graph"] = {"median": 2.5e-5}
-    assert gpu_report.best(timed, "ours") == 1e-5
-    assert gpu_report.best_baseline(timed) == ("released", 2.5e-5)
+    candidates = timed["candidates"]
+    candidates["ours"]["graph"] = {"median": 1e-5}
+    assert gpu_report.best(candidates) == 2e-5
+    candidates["released"]["graph"] = {"median": 2.5e-5}
+    assert gpu_report.best(candidates) == 1e-5
+    (merged,) = gpu_report.measured({"micro": [timed], "compiled": []})
+    assert gpu_report.best_baseline(merged) == ("released", 2.5e-5, 2.5, 2**20)
+
+
+def test_times_that_may_be_the_hosts_are_named():
+    timed = row("x", 2e-5, 3e-5, 1e-6)
+    timed["candidates"]["ours"]["ahead"], timed["candidates"]["released"]["ahead"] = 1.0, 0.2
+    content = {"micro": [timed], "compiled": []}
+    assert gpu_report.host_bound(*gpu_report.measured(content)) == ["released"]
+    for candidate in timed["candidates"].values():
+        candidate["graph"] = {"median": 1e-5}
+    assert gpu_report.host_bound(*gpu_report.measured(content)) == []
 
 
 def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
@@ -435,12 +447,37 @@ def test_a_stage_that_is_killed_leaves_its_rows(tmp_path, monkeypatch):
     assert "stopped after" in rows["hang"]["error"]
 
 
-def test_of_a_cell_measured_twice_the_one_with_more_baselines_counts():
-    few, many = row("x", 1.0, 2.0, 0.5), row("x", 1.5, 2.0, 0.5)
-    many["candidates"]["sdpa"] = many["candidates"]["released"]
-    assert gpu_report.measured({"micro": [few, many], "compiled": []}) == [many]
-    assert gpu_report.measured({"micro": [many], "compiled": [few]}) == [many]
-    assert gpu_report.measured({"micro": [{"job": "x", "error": "E"}, few], "compiled": []}) == [few]
+def test_a_ratio_comes_from_the_run_that_timed_both():
+    first, later, failed = row("x", 1.0, 2.0, 0.5), row("x", 1.5, 1.8, 0.5), {"job": "x", "error": "E"}
+    later["candidates"]["flex"] = later["candidates"].pop("released")
+    (merged,) = gpu_report.measured({"micro": [failed, first], "compiled": [later, failed]})
+    assert merged["candidates"] == first["candidates"]
+    others = gpu_report.baselines(merged)
+    assert {name: round(other.ratio, 3) for name, other in others.items()} == {"released": 2.0, "flex": 1.2}
+    assert gpu_report.best_baseline(merged).name == "flex"
+    (merged,) = gpu_report.measured({"micro": [failed], "compiled": [later]})
+    assert gpu_report.best(merged["candidates"]) == 1.5
+
+
+def test_compiled_baselines_have_jobs_of_their_own_with_ours(monkeypatch):
+    jobs = gpu_micro.compiled_jobs("cuda", False)
+    assert [gpu_micro.SLOW.index(job.baseline) for job in jobs] == sorted(
+        gpu_micro.SLOW.index(job.baseline) for job in jobs
+    )
+    assert len({gpu._label(job) for job in jobs}) == len(jobs)
+    assert all(job.baseline in job.cell.slow_baselines for job in jobs)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    cell = cases.Cell("loss", 2, 9, H=2, d=16, L=2, Dt=24, slow=True)
+    for name in cell.slow_baselines:
+        found = gpu_micro.work(gpu_micro.Job(cell, "cpu", True, 2, name))
+        assert found["candidates"].keys() == {"ours", name}
+
+
+def test_a_gpu_has_a_baseline_a_backend_of_sdpa(monkeypatch):
+    monkeypatch.setitem(cases._SDPA, "cpu", cases._SDPA["cuda"])
+    found = gpu_micro.work(gpu_micro.jobs("cpu", True)[0])
+    assert "sdpa flash" in found["candidates"]  # which a CPU has too
+    assert {"sdpa cudnn", "sdpa efficient"} <= found["failed"].keys()
 
 
 def test_jobs_of_a_gpu_are_many_and_picklable():
