@@ -489,6 +489,33 @@ def test_jobs_of_a_gpu_are_many_and_picklable():
     assert {job.arguments.get("dtype") for job in gpu_check.jobs("cuda", False)} >= {"fp32", "fp16", "bf16"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_script_shares_its_time_among_the_stages(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$TORCHINDUCTOR_COMPILE_THREADS $*" >>{tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stand_in), "OUT": str(tmp_path), "LIMIT": "480"}
+
+    def run(*stages: str) -> list[list[str]]:
+        done = subprocess.run(["bash", ROOT / "bench/gpu.sh", *stages], env=environment, timeout=60, check=False)
+        assert done.returncode == (2 if "no-such" in stages else 0)
+        calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+        (tmp_path / "calls").unlink()
+        return [call[call.index("gpu") + 1 :] + call[:1] for call in calls if "gpu" in call]
+
+    stages = ("check", "micro", "model", "variants")
+    calls = run(*stages, "report")
+    assert [call[0] for call in calls] == [*stages, "report"]
+    assert all(call[call.index("--out") + 1] == str(tmp_path) for call in calls)
+    assert [call[-1] for call in calls[:4]] == ["1", "12", "12", "12"]
+    budgets = [int(call[call.index("--budget") + 1]) for call in calls[:4]]
+    assert 100 < budgets[0] < 200
+    assert budgets == sorted(budgets)
+    assert 440 <= budgets[-1] <= 450
+    assert [call[0] for call in run()] == [*stages, "compiled", "report"]
+    assert run("no-such") == []
+
+
 def test_gpu_stages_need_no_audio_library():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('soundfile', 'tensorboard', 'matplotlib', 'pytest')));"
