@@ -2,7 +2,7 @@
 
     check     every kernel on the device against float64
     micro     the ops against their baselines
-    model     the student and the distillation step, end to end
+    model     the student and the distillation step, end to end, and which kernels they run
     variants  the ways of reusing a map: recomputed, projection inside or before the kernel, or stored
     compiled  the ops against baselines that take minutes to compile: torch.compile, FlexAttention
     report    merge the stages' files into one, print, draw; needs no GPU
@@ -79,6 +79,8 @@ def _label(job: Any) -> str:
         return " ".join(word for word in words if word)
     if isinstance(job, gpu_check.Job):
         return job.label
+    if isinstance(job, gpu_model.Job):
+        return f"{job.kind} {job.way} B{job.B}" if job.B else job.kind
     return " ".join(str(value) for value in job)
 
 

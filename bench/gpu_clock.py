@@ -3,9 +3,10 @@
 On a CPU the same calls use the host's clock, so that the whole path can be rehearsed there.
 """
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ FLUSHED_BYTES = 256 * 2**20
 """Several times the L2 of any GPU that we name."""
 CYCLES_PER_SECOND = 2e9
 """About the highest clock of a GPU; a lower one only lengthens the head start."""
-HEAD_START = 2e-3, 50e-3
+HEAD_START = 3e-4, 5e-2
 """Seconds, least and most."""
 
 
@@ -39,8 +40,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Seconds of each candidate, A B C A B C ..., each from a cold L2; 3 rounds or more, none begun after `seconds`.
 
-    With `ahead` the device first sleeps for half as long again as the host needs to queue the candidate, else eager
-    baselines of many small ops would be timed by the host; without, it is timed as it runs, host and all.
+    With `ahead` the device first sleeps for longer than the host needs to queue the candidate, else eager baselines of
+    many small ops would be timed by the host; without, it is timed as it runs, host and all.
     """
     if device.type != "cuda":
         timings = clock.interleave(runs, repeats=repeats, warmup=0)
@@ -49,7 +50,7 @@ def interleave(
     flushed = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
     times, queued, early = ({name: [] for name in runs} for _ in range(3))  # type: dict[str, list[Any]]
     least, most = HEAD_START
-    head_start = {name: min(max(least, 1.5 * _host_seconds(run, device)), most) for name, run in runs.items()}
+    head_start = {name: min(least + 1.5 * _host_seconds(run, device), most) for name, run in runs.items()}
     stop = time.monotonic() + seconds
     for number in range(repeats):
         if number >= 3 and time.monotonic() > stop:
@@ -83,6 +84,36 @@ def _host_seconds(run: Run, device: torch.device) -> float:
         taken.append(time.perf_counter() - started)
     torch.cuda.synchronize(device)
     return min(taken)
+
+
+@contextlib.contextmanager
+def cudnn_at_its_best() -> Iterator[None]:
+    """Until the block ends cuDNN tries its algorithms at a shape's first run and keeps the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def kernel_times(run: Run, device: torch.device, *, rounds: int = 3, most: int = 25) -> list[dict[str, Any]]:
+    """The device's longest kernels of a run, by PyTorch's profiler: name, launches, seconds; on a CPU its ops."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        warm(run, device, rounds)
+    rows = [
+        {
+            "name": event.key[:160],
+            "launches": event.count / rounds,
+            "seconds": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / rounds,
+        }
+        for event in profiler.key_averages()
+    ]
+    total = sum(row["seconds"] for row in rows)
+    longest = sorted(rows, key=lambda row: -row["seconds"])[:most]
+    return [{**row, "share": row["seconds"] / total} for row in longest if row["seconds"]]
 
 
 def warm(run: Run, device: torch.device, times: int = 3) -> None:
@@ -120,6 +151,23 @@ def captured(run: Run, device: torch.device) -> Run:
         return kept
 
     return replay
+
+
+def as_graphs(runs: Mapping[str, Run], device: torch.device, failed: dict[str, str]) -> tuple[dict[str, Run], bool]:
+    """Each candidate as a CUDA graph; none, and True, where one could not be captured, since eager times are kept."""
+    graphs = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = captured(run, device)
+        except Exception as error:
+            failed[f"{name}, as a graph"] = brief(error)
+            return {}, True
+    return graphs, False
+
+
+def brief(error: Exception) -> str:
+    """For a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from armhubert.bench.cases import Cell, Makers, build, gpu_cells, rehearsal_cells
-from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.bench.gpu_clock import as_graphs, brief, captured, cudnn_at_its_best, interleave, peak_extra_bytes, warm
 from armhubert.kernels import attend, costs, reattend, variants
 from armhubert.kernels import reuse_attention as attention_module
 
@@ -56,6 +56,11 @@ def _jobs(device: str, quick: bool) -> list[Job]:
 
 def work(job: Job) -> dict[str, Any]:
     """Time one cell -> its row."""
+    with cudnn_at_its_best():
+        return _measure(job)
+
+
+def _measure(job: Job) -> dict[str, Any]:
     device = torch.device(job.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch._dynamo.reset()  # or the ninth shape of a function would no longer be compiled
@@ -67,7 +72,7 @@ def work(job: Job) -> dict[str, Any]:
     with torch.enable_grad() if job.backward else torch.no_grad():
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
-        graphs, spoilt = _graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else ({}, False)
+        graphs, spoilt = as_graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else ({}, False)
         replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
@@ -77,6 +82,7 @@ def work(job: Job) -> dict[str, Any]:
         "bytes": moved,
         "operations": operations,
         "floor_s": floor,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "candidates": {
             name: {
                 **timing._asdict(),
@@ -104,26 +110,10 @@ def _prepare(makers: Makers, device: torch.device, backward: bool) -> tuple[dict
         except Exception as error:
             if name == "ours":
                 raise
-            failed[name] = _brief(error)
+            failed[name] = brief(error)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return runs, failed
-
-
-def _graphs(runs: dict[str, Any], device: torch.device, failed: dict[str, str]) -> tuple[dict[str, Any], bool]:
-    """Each candidate as a CUDA graph; none, and True, where one could not be captured, since eager times are kept."""
-    graphs = {}
-    for name, run in runs.items():
-        try:
-            graphs[name] = captured(run, device)
-        except Exception as error:
-            failed[f"{name}, as a graph"] = _brief(error)
-            return {}, True
-    return graphs, False
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # ---- ceilings of this machine -----------------------------------------------

@@ -208,6 +208,8 @@ def summary(content: dict[str, Any]) -> list[str]:
         lines.append(f"  {_named(row)}: ours {ours * 1e6:.0f} us, {other.name} {other.seconds * 1e6:.0f} us")
     lines += [f"  perhaps the host's time: {_named(row)}: {', '.join(names)}" for row, names in bound[:12]]
     lines += [f"  no result: {row['job']}: {row['error'][:140]}" for row in errors[:12]]
+    absent = [(row["job"], *item) for row in content["model"] for item in row.get("failed", {}).items()]
+    lines += [f"  not timed: {job}: {name}: {why[:140]}" for job, name, why in absent[:12]]
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             host = f", of it the host's {c['host'] * 1e3:.2f} ms" if c.get("host") else ""
@@ -245,13 +247,13 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
             _megabytes(other.peak_extra_bytes) if other else "",
         )
     yield shown
-    whole = Table(
-        "end to end", "batch", "candidate", "ms", "hours of audio a second", "steps a second", "peak MB", title=title
-    )
+    whole = Table("end to end", "batch", "candidate", "ms", "host ms", "hours of audio a second", "steps a second",
+                  "peak MB", title=title)  # fmt: skip
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             whole.add_row(
                 row["kind"], str(row["batch"]), name, f"{c['median'] * 1e3:.2f}",
+                f"{c['host'] * 1e3:.2f}" if c.get("host") else "",
                 f"{c['hours_of_audio_per_second']:.3f}",
                 f"{c['steps_per_second']:.2f}" if "steps_per_second" in c else "", _megabytes(c["peak_extra_bytes"]),
             )  # fmt: skip

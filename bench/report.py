@@ -295,8 +295,9 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
     rows = measured(content)
     behind = sum(bool((other := best_baseline(row)) and other.ratio < 1) for row in rows)
     faster = (
-        f"**Faster** on {device}: medians of interleaved runs from a cold L2, replays of CUDA graphs where little is "
-        f"moved ({_conditions(content)}). Ours is behind the best baseline in {behind} of {len(rows)} rows."
+        f"**Faster** on {device}: medians of interleaved runs from a cold L2, ops queued before the device begins and "
+        f"replayed as CUDA graphs where little is moved ({_conditions(content)}). Ours is behind the best baseline in "
+        f"{behind} of {len(rows)} rows."
     )
     whole = ["| end to end | batch | way | time | hours of audio a second |", "|---|---|---|---|---|"]
     whole += [

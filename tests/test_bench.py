@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu, gpu_check, gpu_clock, gpu_micro, gpu_report, isolate, report, superb
+from armhubert.bench import cases, gpu, gpu_check, gpu_clock, gpu_micro, gpu_model, gpu_report, isolate, report, superb
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -152,7 +152,8 @@ def test_the_device_sleeps_while_the_host_queues(calls):
     untimed, rounds = calls[:4], calls[4:]
     assert untimed == ["quick", "quick", "slow", "slow"]
     assert len(rounds) == 3 * 10
-    assert rounds[:5] == ["flush", 2e-3, "event", "quick", "event"]
+    assert rounds[:1] + rounds[2:5] == ["flush", "event", "quick", "event"]
+    assert 3e-4 <= rounds[1] < 5e-3
     assert rounds[5] == "flush"
     assert 0.015 <= rounds[6] <= 0.05
     assert timings["slow"].median == 1e-3
@@ -214,13 +215,30 @@ def test_a_failed_capture_keeps_the_eager_times_and_retires_the_process(monkeypa
     def fail(run: Any, device: Any) -> Any:
         raise isolate.SpoiltError("no capture: on purpose")
 
-    monkeypatch.setattr(gpu_micro, "captured", fail)
+    monkeypatch.setattr(gpu_clock, "captured", fail)
     job = gpu_micro.jobs("cpu", True)[0]
     found = gpu_micro.work(job)
     assert found["spoilt"]
     assert "on purpose" in found["failed"]["ours, as a graph"]
     assert found["candidates"]["ours"]["median"] > 0
     assert found["candidates"]["ours"]["graph"] is None
+    job = gpu_model.Job("inference", 1, "cpu", True, "graph")
+    found = gpu_model.work(job)
+    assert found["spoilt"]
+    assert found["candidates"] == {}
+    assert "on purpose" in found["failed"]["ours, as a graph"]
+
+
+@pytest.mark.parametrize("kind", ["inference", "distillation"])
+def test_what_the_profiler_saw_spoils_its_process(kind):
+    found = gpu_model.work(gpu_model.Job(kind, 1, "cpu", True, "kernels"))
+    kernels = found["kernels"]
+    assert found["spoilt"]
+    assert 5 < len(kernels) <= 25
+    seconds = [kernel["seconds"] for kernel in kernels]
+    assert seconds == sorted(seconds, reverse=True)
+    assert sum(kernel["share"] for kernel in kernels) <= 1 + 1e-9
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
