@@ -35,7 +35,7 @@ done
 # many processes share the cores, and each would start a thread a core
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 threads=${TORCHINDUCTOR_COMPILE_THREADS:-12}
-export PYTHONPATH="$package" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+export PYTHONPATH="$package" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error KINETO_LOG_LEVEL=5
 # every process would compile everything; a prefix for bytecode would leave out what PyTorch's folder has of it
 unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 cd "$package" || exit 1

@@ -173,12 +173,13 @@ def measured(content: dict[str, Any]) -> list[Row]:
 
 def host_bound(row: Row) -> list[str]:
     """Candidates whose time, as compared, may be the host's: it did not queue most rounds in time."""
-    return [
+    late = (
         name
         for run in row["runs"]
         for name, candidate in run.items()
         if not _graphs(run) and (candidate.get("ahead") or 0) < 0.5
-    ]
+    )
+    return list(dict.fromkeys(late))
 
 
 def summary(content: dict[str, Any]) -> list[str]:
@@ -208,7 +209,8 @@ def summary(content: dict[str, Any]) -> list[str]:
         lines.append(f"  {_named(row)}: ours {ours * 1e6:.0f} us, {other.name} {other.seconds * 1e6:.0f} us")
     lines += [f"  perhaps the host's time: {_named(row)}: {', '.join(names)}" for row, names in bound[:12]]
     lines += [f"  no result: {row['job']}: {row['error'][:140]}" for row in errors[:12]]
-    absent = [(row["job"], *item) for row in content["model"] for item in row.get("failed", {}).items()]
+    slow = (*content["model"], *content["compiled"])
+    absent = [(row["job"], *item) for row in slow for item in row.get("failed", {}).items()]
     lines += [f"  not timed: {job}: {name}: {why[:140]}" for job, name, why in absent[:12]]
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
