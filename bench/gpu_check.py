@@ -638,7 +638,8 @@ def check_student(device: str, name: str, mode: str, dtype: str, seconds: float)
         loss = loss * 2**12  # or gradients would underflow in float16
         results.append([last.detach(), *torch.autograd.grad(loss, watched)])
         del model, output
-    return judge(["last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"], *results)
+    got, low, high = results
+    return judge(["last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"], got, low, high)
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -48,7 +48,9 @@ def interleave(
         return {name: Timing(*timing, None, None) for name, timing in timings.items()}
     # read, not written: lines left dirty would be written back while the candidate runs
     flushed = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
-    times, queued, early = ({name: [] for name in runs} for _ in range(3))  # type: dict[str, list[Any]]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    queued: dict[str, list[float]] = {name: [] for name in runs}
+    early: dict[str, list[bool]] = {name: [] for name in runs}
     least, most = HEAD_START
     head_start = {name: min(least + 1.5 * _host_seconds(run, device), most) for name, run in runs.items()}
     stop = time.monotonic() + seconds
@@ -69,7 +71,7 @@ def interleave(
             torch.cuda.synchronize(device)
             times[name].append(begin.elapsed_time(end) / 1e3)
     return {
-        name: Timing(*clock.summarize(values), statistics.median(queued[name]), statistics.mean(early[name]))
+        name: Timing(*clock.summarize(values), statistics.median(queued[name]), statistics.fmean(early[name]))
         for name, values in times.items()
     }
 
