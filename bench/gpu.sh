@@ -49,7 +49,7 @@ else
 fi
 
 stages=(${@:-check micro model variants compiled report})
-declare -A weight=([check]=140 [micro]=125 [model]=100 [variants]=30 [compiled]=110 [tests]=110)
+declare -A weight=([check]=135 [micro]=120 [model]=95 [variants]=40 [compiled]=110 [tests]=110)
 for name in "${stages[@]}"; do
     [[ -n ${weight[$name]:-} || $name == report ]] ||
         { echo "no stage $name: check micro model variants compiled tests report" >&2; exit 2; }
