@@ -4,6 +4,7 @@ On a CPU the same calls use the host's clock, so that the whole path can be rehe
 """
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -143,12 +144,15 @@ def captured(run: Run, device: torch.device) -> Run:
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    gc.disable()  # what it frees, an earlier graph above all, could break the capture
     try:
         # a capture that fails does not restore the stream by itself
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             kept = run()
     except Exception as error:
         raise SpoiltError(f"no capture: {type(error).__name__}: {error}") from error
+    finally:
+        gc.enable()
 
     def replay() -> Any:
         graph.replay()

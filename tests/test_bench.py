@@ -1,11 +1,14 @@
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -227,6 +230,25 @@ def test_a_failed_capture_keeps_the_eager_times_and_retires_the_process(monkeypa
     assert found["spoilt"]
     assert found["candidates"] == {}
     assert "on purpose" in found["failed"]["ours, as a graph"]
+
+
+def test_a_capture_that_fails_says_that_its_process_is_spoilt(monkeypatch):
+    @contextlib.contextmanager
+    def capture(graph: Any, stream: Any) -> Iterator[None]:
+        assert not gc.isenabled()
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    failed: dict[str, str] = {}
+    assert gpu_clock.as_graphs({"a": int, "b": int}, torch.device("cuda"), failed) == ({}, True)
+    assert failed.keys() == {"a, as a graph"}
+    assert "not permitted" in failed["a, as a graph"]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("kind", ["inference", "distillation"])
