@@ -5,11 +5,12 @@
 - released: eager PyTorch as in the released code: bmm, softmax, bmm, the map stored; a reusing layer puts the stored
   map through the softmax again ("resoftmax") or not ("exact"); the loss is linear, where, mse layer by layer, float32
   distances as autocast makes them; convolution, group norm and GELU as passes of their own.
-- sdpa: PyTorch's fused attention on the shared q and k.
+- sdpa: PyTorch's fused attention on the shared q and k; on a GPU each of its backends by name: flash, cudnn, efficient.
 - flex: FlexAttention, compiled.
 - compiled: torch.compile of the PyTorch twin.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from armhubert.baselines import HUBERT_BASE
 from armhubert.config import armhubert
@@ -60,6 +62,15 @@ class Cell(NamedTuple):
         detail = {"loss": self.distance, "attend": "", "conv": self.stack}.get(self.op, self.setting)
         widths = {"loss": f"L{self.L} {self.D}-{self.Dt}", "conv": ""}.get(self.op, f"H{self.H} d{self.d}")
         return " ".join(p for p in (self.op, detail, f"B{self.B} T{self.T}", widths, "ragged" * self.ragged) if p)
+
+    @property
+    def slow_baselines(self) -> tuple[str, ...]:
+        """Those that must be compiled first."""
+        if not self.slow:
+            return ()
+        exact = self.setting == "exact" or self.op == "attend"
+        of_op = {"loss": ("compiled released", "compiled"), "conv": ("compiled released",)}
+        return of_op.get(self.op, ("flex", "compiled") if exact else ("compiled",))
 
     @property
     def samples(self) -> int:
@@ -164,21 +175,37 @@ def released_reattend(
 
 
 def sdpa_attend(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, dropout: float = 0.0, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    backend: SDPBackend | None = None,
+    **_: Any,
 ) -> tuple[Tensor, AttentionMap]:
-    """PyTorch's fused attention."""
+    """PyTorch's fused attention, by one backend or whichever PyTorch prefers."""
     mask = None
     if lengths is not None:
         mask = (torch.arange(q.shape[1], device=q.device) < lengths[:, None])[:, None, None]
     q_heads, k_heads, v_heads = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, dropout_p=dropout)
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2), AttentionMap(q, k, None, lengths)
 
 
-def sdpa_reattend(kept: AttentionMap, x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+def sdpa_reattend(
+    kept: AttentionMap,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: SDPBackend | None = None,
+    **_: Any,
+) -> Tensor:
     """PyTorch's fused attention on the shared q and k ("exact" only)."""
     v = F.linear(x, weight, bias).view(kept.queries.shape)
-    return sdpa_attend(kept.queries, kept.keys, v, kept.lengths)[0]
+    return sdpa_attend(kept.queries, kept.keys, v, kept.lengths, backend=backend)[0]
 
 
 def released_loss(
@@ -235,6 +262,14 @@ def _flex(lengths: Tensor | None, T: int, device: torch.device) -> Callable[[Ten
 # ---- building a cell --------------------------------------------------------
 
 Makers = dict[str, Callable[[], Candidate]]
+_SDPA: dict[str, dict[str, SDPBackend | None]] = {
+    "cpu": {"sdpa": None},
+    "cuda": {
+        "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    },
+}
 _COMPILED: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
 
 
@@ -304,14 +339,12 @@ def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl,
         "ours": lambda: by(partial(attend, impl=impl), partial(reattend, setting=cell.setting, impl=impl)),
         "released": lambda: by(released_attend, partial(released_reattend, setting=cell.setting, lengths=lengths)),
     }
-    exact = cell.setting == "exact" or cell.op == "attend"
-    if exact:
-        makers["sdpa"] = lambda: by(sdpa_attend, sdpa_reattend)
-    if cell.slow:
-        makers["compiled"] = compiled
-        if exact:
-            makers["flex"] = flex
-    return makers
+    if cell.setting == "exact" or cell.op == "attend":
+        for name, backend in _SDPA[device.type].items():
+            ways = partial(sdpa_attend, backend=backend), partial(sdpa_reattend, backend=backend)
+            makers[name] = partial(by, *ways)
+    slow = {"compiled": compiled, "flex": flex}
+    return makers | {name: slow[name] for name in cell.slow_baselines}
 
 
 def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
@@ -335,10 +368,8 @@ def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad
         "ours": lambda: by(partial(distillation_loss, impl=impl)),
         "released": lambda: by(released_loss),
     }
-    if cell.slow:
-        makers["compiled"] = lambda: by(torch.compile(partial(distillation_loss, impl="torch"), **_COMPILED))
-        makers["compiled released"] = lambda: by(torch.compile(released_loss, **_COMPILED))
-    return makers
+    slow = {"compiled": partial(distillation_loss, impl="torch"), "compiled released": released_loss}
+    return makers | {name: lambda run=slow[name]: by(torch.compile(run, **_COMPILED)) for name in cell.slow_baselines}
 
 
 def _conv(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
@@ -355,8 +386,8 @@ def _conv(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad
         return Candidate(lambda: run(own, waveforms, *options), list(own.parameters()))
 
     makers: Makers = {"ours": lambda: by(FrontEnd.forward, samples), "released": lambda: by(released_front_end)}
-    if cell.slow:
-        makers["compiled released"] = lambda: by(torch.compile(released_front_end, **_COMPILED))
+    for name in cell.slow_baselines:
+        makers[name] = lambda: by(torch.compile(released_front_end, **_COMPILED))
     return makers
 
 

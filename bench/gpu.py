@@ -2,7 +2,7 @@
 
     check     every kernel on the device against float64
     micro     the ops against their baselines
-    model     the student and the distillation step, end to end
+    model     the student and the distillation step, end to end, and which kernels they run
     variants  the ways of reusing a map: recomputed, projection inside or before the kernel, or stored
     compiled  the ops against baselines that take minutes to compile: torch.compile, FlexAttention
     report    merge the stages' files into one, print, draw; needs no GPU
@@ -35,6 +35,8 @@ class Stage(NamedTuple):
     work: isolate.Work
     side_by_side: bool
     job_seconds: float
+    least_seconds: float = 0.0
+    """With which to begin a job."""
 
 
 STAGES = {
@@ -42,7 +44,7 @@ STAGES = {
     "micro": Stage(gpu_micro.jobs, gpu_micro.work, False, 45),
     "model": Stage(gpu_model.jobs, gpu_model.work, False, 120),
     "variants": Stage(gpu_micro.variant_jobs, gpu_micro.variant_work, False, 30),
-    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 120),
+    "compiled": Stage(gpu_micro.compiled_jobs, gpu_micro.work, False, 75, 40),
 }
 
 
@@ -55,16 +57,17 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
     rows: list[dict[str, Any]] = [{"job": _label(job), "error": "not reached", "unreached": True} for job in jobs]
     gpu_report.write_stage(name, rows, device, out)
     workers = max(1, min((os.cpu_count() or 2) * 3 // 4, 12, len(jobs))) if stage.side_by_side else 1
+    limits = {"job_seconds": stage.job_seconds, "least_seconds": stage.least_seconds, "deadline": deadline}
     written = 0.0
-    for index, row in isolate.run(stage.work, jobs, workers=workers, job_seconds=stage.job_seconds, deadline=deadline):
+    for number, (index, row) in enumerate(isolate.run(stage.work, jobs, workers=workers, **limits), 1):
         rows[index] = {"job": _label(jobs[index]), **row}
-        bad = "error" in row or row.get("ok") is False
-        if bad and not row.get("unreached"):
+        bad = ("error" in row or row.get("ok") is False) and not row.get("unreached")
+        if bad:
             console.print(f"{name}: {rows[index]['job']}: {row.get('error') or row.get('at')}", markup=False)
-        if bad or time.monotonic() - written > 5:
+        # the last time before the workers are stopped
+        if bad or number == len(jobs) or time.monotonic() - written > 5:
             gpu_report.write_stage(name, rows, device, out)
             written = time.monotonic()
-    gpu_report.write_stage(name, rows, device, out)
     failed = sum("error" in row or row.get("ok") is False for row in rows)
     console.print(f"{name}: {len(rows) - failed} of {len(rows)} jobs done well, {failed} not", markup=False)
     return rows
@@ -72,9 +75,12 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
 
 def _label(job: Any) -> str:
     if isinstance(job, gpu_micro.Job):
-        return f"{job.cell.label} {'forward+backward' if job.backward else 'forward'}"
+        words = (job.cell.label, "forward+backward" if job.backward else "forward", job.baseline)
+        return " ".join(word for word in words if word)
     if isinstance(job, gpu_check.Job):
         return job.label
+    if isinstance(job, gpu_model.Job):
+        return f"{job.kind} {job.way} B{job.B}" if job.B else job.kind
     return " ".join(str(value) for value in job)
 
 

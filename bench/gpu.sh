@@ -3,13 +3,21 @@
 # baselines, the student end to end, the choice of variants. From a bare checkout; needs torch, triton, einops, rich,
 # safetensors, huggingface_hub, pyyaml and (for one baseline) transformers. Without a GPU: a rehearsal on the CPU.
 #
-#   bench/gpu.sh                             all stages, the most important first
+#   bench/gpu.sh                             check micro model variants compiled report, the most important first
 #   bench/gpu.sh check model report          some of them, which share the time
-#   bench/gpu.sh variants compiled report    what needs compilers' minutes, on its own
+#   bench/gpu.sh tests                       tests/kernels, where pytest and hypothesis are there
 #
-# OUT: where results go (bench/results); PYTHON: the interpreter (python3); LIMIT: seconds for everything (520).
+# Fifteen minutes of a GPU, starts and copies included, are best spent on two calls; name OUT in both, as a file that is
+# there already is added to:
+#
+#   OUT=DIR LIMIT=480 bench/gpu.sh check micro model variants report
+#   OUT=DIR LIMIT=220 bench/gpu.sh compiled report        if DIR did not stay, with EARLIER=the first one's report
+#
+# OUT: where results go (bench/results); PYTHON: the interpreter (python3); LIMIT: seconds for everything (520); a
+# stage that will not end, and the report, may exceed it by half a minute.
 # EARLIER: a report of the same GPU whose other stages the new one takes over.
 set -u
+[[ ${1:-} == --help ]] && { sed -n '2,/^set -u/{/^#/s/^# \?//p}' "${BASH_SOURCE[0]}"; exit 0; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${OUT:-$root/bench/results}
 limit=${LIMIT:-520}
@@ -25,8 +33,11 @@ for entry in "$root"/armhubert/* "$root/kernels" "$root/cli" "$root/bench"; do
     ln -s "$entry" "$package/armhubert/"
 done
 # many processes share the cores, and each would start a thread a core
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-12}
-export PYTHONPATH="$package" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+threads=${TORCHINDUCTOR_COMPILE_THREADS:-12}
+export PYTHONPATH="$package" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error KINETO_LOG_LEVEL=5
+# every process would compile everything; a prefix for bytecode would leave out what PyTorch's folder has of it
+unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 cd "$package" || exit 1
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -37,10 +48,10 @@ else
     options=(--device cpu --quick)
 fi
 
-stages=(${@:-check micro model variants compiled tests report})
-declare -A weight=([check]=140 [micro]=130 [model]=80 [variants]=30 [compiled]=110)
+stages=(${@:-check micro model variants compiled report})
+declare -A weight=([check]=135 [micro]=120 [model]=95 [variants]=40 [compiled]=110 [tests]=110)
 for name in "${stages[@]}"; do
-    [[ -n ${weight[$name]:-} || $name == tests || $name == report ]] ||
+    [[ -n ${weight[$name]:-} || $name == report ]] ||
         { echo "no stage $name: check micro model variants compiled tests report" >&2; exit 2; }
 done
 
@@ -51,26 +62,29 @@ share() { # its part of what is left, but half a minute for the report, by weigh
     echo $(((limit - SECONDS - 30) * ${weight[$1]} / total))
 }
 
+stage() { # NAME SECONDS; one that outlives its budget is ended with its processes, and what it has written stays
+    if [[ $1 == tests ]]; then
+        local parallel=()
+        "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+        timeout -k 5 "$2" "$python" -m pytest -q -o addopts= -p no:cacheprovider "${parallel[@]}" \
+            --rootdir "$root" -c "$root/pyproject.toml" "$root/tests/kernels"
+    else
+        timeout -k 5 $(($2 + 20)) "$python" -m armhubert.bench gpu "$1" "${options[@]}" --budget "$2" --out "$out"
+    fi
+}
+
 for index in "${!stages[@]}"; do
     name=${stages[index]}
     case $name in
         report)
-            "$python" -m armhubert.bench gpu report --out "$out" ${EARLIER:+--result "$EARLIER"} || status=1 ;;
-        tests) # the same tests as everywhere, where pytest is there and time is left
-            left=$((limit - SECONDS - 40))
-            if [[ ${options[1]} == cuda ]] && ((left > 20)) && "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-                parallel=()
-                "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
-                timeout -k 5 "$left" "$python" -m pytest -q -o addopts= -p no:cacheprovider "${parallel[@]}" \
-                    --rootdir "$root" -c "$root/pyproject.toml" "$root/tests/kernels" 2>&1 | tail -n 15
-            fi ;;
+            timeout -k 5 60 "$python" -m armhubert.bench gpu report --out "$out" ${EARLIER:+--result "$EARLIER"} || status=1 ;;
         *)
             seconds=$(share "${stages[@]:index}")
             ((seconds < 10)) && { echo "=== $name: no time left ==="; continue; }
             echo "=== $name, at most $seconds s, $SECONDS s in ==="
-            # a stage that outlives its budget is ended with its processes; what it has written stays
-            timeout -k 5 $((seconds + 20)) "$python" -m armhubert.bench gpu "$name" "${options[@]}" --budget "$seconds" \
-                --out "$out" || { status=$?; echo "=== $name ended with $status ==="; } ;;
+            # checks that compile run beside each other
+            TORCHINDUCTOR_COMPILE_THREADS=$([[ $name == check ]] && echo 1 || echo "$threads") stage "$name" "$seconds" ||
+                { status=$?; echo "=== $name ended with $status ==="; } ;;
     esac
 done
 echo "=== $SECONDS s ==="

@@ -8,12 +8,12 @@ from unittest import mock
 import torch
 
 from armhubert.bench.cases import Cell, Makers, build, gpu_cells, rehearsal_cells
-from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.bench.gpu_clock import as_graphs, brief, captured, cudnn_at_its_best, interleave, peak_extra_bytes, warm
 from armhubert.kernels import attend, costs, reattend, variants
 from armhubert.kernels import reuse_attention as attention_module
 
 GRAPHS_UP_TO_BYTES = 512e6
-"""Cells that move no more are also timed as CUDA graphs: eager PyTorch cannot queue them fast enough."""
+"""Cells that move no more are also timed as CUDA graphs, whose launches are closer together."""
 
 
 class Job(NamedTuple):
@@ -23,6 +23,12 @@ class Job(NamedTuple):
     device: str
     backward: bool
     repeats: int
+    baseline: str | None = None
+    """Against this one alone; None: against those that need no compiling."""
+
+
+SLOW = ("flex", "compiled released", "compiled")
+"""In this order: FlexAttention compiles in seconds, max-autotune in up to minutes."""
 
 
 def gpu_rates(device: torch.device) -> costs.Gpu | None:
@@ -38,8 +44,9 @@ def jobs(device: str, quick: bool) -> list[Job]:
 
 
 def compiled_jobs(device: str, quick: bool) -> list[Job]:
-    """Again, with those baselines, the cells that are marked for it."""
-    return [job for job in _jobs(device, quick) if job.cell.slow]
+    """Ours again with each of those baselines, so that a ratio comes from one run, the quickest to compile first."""
+    jobs = _jobs(device, quick)
+    return [job._replace(baseline=name) for name in SLOW for job in jobs for n in job.cell.slow_baselines if n == name]
 
 
 def _jobs(device: str, quick: bool) -> list[Job]:
@@ -49,17 +56,24 @@ def _jobs(device: str, quick: bool) -> list[Job]:
 
 def work(job: Job) -> dict[str, Any]:
     """Time one cell -> its row."""
+    with cudnn_at_its_best():
+        return _measure(job)
+
+
+def _measure(job: Job) -> dict[str, Any]:
     device = torch.device(job.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch._dynamo.reset()  # or the ninth shape of a function would no longer be compiled
     makers = build(job.cell, device, dtype, grad=job.backward)
+    if job.baseline:
+        makers = {name: makers[name] for name in ("ours", job.baseline)}
     runs, failed = _prepare(makers, device, job.backward)
     moved, operations = job.cell.cost(backward=job.backward)
     with torch.enable_grad() if job.backward else torch.no_grad():
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
-        graphs = _graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else {}
-        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0) if graphs else {}
+        graphs, spoilt = as_graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else ({}, False)
+        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
         "cell": {**job.cell._asdict(), "label": job.cell.label},
@@ -68,6 +82,7 @@ def work(job: Job) -> dict[str, Any]:
         "bytes": moved,
         "operations": operations,
         "floor_s": floor,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "candidates": {
             name: {
                 **timing._asdict(),
@@ -77,6 +92,7 @@ def work(job: Job) -> dict[str, Any]:
             for name, timing in timings.items()
         },
         "failed": failed,
+        "spoilt": spoilt,
     }
 
 
@@ -94,25 +110,10 @@ def _prepare(makers: Makers, device: torch.device, backward: bool) -> tuple[dict
         except Exception as error:
             if name == "ours":
                 raise
-            failed[name] = _brief(error)
+            failed[name] = brief(error)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return runs, failed
-
-
-def _graphs(runs: dict[str, Any], device: torch.device, failed: dict[str, str]) -> dict[str, Any]:
-    """Each candidate as a CUDA graph; those that cannot be captured, in `failed`."""
-    graphs = {}
-    for name, run in runs.items():
-        try:
-            graphs[name] = captured(run, device)
-        except Exception as error:  # eager times are worth keeping
-            failed[f"{name}, as a graph"] = _brief(error)
-    return graphs
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # ---- ceilings of this machine -----------------------------------------------

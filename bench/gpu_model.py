@@ -1,8 +1,12 @@
-"""End to end: the student's inference and the distillation step, against what people run today; random weights."""
+"""End to end: the student's inference and the distillation step, against what people run today; random weights.
+
+Times are those of a run as a user starts it, the host's part included: where `host` is near the median, the host is
+what it waits for.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import torch
@@ -12,7 +16,15 @@ from torch import Tensor
 from armhubert import encoder as encoder_module
 from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline
 from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend, sdpa_reattend
-from armhubert.bench.gpu_clock import captured, interleave, peak_extra_bytes, warm
+from armhubert.bench.gpu_clock import (
+    as_graphs,
+    brief,
+    cudnn_at_its_best,
+    interleave,
+    kernel_times,
+    peak_extra_bytes,
+    warm,
+)
 from armhubert.bench.gpu_micro import ceilings
 from armhubert.config import EncoderConfig, armhubert, mini
 from armhubert.encoder import PositionalConv, SpeechEncoder
@@ -32,8 +44,8 @@ class Job(NamedTuple):
     B: int
     device: str
     quick: bool
-    compiled: Impl | None = None
-    """Against torch.compile of the whole student with these ops."""
+    way: Literal["eager", "graph", "compiled", "compiled twins", "kernels"] = "eager"
+    """Candidates as they are, as CUDA graphs, ours by torch.compile or its twins by it; or which kernels ours runs."""
     seconds: float = 10.0
     """Of audio an utterance."""
     repeats: int = 20
@@ -41,12 +53,21 @@ class Job(NamedTuple):
 
 
 def jobs(device: str, quick: bool) -> list[Job]:
-    """Both kinds; one utterance and a batch."""
-    sizes = (1, 2) if quick else (16, 1)
-    inference = [Job("inference", B, device, quick) for B in sizes]
-    impls: tuple[Impl, ...] = () if quick else ("auto", "torch")
-    slow = [Job("inference", B, device, quick, compiled=impl) for B in sizes for impl in impls]
-    return [*inference, Job("distillation", max(sizes), device, quick), Job("ceilings", 0, device, quick), *slow]
+    """Both kinds; a batch and one utterance. A capture that fails, or a profiler, costs no other job its process."""
+    many = 2 if quick else 16
+    found = [
+        Job("inference", many, device, quick),
+        Job("ceilings", 0, device, quick),
+        Job("distillation", many, device, quick),
+        Job("inference", many, device, quick, "graph"),
+        Job("inference", 1, device, quick),
+        Job("inference", 1, device, quick, "graph"),
+        Job("inference", many, device, quick, "kernels"),
+        Job("distillation", many, device, quick, "kernels"),
+    ]
+    if not quick:
+        found += [Job("inference", B, device, quick, way) for B in (many, 1) for way in ("compiled", "compiled twins")]
+    return found
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -54,7 +75,8 @@ def work(job: Job) -> dict[str, Any]:
     if job.kind == "ceilings":
         return {"kind": job.kind, **ceilings(torch.device(job.device))}
     run = _inference if job.kind == "inference" else _distillation
-    return {"kind": job.kind, "batch": job.B, **run(job)}
+    with cudnn_at_its_best():
+        return {"kind": job.kind, "batch": job.B, "way": job.way, "cudnn_benchmark": True, **run(job)}
 
 
 # ---- other people's ways, in our model --------------------------------------
@@ -114,22 +136,20 @@ def _inference(job: Job) -> dict[str, Any]:
         model.to(device, dtype)
         return lambda: model(waveforms)
 
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {
-        "ours": lambda: student("auto"),
-        "ours, CUDA graph": lambda: captured(student("auto"), device),
-    }
-    if impl := job.compiled:
-        name = "ours, torch.compile" if impl == "auto" else "twins, torch.compile"
-        makers[name] = lambda: torch.compile(student(impl), dynamic=False)
-    else:
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {"ours": lambda: student("auto")}
+    spoilt = False
+    if job.way == "compiled":
+        makers["ours, torch.compile"] = lambda: torch.compile(student("auto"), dynamic=False)
+    if job.way == "compiled twins":
+        makers["twins, torch.compile"] = lambda: torch.compile(student("torch"), dynamic=False)
+    if job.way in ("eager", "graph"):
         released = ReleasedWay(_model(config, ARMHuBERT, "torch", device).eval())
         makers |= {
-            "ours, PyTorch twins": lambda: student("torch"),
             "released way": lambda: of(released),
             "HuBERT Base, transformers sdpa": lambda: of(baseline("hubert-base")),
-            "released way, CUDA graph": lambda: captured(of(released), device),
-            "HuBERT Base, transformers sdpa, CUDA graph": lambda: captured(of(baseline("hubert-base")), device),
         }
+    if job.way == "eager":
+        makers["ours, PyTorch twins"] = lambda: student("torch")
     with torch.no_grad():
         for name, make in makers.items():
             try:
@@ -137,10 +157,17 @@ def _inference(job: Job) -> dict[str, Any]:
                 warm(run, device)
                 runs[name] = run
             except Exception as error:
-                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                if name == "ours":
+                    raise
+                failed[name] = brief(error)
+        if job.way == "kernels":
+            return {"kernels": kernel_times(runs["ours"], device), "spoilt": True}
+        if job.way == "graph":
+            graphs, spoilt = as_graphs(runs, device, failed)
+            runs = {f"{name}, CUDA graph": run for name, run in graphs.items()}
         # a graph's memory is set aside when it is captured
-        memory = {name: None if "graph" in name else peak_extra_bytes(run, device) for name, run in runs.items()}
-        timings = interleave(runs, device=device, repeats=3 if job.quick else 30, seconds=8)
+        memory = {name: None if job.way == "graph" else peak_extra_bytes(run, device) for name, run in runs.items()}
+        timings = interleave(runs, device=device, repeats=3 if job.quick else 30, seconds=8, ahead=False)
     hours = waveforms.numel() / 16_000 / 3600
     return {
         "seconds_each": waveforms.shape[1] / 16_000,
@@ -154,6 +181,7 @@ def _inference(job: Job) -> dict[str, Any]:
             for name, timing in timings.items()
         },
         "failed": failed,
+        "spoilt": spoilt,
     }
 
 
@@ -233,14 +261,20 @@ def _distillation(job: Job) -> dict[str, Any]:
     ):
         if name.endswith("twins") and not job.quick:
             continue  # its dropout works an utterance at a time
+        if job.way == "kernels" and runs:
+            break
         try:
             run = training(impl, way)  # type: ignore[arg-type]
             warm(run, device, 2)
             runs[name] = run
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if name == "ours":
+                raise
+            failed[name] = brief(error)
+    if job.way == "kernels":
+        return {"kernels": kernel_times(runs["ours"], device), "spoilt": True}
     memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
-    timings = interleave(runs, device=device, repeats=3 if job.quick else job.repeats, seconds=12)
+    timings = interleave(runs, device=device, repeats=3 if job.quick else job.repeats, seconds=12, ahead=False)
     audio = float(lengths.sum()) / 16_000
     return {
         "seconds_each": samples / 16_000,

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -115,6 +115,7 @@ def _versions(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
             "capability": f"sm_{properties.major}{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
@@ -125,26 +126,60 @@ def _versions(device: torch.device) -> dict[str, Any]:
 # ---- figures ----------------------------------------------------------------
 
 
-def best(row: Row, name: str) -> float:
+class Baseline(NamedTuple):
+    """What ours is compared with, in the run that timed both."""
+
+    name: str
+    seconds: float
+    ratio: float
+    """To the time of ours."""
+    peak_extra_bytes: int | None
+
+
+def _graphs(candidates: dict[str, Any]) -> bool:
+    return all(candidate.get("graph") for candidate in candidates.values())
+
+
+def best(candidates: dict[str, Any], name: str = "ours") -> float:
     """Seconds of a candidate: the graph's replay where every candidate has one, so that like is compared with like."""
-    graphs = all(candidate.get("graph") for candidate in row["candidates"].values())
-    candidate = row["candidates"][name]
-    return float((candidate["graph"] if graphs else candidate)["median"])
+    candidate = candidates[name]
+    return float((candidate["graph"] if _graphs(candidates) else candidate)["median"])
 
 
-def best_baseline(row: Row) -> tuple[str, float] | None:
-    """The fastest of the others, by name."""
-    others = {name: best(row, name) for name in row["candidates"] if name != "ours"}
-    return min(others.items(), key=lambda item: item[1]) if others else None
+def baselines(row: Row) -> dict[str, Baseline]:
+    """The others of a row of `measured`, by name."""
+    return {
+        name: Baseline(name, best(run, name), best(run, name) / best(run), run[name]["peak_extra_bytes"])
+        for run in row["runs"]
+        for name in run
+        if name != "ours"
+    }
+
+
+def best_baseline(row: Row) -> Baseline | None:
+    """The fastest of the others."""
+    return min(baselines(row).values(), key=lambda other: other.ratio, default=None)
 
 
 def measured(content: dict[str, Any]) -> list[Row]:
-    """Micro rows that hold times of ours; of a cell measured twice, the one with more baselines."""
-    rows: dict[str, Row] = {}
+    """A row a cell and pass that hold times of ours, with the candidates of every run of it under "runs"."""
+    rows: dict[tuple[str, str], Row] = {}
     for row in (*content["micro"], *content["compiled"]):
-        if len(row.get("candidates", {})) >= len(rows.get(row["job"], {}).get("candidates", {"ours": None})):
-            rows[row["job"]] = row
+        if "candidates" in row:
+            first = rows.setdefault((row["cell"]["label"], row["pass"]), {**row, "runs": []})
+            first["runs"].append(row["candidates"])
     return list(rows.values())
+
+
+def host_bound(row: Row) -> list[str]:
+    """Candidates whose time, as compared, may be the host's: it did not queue most rounds in time."""
+    late = (
+        name
+        for run in row["runs"]
+        for name, candidate in run.items()
+        if not _graphs(run) and (candidate.get("ahead") or 0) < 0.5
+    )
+    return list(dict.fromkeys(late))
 
 
 def summary(content: dict[str, Any]) -> list[str]:
@@ -163,18 +198,29 @@ def summary(content: dict[str, Any]) -> list[str]:
     if len(failed) > 25:
         lines.append(f"  and {len(failed) - 25} more")
     times = measured(content)
-    lost = [(row, other) for row in times if (other := best_baseline(row)) and other[1] < best(row, "ours")]
+    lost = [(row, other) for row in times if (other := best_baseline(row)) and other.ratio < 1]
+    bound = [(row, names) for row in times if (names := host_bound(row))] if content["conditions"]["real"] else []
     errors = [row for stage in STAGES[1:] for row in content[stage] if "error" in row]
     lines.append(
         f"times: {len(times)} cells, ours behind the best baseline in {len(lost)}; {len(errors)} jobs without result"
     )
-    for row, (name, seconds) in lost[:12]:
-        lines.append(f"  {row['job']}: ours {best(row, 'ours') * 1e6:.0f} us, {name} {seconds * 1e6:.0f} us")
+    for row, other in lost[:12]:
+        ours = other.seconds / other.ratio
+        lines.append(f"  {_named(row)}: ours {ours * 1e6:.0f} us, {other.name} {other.seconds * 1e6:.0f} us")
+    lines += [f"  perhaps the host's time: {_named(row)}: {', '.join(names)}" for row, names in bound[:12]]
     lines += [f"  no result: {row['job']}: {row['error'][:140]}" for row in errors[:12]]
+    slow = (*content["model"], *content["compiled"])
+    absent = [(row["job"], *item) for row in slow for item in row.get("failed", {}).items()]
+    lines += [f"  not timed: {job}: {name}: {why[:140]}" for job, name, why in absent[:12]]
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
-            lines.append(f"{row['kind']} B {row['batch']}, {name}: {c['median'] * 1e3:.2f} ms")
+            host = f", of it the host's {c['host'] * 1e3:.2f} ms" if c.get("host") else ""
+            lines.append(f"{row['kind']} B {row['batch']}, {name}: {c['median'] * 1e3:.2f} ms{host}")
     return lines
+
+
+def _named(row: Row) -> str:
+    return f"{row['cell']['label']} {row['pass']}"
 
 
 # ---- tables -----------------------------------------------------------------
@@ -186,8 +232,8 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
     shown = Table("cell", "pass", "ours us", "graph us", "x floor", "best baseline", "us", "x", "released x", "peak MB",
                   "baseline MB", title=f"ops, {title}")  # fmt: skip
     for row in measured(content):
-        ours, other, mine = row["candidates"]["ours"], best_baseline(row), best(row, "ours")
-        released = best(row, "released") if "released" in row["candidates"] else None
+        ours, other, mine = row["candidates"]["ours"], best_baseline(row), best(row["candidates"])
+        released = baselines(row).get("released")
         graph = ours["graph"]
         shown.add_row(
             row["cell"]["label"],
@@ -195,21 +241,21 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
             f"{ours['median'] * 1e6:.1f}",
             f"{graph['median'] * 1e6:.1f}" if graph else "",
             f"{mine / row['floor_s']:.2f}" if row["floor_s"] else "",
-            other[0] if other else "",
-            f"{other[1] * 1e6:.1f}" if other else "",
-            f"{other[1] / mine:.2f}" if other else "",
-            f"{released / mine:.2f}" if released else "",
+            other.name if other else "",
+            f"{other.seconds * 1e6:.1f}" if other else "",
+            f"{other.ratio:.2f}" if other else "",
+            f"{released.ratio:.2f}" if released else "",
             _megabytes(ours["peak_extra_bytes"]),
-            _megabytes(row["candidates"][other[0]]["peak_extra_bytes"]) if other else "",
+            _megabytes(other.peak_extra_bytes) if other else "",
         )
     yield shown
-    whole = Table(
-        "end to end", "batch", "candidate", "ms", "hours of audio a second", "steps a second", "peak MB", title=title
-    )
+    whole = Table("end to end", "batch", "candidate", "ms", "host ms", "hours of audio a second", "steps a second",
+                  "peak MB", title=title)  # fmt: skip
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             whole.add_row(
                 row["kind"], str(row["batch"]), name, f"{c['median'] * 1e3:.2f}",
+                f"{c['host'] * 1e3:.2f}" if c.get("host") else "",
                 f"{c['hours_of_audio_per_second']:.3f}",
                 f"{c['steps_per_second']:.2f}" if "steps_per_second" in c else "", _megabytes(c["peak_extra_bytes"]),
             )  # fmt: skip
@@ -259,7 +305,7 @@ def draw(content: dict[str, Any], stem: Path) -> None:
             mine = [row for row in rows if row["cell"]["op"] == op and row["pass"] == which]
             axes.scatter(
                 [row["operations"] / row["bytes"] for row in mine],
-                [row["operations"] / best(row, "ours") / 1e12 for row in mine],
+                [row["operations"] / best(row["candidates"]) / 1e12 for row in mine],
                 marker=marker, color=colours.get(op, "C5"), s=28, label=f"{op}, {which}",
             )  # fmt: skip
     roof = content["ceilings"]
@@ -274,12 +320,13 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     axes.legend(frameon=False, fontsize=7)
     save(figure, "roofline")
 
-    names = list(dict.fromkeys(name for row in rows for name in row["candidates"] if name != "ours"))
+    against = [baselines(row) for row in rows]
+    names = list(dict.fromkeys(name for others in against for name in others))
     figure = canvas(9, 1.5 + 0.16 * len(rows) * max(1, len(names) / 2))
     axes = figure.subplots()
     height = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
-        points = [(i, best(r, name) / best(r, "ours")) for i, r in enumerate(rows) if name in r["candidates"]]
+        points = [(i, others[name].ratio) for i, others in enumerate(against) if name in others]
         axes.barh([i + number * height for i, _ in points], [x for _, x in points], height, label=name)
     axes.axvline(1, color="0.3", linewidth=0.8)
     labels = [f"{row['cell']['label']} {'f+b' if '+' in row['pass'] else 'f'}" for row in rows]

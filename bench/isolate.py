@@ -1,6 +1,7 @@
 """Run jobs in processes of their own, so that one that crashes, hangs or poisons its CUDA context costs one row.
 
-After an illegal memory access every later call of the same process fails; a worker that reports one is replaced.
+After an illegal memory access every later call of the same process fails, and after a failed capture of a CUDA graph
+some do: a worker that reports either is replaced.
 """
 
 import contextlib
@@ -16,7 +17,15 @@ from typing import Any
 START_SECONDS = 90
 """Most that a process may take to start and import; a machine may be busy."""
 
+STOP_SECONDS = 3
+"""Most that idle workers may take to end, all together."""
+
 Work = Callable[[Any], dict[str, Any]]
+"""A row may hold "spoilt": true, where its process should not be used again."""
+
+
+class SpoiltError(RuntimeError):
+    """What a job raises where its process should not be used again."""
 
 
 def _die_with_parent() -> None:
@@ -38,16 +47,18 @@ def _serve(work: Work, pipe: Connection) -> None:
             job = pipe.recv()
         except EOFError:
             return
+        alive = True
         try:
             row = work(job)
+            alive = not row.get("spoilt")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         except Exception as error:
+            alive = not isinstance(error, SpoiltError)
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:600]
             full = "".join(traceback.format_exception(error))
             row = {"error": f"{type(error).__name__} at {place.name}:{place.lineno}: {text}", "traceback": full[-8000:]}
-        alive = True
         if torch.cuda.is_available():
             try:
                 torch.cuda.synchronize()
@@ -74,17 +85,25 @@ class _Worker:
         self.job, self.started = index, time.monotonic()
         self.pipe.send(job)
 
-    def stop(self) -> None:
+
+def _stop(crew: Sequence[_Worker]) -> None:
+    """End them side by side: idle ones by themselves, the others killed."""
+    for worker in crew:
+        if worker.job is not None:
+            worker.process.kill()
         with contextlib.suppress(OSError):
-            self.pipe.close()
-        self.process.join(2)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join(10)
+            worker.pipe.close()
+    deadline = time.monotonic() + STOP_SECONDS
+    for worker in crew:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+    for worker in crew:
+        worker.process.join(10)
 
 
 def run(
-    work: Work, jobs: Sequence[Any], *, workers: int, job_seconds: float, deadline: float
+    work: Work, jobs: Sequence[Any], *, workers: int, job_seconds: float, deadline: float, least_seconds: float = 0.0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, row) of each job as it finishes, in any order; a row with "error" where there is no result.
 
@@ -94,14 +113,17 @@ def run(
         workers: processes at once.
         job_seconds: after which a job is stopped; a process's start does not count.
         deadline: `time.monotonic()` at which everything is.
+        least_seconds: no job begins with less time than this before the deadline.
     """
     waiting = list(range(len(jobs)))[::-1]
     crew: list[_Worker] = []
     try:
         while waiting or any(w.job is not None for w in crew):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            open_for_more = now + least_seconds < deadline
+            if now > deadline or (not open_for_more and all(w.job is None for w in crew)):
                 break
-            while waiting and len(crew) < workers:
+            while waiting and open_for_more and len(crew) < workers:
                 crew.append(_Worker(work))
                 first = waiting.pop()
                 crew[-1].give(first, jobs[first])
@@ -128,17 +150,13 @@ def run(
                 worker.job = None
                 if not alive:
                     crew.remove(worker)
-                    worker.stop()
-                elif waiting:
+                    _stop([worker])
+                elif waiting and time.monotonic() + least_seconds < deadline:
                     following = waiting.pop()
                     worker.give(following, jobs[following])
                 yield index, {**row, "wall_s": round(seconds, 2)}
         running = {w.job for w in crew if w.job is not None}
-        for worker in crew:
-            if worker.job is not None:
-                worker.process.kill()
         for index in sorted(running | set(waiting)):
             yield index, {"error": "not finished: the stage's time was over", "unreached": True}
     finally:
-        for worker in crew:
-            worker.stop()
+        _stop(crew)

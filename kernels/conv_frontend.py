@@ -572,7 +572,8 @@ def _fold(weight: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Tensor,
     taps = weight[:, 0].double()
     variance = ((taps @ covariance) * taps).sum(-1)  # [B, C]
     folded = (norm.weight.double() * (variance + norm.eps).rsqrt())[..., None] * taps
-    shift = mean.detach().float().double()
+    # Inductor removes a cast to float32 and back, and the rounding with it, where nothing lies between
+    shift = (mean.detach().float() * 0.5).double() * 2
     bias = norm.bias.double() - (folded @ (mean - shift)[..., None])[..., 0]
     return shift, folded, bias
 

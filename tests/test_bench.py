@@ -1,16 +1,19 @@
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu, gpu_check, gpu_micro, gpu_report, isolate, report, superb
+from armhubert.bench import cases, gpu, gpu_check, gpu_clock, gpu_micro, gpu_model, gpu_report, isolate, report, superb
 from armhubert.bench.cpu import candidates, peak_extra_bytes
 from armhubert.clock import interleave, write_results
 from armhubert.errors import ArmhubertError
@@ -116,6 +119,57 @@ def test_memory_of_the_twins_is_below_the_released_ways():
     assert 2 * 150 * 64 * 4 < memory["ours"] < memory["released"] / 2
 
 
+# ---- the clock of a GPU -----------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of a GPU, in order, by a stand-in for one whose every event is 1 ms after the one before."""
+    calls: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def query(self) -> bool:
+            return False
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1.0
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: zeros(2))
+    monkeypatch.setattr(torch.Tensor, "sum", lambda _: calls.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(cycles / gpu_clock.CYCLES_PER_SECOND))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return calls
+
+
+def test_the_device_sleeps_while_the_host_queues(calls):
+    runs = {"quick": lambda: calls.append("quick"), "slow": lambda: (time.sleep(0.01), calls.append("slow"))}
+    timings = gpu_clock.interleave(runs, device=torch.device("cuda"), repeats=3, seconds=9)
+    untimed, rounds = calls[:4], calls[4:]
+    assert untimed == ["quick", "quick", "slow", "slow"]
+    assert len(rounds) == 3 * 10
+    assert rounds[:1] + rounds[2:5] == ["flush", "event", "quick", "event"]
+    assert 3e-4 <= rounds[1] < 5e-3
+    assert rounds[5] == "flush"
+    assert 0.015 <= rounds[6] <= 0.05
+    assert timings["slow"].median == 1e-3
+    assert timings["slow"].host >= 0.01
+    assert timings["slow"].ahead == 1
+
+
+def test_a_run_as_it_is_started_has_no_head_start(calls):
+    runs = {"a": lambda: calls.append("a")}
+    gpu_clock.interleave(runs, device=torch.device("cuda"), repeats=3, seconds=9, ahead=False)
+    assert calls[2:6] == ["flush", "event", "a", "event"]
+
+
 # ---- workers ----------------------------------------------------------------
 
 
@@ -127,7 +181,9 @@ def misbehave(job: str) -> dict[str, Any]:
         time.sleep(60)
     if job == "raise":
         raise RuntimeError("on purpose")
-    return {"value": job}
+    if job == "spoil":
+        raise isolate.SpoiltError("on purpose")
+    return {"value": job, "process": os.getpid(), "spoilt": job == "spoilt"}
 
 
 def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
@@ -140,6 +196,71 @@ def test_a_job_that_fails_crashes_or_hangs_costs_one_row():
     assert "exit code 3" in rows[1]["error"]
     assert "stopped after" in rows[2]["error"]
     assert (rows[3]["value"], rows[4]["value"]) == ("good", "also good")
+
+
+def test_a_spoilt_process_is_not_used_again():
+    jobs = ["first", "raise", "spoilt", "second", "spoil", "third"]
+    rows = dict(isolate.run(misbehave, jobs, workers=1, job_seconds=9, deadline=time.monotonic() + 120))
+    assert "SpoiltError" in rows[4]["error"]
+    first, spoilt, second, third = (rows[i]["process"] for i in (0, 2, 3, 5))
+    assert first == spoilt
+    assert len({first, second, third}) == 3
+
+
+def test_no_job_begins_with_too_little_time():
+    jobs = ["good", "good"]
+    options = {"workers": 1, "job_seconds": 9, "least_seconds": 1000}
+    rows = dict(isolate.run(misbehave, jobs, deadline=time.monotonic() + 999, **options))
+    assert all(row["unreached"] for row in rows.values())
+
+
+def test_a_failed_capture_keeps_the_eager_times_and_retires_the_process(monkeypatch):
+    def fail(run: Any, device: Any) -> Any:
+        raise isolate.SpoiltError("no capture: on purpose")
+
+    monkeypatch.setattr(gpu_clock, "captured", fail)
+    job = gpu_micro.jobs("cpu", True)[0]
+    found = gpu_micro.work(job)
+    assert found["spoilt"]
+    assert "on purpose" in found["failed"]["ours, as a graph"]
+    assert found["candidates"]["ours"]["median"] > 0
+    assert found["candidates"]["ours"]["graph"] is None
+    job = gpu_model.Job("inference", 1, "cpu", True, "graph")
+    found = gpu_model.work(job)
+    assert found["spoilt"]
+    assert found["candidates"] == {}
+    assert "on purpose" in found["failed"]["ours, as a graph"]
+
+
+def test_a_capture_that_fails_says_that_its_process_is_spoilt(monkeypatch):
+    @contextlib.contextmanager
+    def capture(graph: Any, stream: Any) -> Iterator[None]:
+        assert not gc.isenabled()
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    failed: dict[str, str] = {}
+    assert gpu_clock.as_graphs({"a": int, "b": int}, torch.device("cuda"), failed) == ({}, True)
+    assert failed.keys() == {"a, as a graph"}
+    assert "not permitted" in failed["a, as a graph"]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("kind", ["inference", "distillation"])
+def test_what_the_profiler_saw_spoils_its_process(kind):
+    found = gpu_model.work(gpu_model.Job(kind, 1, "cpu", True, "kernels"))
+    kernels = found["kernels"]
+    assert found["spoilt"]
+    assert 5 < len(kernels) <= 25
+    seconds = [kernel["seconds"] for kernel in kernels]
+    assert seconds == sorted(seconds, reverse=True)
+    assert sum(kernel["share"] for kernel in kernels) <= 1 + 1e-9
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -185,6 +306,42 @@ def test_the_rule_of_the_checks():
     assert gpu_check.judge(["x"], [(high + 1.9e-3).float()], [low], [high])["ok"]
     assert not gpu_check.judge(["x"], [(high + 2.1e-3).float()], [low], [high])["ok"]
     assert not gpu_check.judge(["x"], [torch.full((2,), torch.nan)], [low], [high])["ok"]
+
+
+def test_a_sum_that_is_truly_0_is_judged_by_what_it_adds():
+    """One frame: any gradient of q is rounding, PyTorch's too, so only the addends tell how much is allowed."""
+    for dtype, kind in gpu_check.DTYPES.items():
+        inputs = gpu_check.pair("cpu", dtype, 2, 1, 2, 64, 20, True)
+        low, high = inputs.run("torch", "resoftmax"), inputs.to(torch.float64).run("torch", "resoftmax")
+        assert high[2].abs().max() < 1e-12
+        scale = inputs.scales()["d_q"]
+        assert 5 < scale < 500
+        for error, ok in ((1.0, True), (1e3, False)):
+            got = [t.clone() for t in low]
+            got[2] += error * torch.finfo(kind).eps * scale
+            row = gpu_check.judge(gpu_check.PAIR, got, low, high, inputs.scales())
+            assert row["ok"] == ok, row
+    assert gpu_check.pair("cpu", "fp32", 2, 3, 2, 64, 20, True).scales() == {}
+
+
+def test_no_residual_of_l1_is_within_rounding_of_its_jump():
+    inputs = gpu_check.loss_inputs("cpu", "bf16", 2, 2, 9, 16, 12).apart()
+    values = torch.einsum("lbtd,led->lbte", torch.stack(inputs.hidden).double(), inputs.weight.double())
+    values += inputs.bias.double()[:, None, None]
+    for view in (inputs.clean, inputs.masked):
+        gaps = (view.double() - values).abs()
+        assert gaps[gaps.isfinite()].min() > 0.05
+        assert 0 < gaps.isnan().sum() < gaps.numel()
+
+
+def test_checks_find_memory_that_was_never_written(monkeypatch):
+    def forgetful(device: str) -> dict[str, Any]:
+        return gpu_check.verdict(bool(torch.empty(3, device=device).isfinite().all()), "written")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", dict.fromkeys(("attention", "graph"), forgetful))
+    assert not gpu_check.work(gpu_check.Job("attention", "cpu", {}))["ok"]
+    monkeypatch.setattr(torch, "empty", torch.ones)
+    assert gpu_check.work(gpu_check.Job("graph", "cpu", {}))["ok"]
 
 
 @pytest.mark.parametrize("job", [j for j in gpu_check.jobs("cpu", True) if j.check in ("padding", "rerun", "dropout")])
@@ -279,11 +436,23 @@ def test_what_was_not_tried_has_not_passed_and_a_failure_ends_the_run_so(measure
 
 def test_graphs_are_compared_where_every_candidate_has_one():
     timed = row("x", 2e-5, 3e-5, 1e-6)
-    timed["candidates"]["ours"]["graph"] = {"median": 1e-5}
-    assert gpu_report.best(timed, "ours") == 2e-5
-    timed["candidates"]["released"]["graph"] = {"median": 2.5e-5}
-    assert gpu_report.best(timed, "ours") == 1e-5
-    assert gpu_report.best_baseline(timed) == ("released", 2.5e-5)
+    candidates = timed["candidates"]
+    candidates["ours"]["graph"] = {"median": 1e-5}
+    assert gpu_report.best(candidates) == 2e-5
+    candidates["released"]["graph"] = {"median": 2.5e-5}
+    assert gpu_report.best(candidates) == 1e-5
+    (merged,) = gpu_report.measured({"micro": [timed], "compiled": []})
+    assert gpu_report.best_baseline(merged) == ("released", 2.5e-5, 2.5, 2**20)
+
+
+def test_times_that_may_be_the_hosts_are_named():
+    timed = row("x", 2e-5, 3e-5, 1e-6)
+    timed["candidates"]["ours"]["ahead"], timed["candidates"]["released"]["ahead"] = 1.0, 0.2
+    content = {"micro": [timed], "compiled": []}
+    assert gpu_report.host_bound(*gpu_report.measured(content)) == ["released"]
+    for candidate in timed["candidates"].values():
+        candidate["graph"] = {"median": 1e-5}
+    assert gpu_report.host_bound(*gpu_report.measured(content)) == []
 
 
 def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
@@ -318,12 +487,37 @@ def test_a_stage_that_is_killed_leaves_its_rows(tmp_path, monkeypatch):
     assert "stopped after" in rows["hang"]["error"]
 
 
-def test_of_a_cell_measured_twice_the_one_with_more_baselines_counts():
-    few, many = row("x", 1.0, 2.0, 0.5), row("x", 1.5, 2.0, 0.5)
-    many["candidates"]["sdpa"] = many["candidates"]["released"]
-    assert gpu_report.measured({"micro": [few, many], "compiled": []}) == [many]
-    assert gpu_report.measured({"micro": [many], "compiled": [few]}) == [many]
-    assert gpu_report.measured({"micro": [{"job": "x", "error": "E"}, few], "compiled": []}) == [few]
+def test_a_ratio_comes_from_the_run_that_timed_both():
+    first, later, failed = row("x", 1.0, 2.0, 0.5), row("x", 1.5, 1.8, 0.5), {"job": "x", "error": "E"}
+    later["candidates"]["flex"] = later["candidates"].pop("released")
+    (merged,) = gpu_report.measured({"micro": [failed, first], "compiled": [later, failed]})
+    assert merged["candidates"] == first["candidates"]
+    others = gpu_report.baselines(merged)
+    assert {name: round(other.ratio, 3) for name, other in others.items()} == {"released": 2.0, "flex": 1.2}
+    assert gpu_report.best_baseline(merged).name == "flex"
+    (merged,) = gpu_report.measured({"micro": [failed], "compiled": [later]})
+    assert gpu_report.best(merged["candidates"]) == 1.5
+
+
+def test_compiled_baselines_have_jobs_of_their_own_with_ours(monkeypatch):
+    jobs = gpu_micro.compiled_jobs("cuda", False)
+    assert [gpu_micro.SLOW.index(job.baseline) for job in jobs] == sorted(
+        gpu_micro.SLOW.index(job.baseline) for job in jobs
+    )
+    assert len({gpu._label(job) for job in jobs}) == len(jobs)
+    assert all(job.baseline in job.cell.slow_baselines for job in jobs)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    cell = cases.Cell("loss", 2, 9, H=2, d=16, L=2, Dt=24, slow=True)
+    for name in cell.slow_baselines:
+        found = gpu_micro.work(gpu_micro.Job(cell, "cpu", True, 2, name))
+        assert found["candidates"].keys() == {"ours", name}
+
+
+def test_a_gpu_has_a_baseline_a_backend_of_sdpa(monkeypatch):
+    monkeypatch.setitem(cases._SDPA, "cpu", cases._SDPA["cuda"])
+    found = gpu_micro.work(gpu_micro.jobs("cpu", True)[0])
+    assert "sdpa flash" in found["candidates"]  # which a CPU has too
+    assert {"sdpa cudnn", "sdpa efficient"} <= found["failed"].keys()
 
 
 def test_jobs_of_a_gpu_are_many_and_picklable():
@@ -333,6 +527,33 @@ def test_jobs_of_a_gpu_are_many_and_picklable():
         assert len(jobs) > 25
         assert pickle.loads(pickle.dumps(jobs)) == jobs
     assert {job.arguments.get("dtype") for job in gpu_check.jobs("cuda", False)} >= {"fp32", "fp16", "bf16"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_script_shares_its_time_among_the_stages(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$TORCHINDUCTOR_COMPILE_THREADS $*" >>{tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stand_in), "OUT": str(tmp_path), "LIMIT": "480"}
+
+    def run(*stages: str) -> list[list[str]]:
+        done = subprocess.run(["bash", ROOT / "bench/gpu.sh", *stages], env=environment, timeout=60, check=False)
+        assert done.returncode == (2 if "no-such" in stages else 0)
+        calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+        (tmp_path / "calls").unlink()
+        return [call[call.index("gpu") + 1 :] + call[:1] for call in calls if "gpu" in call]
+
+    stages = ("check", "micro", "model", "variants")
+    calls = run(*stages, "report")
+    assert [call[0] for call in calls] == [*stages, "report"]
+    assert all(call[call.index("--out") + 1] == str(tmp_path) for call in calls)
+    assert [call[-1] for call in calls[:4]] == ["1", "12", "12", "12"]
+    budgets = [int(call[call.index("--budget") + 1]) for call in calls[:4]]
+    assert 100 < budgets[0] < 200
+    assert budgets == sorted(budgets)
+    assert 440 <= budgets[-1] <= 450
+    assert [call[0] for call in run()] == [*stages, "compiled", "report"]
+    assert run("no-such") == []
 
 
 def test_gpu_stages_need_no_audio_library():

@@ -4,6 +4,8 @@ import pytest
 import torch
 from oracle import INTERPRET, RUNS_TRITON
 
+from armhubert.bench.poison import poisoned_memory
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _true_float32() -> Iterator[None]:
@@ -28,19 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_compiler: compiles a kernel for a named GPU")
 
 
-# torch.device as a context remembers torch.empty and its like at first use: let it meet them before they are poisoned.
-with torch.device("meta"):
-    torch.empty(0)
-
-
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_empty() -> Iterator[None]:
     """What a kernel forgets to write shows up as NaN."""
-
-    def poison(t: torch.Tensor) -> torch.Tensor:
-        return t if t.requires_grad or not t.is_floating_point() else t.fill_(torch.nan)
-
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    with poisoned_memory():
+        yield

@@ -305,6 +305,22 @@ def test_compiles_whole(name, triton, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(INTERPRET, reason="the PyTorch part alone")
+def test_what_rounding_leaves_of_the_mean_survives_inductor():
+    """The shift is rounded to float32, and the bias makes up for it."""
+    layers, norm, _ = build(STACKS["one layer"], torch.float32)
+    weight, x = layers[0].weight.detach(), 1000 + draw(2, 300).to(DEVICE)
+    norm = Norm(norm.weight.detach(), norm.bias.detach())
+
+    def fold(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return module._fold(weight, norm, window_moments(x, 10, 5, impl="torch"))
+
+    shift, folded, bias = torch.compile(fold, fullgraph=True)(weight, x)
+    assert torch.equal(shift, shift.float().double())
+    for got, want in zip((shift, folded, bias), fold(weight, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_exports():
     layers, norm, leaves = build(STACKS["student"], torch.float32)
     for leaf in leaves:
