@@ -11,7 +11,10 @@
 # there already is added to:
 #
 #   OUT=DIR LIMIT=480 bench/gpu.sh check micro model variants report
-#   OUT=DIR LIMIT=220 bench/gpu.sh compiled report        if DIR did not stay, with EARLIER=the first one's report
+#   OUT=DIR LIMIT=220 bench/gpu.sh compiled report
+#
+# Where DIR does not stay from one to the other, give the second EARLIER, or merge afterwards, which needs no GPU:
+# python -m armhubert.bench gpu report --out DIR --result FILE
 #
 # OUT: where results go (bench/results); PYTHON: the interpreter (python3); LIMIT: seconds for everything (520); a
 # stage that will not end, and the report, may exceed it by half a minute.

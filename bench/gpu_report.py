@@ -32,7 +32,7 @@ def report(out: Path, addition: Path | None = None) -> Path:
     `addition`, another report of the same GPU.
 
     Raises:
-        ArmhubertError: no stage has left a file.
+        ArmhubertError: no stage has left a file, or what is to be merged is of several devices.
     """
     name, content = merge(out, addition)
     path = out / f"{name}.json"
@@ -88,6 +88,8 @@ def merge(out: Path, addition: Path | None = None) -> tuple[str, dict[str, Any]]
     told = [part["conditions"] for part in parts.values()] + ([other["conditions"]] if other else [])
     if not told:
         raise ArmhubertError(f"a report needs files that stages have left in {out}, found none")
+    if len(devices := {part["device"] for part in told}) > 1:
+        raise ArmhubertError(f"a report must be of one device, got {' and '.join(sorted(devices))}")
     where = told[0]["device"] if told[0].get("real") else "rehearsal"
     name = "-".join(["".join(c if c.isalnum() else "-" for c in where.lower()), told[0]["date"]])
     path = out / f"{name}.json"

@@ -467,6 +467,11 @@ def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
     with pytest.raises(ArmhubertError, match="found none"):
         gpu_report.report(elsewhere)
     assert json.loads(gpu_report.report(elsewhere, path).read_text()) == after
+    after["conditions"]["device"] = "Some GPU"
+    path.write_text(json.dumps(after))
+    gpu_report.write_stage("check", [], torch.device("cpu"), elsewhere)
+    with pytest.raises(ArmhubertError, match=r"one device, got CPU .* and Some GPU"):
+        gpu_report.report(elsewhere, path)
 
 
 def test_a_stage_that_is_killed_leaves_its_rows(tmp_path, monkeypatch):
