@@ -159,6 +159,15 @@ def test_ks_needs_the_official_lists(tmp_path, waves):
         TASKS["ks"].read(tmp_path, Options())
 
 
+def test_ks_trains_on_all_that_no_list_names(tmp_path, waves):
+    waves(*(f"t/{word}/{n}.wav" for word in ("cat", "dog") for n in range(12)))
+    (tmp_path / "t/validation_list.txt").write_text("cat/0.wav\ndog/0.wav\n")
+    (tmp_path / "t/testing_list.txt").write_text("cat/1.wav\ndog/1.wav\n")
+    corpus = TASKS["ks"].read(tmp_path / "t", Options())
+    keys = {name: [item.key for item in split.items] for name, split in corpus.splits.items()}
+    assert (keys["dev"], keys["test"], len(keys["train"])) == (["cat/0", "dog/0"], ["cat/1", "dog/1"], 20)
+
+
 def test_speech_commands_rule_keeps_speakers_together():
     assert which_split("0a7c2a8d_nohash_0.wav") == which_split("0a7c2a8d_nohash_1.wav")
     assert {which_split(f"{n}.wav") for n in range(200)} == {"train", "dev", "test"}
