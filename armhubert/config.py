@@ -366,17 +366,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ArmhubertError: unreadable, too large, not YAML or JSON, or not a mapping.
     """
+    kind, most = ("JSON", MAX_JSON) if path.suffix == ".json" else ("YAML", MAX_YAML)
     try:
-        size, most = path.stat().st_size, MAX_JSON if path.suffix == ".json" else MAX_YAML
-        text = path.read_text("utf-8") if size <= most else ""
-        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= most else b""
     except OSError as error:
         raise ArmhubertError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
     if size > most:
-        raise ArmhubertError(f"{path} must have at most {most} bytes of settings, got {size}")
+        raise ArmhubertError(f"{path} must have at most {most} bytes, got {size}: give another file")
+    try:
+        text = content.decode("utf-8")
+        data = json.loads(text) if kind == "JSON" else yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(data, dict):
         raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     return data
