@@ -149,8 +149,8 @@ def spoken_words(root: Path) -> Iterator[Spoken]:
     lists: dict[Path, dict[str, tuple[str, ...]]] = {}
     timed: dict[Path, dict[str, tuple[Word, ...]]] = {}
     for path in discover([root]):
-        beside = path.with_suffix(".wrd")
-        if beside.is_file():
+        beside = next((p for suffix in (".wrd", ".WRD") if (p := path.with_suffix(suffix)).is_file()), None)
+        if beside is not None:
             aligned = tuple(_wrd(beside))
             # TIMIT names folders dialect-speaker in one release, dialect/speaker in the other: the last is the speaker.
             yield Spoken(path, path.parent.name, tuple(word.text for word in aligned), aligned)

@@ -101,11 +101,12 @@ def test_dev_is_held_out_where_there_is_none(tmp_path, waves):
     assert any("2 utterances of train are held out" in note for note in corpus.notes)
 
 
-def test_further_test_sets_and_timit(tmp_path, waves):
+@pytest.mark.parametrize("name", ["dr1-a/sx1.wav", "DR1/FCJF0/SX1.WAV"])
+def test_further_test_sets_and_timit(name, tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_100=4, dev_clean=2, test_clean=2)
-    waves("timit/dr1-a/sx1.wav")
+    audio = waves(f"timit/{name}") / "timit" / name
     labels = "0 9 h#\n9 20 dh\n20 30 ix\n30 40 kcl\n40 50 k\n50 60 axr\n60 70 h#\n"
-    (tmp_path / "timit/dr1-a/sx1.phn").write_text(labels)
+    audio.with_suffix(".PHN" if name.isupper() else ".phn").write_text(labels)
     corpus = TASKS["pr"].read(tmp_path, Options(test=("test-clean", "timit")))
     assert corpus.splits["test:timit"].items[0].label == ("DH", "IH", "K", "ER")
     assert corpus.splits["test"].items[0].label[:2] == ("HH", "AH")  # hand labels have no stress
