@@ -1,6 +1,8 @@
 """The command line: the only place that knows typer and rich. One command a file; `ui` renders."""
 
+import errno
 import os
+import reprlib
 import sys
 
 from armhubert.cli.app import app
@@ -24,3 +26,8 @@ def main() -> None:
         # The reader of our output went away (`armhubert ... | head`); its end is ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        ui.error(f"file name too long: {reprlib.repr(error.filename)}: give a shorter one")
+        sys.exit(2)

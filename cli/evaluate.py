@@ -1,5 +1,6 @@
 """`armhubert evaluate`: argv -> EvaluateConfig, a suite of them, or SimilarityConfig -> reports on the screen."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -185,8 +186,9 @@ def run_task(
             raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
         config = runner.load_run_config(resume, settings)
     else:
-        where = f"runs/evaluate/{label(settings.get('model', 'mini'))}/{settings.get('task', 'pr')}"
-        config = build(EvaluateConfig, {"out": where, **settings}, "the settings")
+        config = build(EvaluateConfig, settings, "the settings")
+        if "out" not in settings:
+            config = dataclasses.replace(config, out=f"{config.out}/{label(config.model)}/{config.task}")
     with stop_on_signal() as stop, ui.progress() as bar:
         for report in runner.evaluate(config, resume=resume is not None, force=force, should_stop=stop.asked):
             show(report, bar)
@@ -209,7 +211,7 @@ def run_suite(
     from armhubert.superb.suite import run_suite as run
 
     common, per_task = settings_of(settings)
-    root = root or common.pop("data", "")
+    root = str(root or common.get("data") or "")
     common.pop("data", None)
     if suite == "superb" and not models:
         raise ArmhubertError("--suite superb needs a model: armhubert evaluate MODEL --suite superb --data ROOT")

@@ -54,11 +54,11 @@ def convert(
         ArmhubertError: nothing usable at `source`, `out` is taken or cannot be written; `out` is as it was.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # False, unlike Path's, for names that no file system takes
         raise ArmhubertError(f"{folder} is a file: give a folder")
-    if folder.exists() and Path(source).exists() and folder.samefile(source):
+    if os.path.exists(folder) and os.path.exists(source) and folder.samefile(source):
         raise ArmhubertError(f"{folder} is the source itself: give another folder")
-    taken = folder.is_dir() and any(folder.iterdir())
+    taken = os.path.exists(folder) and any(folder.iterdir())
     if taken and not force:
         raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
     weights = load_weights(source)

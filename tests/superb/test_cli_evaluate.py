@@ -93,6 +93,41 @@ def test_bad_input_is_one_line(argv, says, call, words):
     assert says in err
 
 
+@pytest.mark.parametrize(
+    ("content", "argv", "says"),
+    [
+        ("model: 5", [], "model in the settings must be text, got 5"),
+        ("task: [ks]", [], "task in the settings must be text, got ['ks']"),
+        ("data: 5", ["fbank", "--suite", "superb"], "data root '5' must be a folder that exists"),
+        ("train: 5", ["fbank", "--suite", "superb"], "train in the settings of pr must be a list, got 5"),
+        ("tasks: {ks: {data: 5}}", ["fbank", "--suite", "superb"], "data root '5' must be a folder that exists"),
+        ("tasks: {er: {sed: 1}}", ["fbank", "--suite", "superb"], "unknown key 'sed' in the settings of er"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_one_line(content, argv, says, call, tmp_path):
+    (tmp_path / "settings.yaml").write_text(content)
+    code, out, err = call("evaluate", *argv, "--config", "settings.yaml")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert says in err
+
+
+@pytest.mark.parametrize("option", ["--data", "--out", "--train", "--resume"])
+def test_a_name_that_no_file_system_takes_is_one_line(option, call, words):
+    rest = [] if option == "--resume" else ["fbank", "--task", "asv", *([] if option == "--data" else ["-d", words])]
+    code, out, err = call("evaluate", *rest, option, "x" * 300)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "name too long" in err
+
+
+def test_without_out_a_run_is_named_after_model_and_task(call, words, tmp_path):
+    (tmp_path / "settings.yaml").write_text("model: fbank\ntask: ks\n")
+    code, out, err = call("evaluate", "--config", "settings.yaml", "--data", words, *SMALL)
+    assert code == 0, err
+    assert "out=runs/evaluate/fbank/ks" in out
+
+
 def test_the_commands_of_the_reproduction_page_run(call, tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_100=4, dev_clean=2, test_clean=2)
     (tmp_path / "data/LibriSpeech").mkdir(parents=True)
