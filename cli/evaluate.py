@@ -13,6 +13,7 @@ from rich.table import Table
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.distill import stop_on_signal
+from armhubert.cli.profile import numbers
 from armhubert.errors import ArmhubertError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def evaluate(
     for name in ("config", "resume", "force", "task", "suite", "model", "out", "data", "against", "utterances"):
         given.pop(name, None)
     if "rates" in given:
-        given["rates"] = [part for part in given["rates"].split(",") if part.strip()]
+        given["rates"] = numbers(given["rates"], float, "--rates")
     if task == "similarity" and suite is None:
         similarity(model or [], against, data or [], out, utterances, given)
         return

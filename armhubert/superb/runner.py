@@ -103,9 +103,10 @@ def load_run_config(folder: Path, changes: Mapping[str, Any]) -> EvaluateConfig:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ArmhubertError(f"{folder} has no {CONFIG_FILE}: nothing to resume")
-    if fixed := sorted(name for name in changes if name not in RESUMABLE):
-        raise ArmhubertError(f"a resumed run keeps {', '.join(fixed)}: leave it out, or start a new run")
     saved = read_mapping(folder / CONFIG_FILE)
+    given = json.loads(json.dumps(dict(changes)))  # as it was saved
+    if fixed := sorted(name for name in given.keys() - RESUMABLE if given[name] != saved.get(name)):
+        raise ArmhubertError(f"a resumed run keeps {', '.join(fixed)}: leave it out, or start a new run")
     return build(EvaluateConfig, {**saved, **changes, "out": str(folder)}, str(folder / CONFIG_FILE))
 
 

@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "binary language model": (lambda: model(b"\xff\x00"), [*ASR, "--language-model", "lm.arpa"], "give an ARPA file"),
     "empty language model": (lambda: model(""), [*ASR, "--language-model", "lm.arpa"], "an ARPA file with unigrams"),
     "no rates": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", ",,"], "at least 2 rates"),
-    "rate nan": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", "nan,1"], "must be a number, got 'nan'"),
+    "rate nan": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", "nan,1"], "must be a number, got nan"),
     "rate below 0": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates=-1,1"], "different and above 0"),
     "rates without sweep": (lambda: words("cat"), [*KS, "--rates", "1e-3,1e-4"], "add --sweep lr"),
     "upstream that fails": (

@@ -34,6 +34,15 @@ def test_a_task_from_start_to_result(call, words, tmp_path):
     assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
 
 
+def test_a_resumed_run_may_be_given_what_it_has(call, words):
+    own = ["--task", "ks", "--data", words, *SMALL, "--sweep", "lr", "--rates", "1e-2,1e-3"]
+    assert call("evaluate", "fbank", *own, "-o", "run")[0] == 0
+    code, out, err = call("evaluate", "fbank", "--resume", "run", *own)
+    assert (code, out.splitlines()[-1][:14]) == (0, "test accuracy="), err
+    code, _, err = call("evaluate", "mfcc", "--resume", "run", *own, "--steps", "3")
+    assert (code, err) == (2, "error: a resumed run keeps model, steps: leave it out, or start a new run\n")
+
+
 def test_a_stopped_evaluation_exits_with_the_code_of_its_signal(call, words, monkeypatch):
     real = runner.evaluate
 
