@@ -6,7 +6,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -177,10 +177,9 @@ class EncoderConfig:
         """Width, heads and feed-forward width in words; ranges where layers differ."""
         heads, ffn = str(self.heads), str(self.ffn)
         if self.layer_heads is not None:
-            counts = sorted(map(len, self.layer_heads))
-            heads = f"{counts[0]} to {counts[-1]} of {heads}"
+            heads = f"{_span([len(kept) for kept in self.layer_heads])} of {heads}"
         if self.layer_ffn is not None:
-            ffn = f"{min(self.layer_ffn)} to {max(self.layer_ffn)}"
+            ffn = _span(self.layer_ffn)
         return f"width {self.width}, {heads} heads, FFN {ffn}"
 
     @property
@@ -204,6 +203,11 @@ class EncoderConfig:
         for _, kernel, stride in self.conv_layers:
             samples = (samples - kernel) // stride + 1
         return samples
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 # ---- reuse patterns and conv stacks ----------------------------------------
