@@ -139,15 +139,15 @@ def hold_out(
         for utterance in train:
             groups.setdefault(utterance.speaker if by_speaker else "", []).append(utterance)
         held = {
-            utterance.key
+            utterance.path
             for group in groups.values()
             if len(group) > 1
             for utterance in sorted(group, key=lambda u: _rank(split, u.key))[: max(1, round(HELD_OUT * len(group)))]
         }
         splits = {
             **splits,
-            "train": [u for u in train if u.key not in held],
-            split: [u for u in train if u.key in held],
+            "train": [u for u in train if u.path not in held],
+            split: [u for u in train if u.path in held],
         }
         notes.append(f"no {split} data: {len(held)} utterances of train are held out")
     return splits, notes

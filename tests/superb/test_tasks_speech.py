@@ -205,6 +205,12 @@ def test_sid_takes_speakers_with_a_recording_for_each_split(tmp_path, waves):
         assert len(corpus.splits[split].items) == 2
 
 
+def test_sid_holds_out_a_tenth_of_each_speaker_whatever_files_are_called(tmp_path, waves):
+    waves(*(f"{speaker}/{n}.wav" for place, speaker in enumerate("abcdefgh") for n in range(place, place + 10)))
+    corpus = TASKS["sid"].read(tmp_path, Options())
+    assert {name: len(split.items) for name, split in corpus.splits.items()} == {"train": 64, "dev": 8, "test": 8}
+
+
 def test_one_speaker_is_not_enough(tmp_path, waves):
     waves(*(f"only/{n}.wav" for n in range(10)))
     with pytest.raises(ArmhubertError, match="at least 2 speakers, got 1"):
