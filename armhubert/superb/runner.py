@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -178,6 +179,12 @@ class _Evaluation:
         for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
             if name not in corpus.splits or not corpus.splits[name].items:
                 raise ArmhubertError(f"the {name} split of {self.config.data} has no utterances: {self.task.data}")
+        files: dict[str, str] = {}
+        for path in (p.path for split in corpus.splits.values() for item in split.items for p in item.parts):
+            if (other := files.setdefault(os.path.splitext(path)[0], path)) != path:
+                raise ArmhubertError(
+                    f"{other} and {path} differ in their endings alone, one recording twice: remove one"
+                )
         for name, split in corpus.splits.items():
             if len({item.key for item in split.items}) < len(split.items):
                 raise ArmhubertError(f"the {name} split names an utterance twice: correct its list")
