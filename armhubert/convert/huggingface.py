@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, read_mapping
-from armhubert.convert.tensors import fused_qkv, read_folder, renamed
+from armhubert.convert.tensors import complete, fused_qkv, read_folder, renamed
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -47,10 +47,8 @@ def load(folder: Path, config: Mapping[str, Any]) -> Weights:
     settings["mask_embedding"] = "masked_spec_embed" in encoder
     source = str(folder / "config.json")
     parsed = build(EncoderConfig, settings, source)
-    try:
+    with complete(folder):
         state = rename(encoder, parsed)
-    except KeyError as error:
-        raise ArmhubertError(f"{folder} lacks {error.args[0]}: its weights do not fit its configuration") from None
     return Weights(parsed, state, str(folder), tuple(ignored))
 
 
