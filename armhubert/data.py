@@ -405,27 +405,22 @@ def padding_waste(plan: Sequence[Sequence[Crop]]) -> float:
 
 
 def split_validation(
-    utterances: Sequence[Utterance], *, seconds: float | None = None, fraction: float | None = None, seed: int
+    utterances: Sequence[Utterance], *, fraction: float, seed: int
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """(training, validation): hold out utterances until they last `seconds`, or `fraction` of all; at least one each.
+    """(training, validation): hold out utterances until they last `fraction` of all; at least one each.
 
     Which ones depends on the seed and the names of the files without folder and suffix, so neither their order nor a
     move changes it. The order is kept in both parts. Raises ArmhubertError where there are fewer than two utterances,
-    for a fraction that is not between 0 and 1, and for seconds that are not positive.
+    and for a fraction that is not between 0 and 1.
     """
-    assert (seconds is None) != (fraction is None), "give seconds or fraction"
     if len(utterances) < 2:
         raise ArmhubertError(
             f"holding out validation data needs at least 2 usable utterances, not {len(utterances)}: "
             "give validation data, or turn validation off"
         )
-    if fraction is not None and not 0 < fraction < 1:
+    if not 0 < fraction < 1:
         raise ArmhubertError(f"the validation fraction must be between 0 and 1, not {fraction}: 0.01 is common")
-    if fraction is not None:
-        target = fraction * sum(utterance.samples for utterance in utterances)
-    else:
-        assert seconds is not None
-        target = _to_samples("validation seconds", seconds)
+    target = fraction * sum(utterance.samples for utterance in utterances)
 
     def rank(index: int) -> tuple[bytes, str]:
         path = utterances[index].path
