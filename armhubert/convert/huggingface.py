@@ -14,7 +14,9 @@ from armhubert.weights import Weights
 
 SUPPORTED = ("hubert", "wav2vec2", "wavlm")
 
-_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
+_SETTINGS = ["config.json", "preprocessor_config.json"]
+_WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+"""By preference: pickles are fetched where there is nothing else."""
 
 
 def download(hub_id: str) -> Path:
@@ -26,7 +28,10 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_FILES, ignore_patterns=["pytorch_model*.msgpack"]))
+        for weights in _WEIGHTS:
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SETTINGS, *weights]))
+            if any(folder.glob("model.safetensors*")):
+                break
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArmhubertError(
