@@ -221,6 +221,13 @@ class Scan:
             )
 
 
+class Scanning(NamedTuple):
+    """Files examined so far."""
+
+    done: int
+    total: int
+
+
 class _Record(NamedTuple):
     """What the cache knows about a file, valid while its size and time of change stay the same."""
 
@@ -240,12 +247,12 @@ def scan(
     min_samples: int,
     cache: Path | None,
     workers: int,
-) -> Generator[tuple[int, int], None, Scan]:
+) -> Generator[Scanning, None, Scan]:
     """Decode every file once, so that broken, silent and short files are found before training and not in its midst.
 
     `min_samples` counts at 16 kHz. `workers` threads share the work (decoding releases the interpreter lock; processes
     were measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is
-    replaced; an interrupted scan saves what it has. Yields (files done, files in all) and returns the result.
+    replaced; an interrupted scan saves what it has. Yields its progress and returns the result.
     Raises ArmhubertError where the cache cannot be written. A result without utterances is the caller's to report
     (`Scan.require_utterances`), after the list of skipped files has been written.
     """
@@ -264,7 +271,7 @@ def scan(
                 records[name] = record
                 fresh += record is not known.get(name) and not _transient(record)
                 done += 1
-            yield done, len(names)
+            yield Scanning(done, len(names))
     except BaseException:
         executor.shutdown(wait=True, cancel_futures=True)
         with contextlib.suppress(ArmhubertError):

@@ -279,9 +279,10 @@ def _cell(value: float | None, column: "Column") -> str:
 
 def show(report: "progress.Report", bar: Show) -> None:
     """One report of an evaluation: progress to the bar, facts as lines of `kind key=value ...`."""
+    from armhubert.data import Scanning
     from armhubert.superb import progress
 
-    if isinstance(report, progress.Scanning):
+    if isinstance(report, Scanning):
         bar("examine audio", report.done, report.total)
     elif isinstance(report, progress.Started):
         _show_start(report)

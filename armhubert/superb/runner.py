@@ -26,7 +26,7 @@ from armhubert.superb.audio import Recordings, measure_corpus
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
 from armhubert.superb.features import Features
-from armhubert.superb.progress import Finished, RateTried, Report, Scanning, Searching, Started, Stopped
+from armhubert.superb.progress import Finished, RateTried, Report, Searching, Started, Stopped
 from armhubert.superb.task import Corpus, Scores, Split, SplitName, Task
 from armhubert.superb.tasks import find
 from armhubert.superb.training import BEST_FILE, CHECKPOINT_FILE, Diverged, Setup, Training, rank
@@ -152,9 +152,8 @@ class _Evaluation:
         """Everything; returns the result. With `anew`, nothing of an earlier run is left once the data are checked."""
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
-        scan_cache = (Path(config.cache) if config.cache else out) / SCAN_CACHE
-        scanning = measure_corpus(self.corpus, None if config.dry_run else scan_cache, max(1, config.workers))
-        self.recordings = yield from _reported(scanning)
+        scan_cache = None if config.dry_run else Path(config.cache or out) / SCAN_CACHE
+        self.recordings = yield from measure_corpus(self.corpus, scan_cache, max(1, config.workers))
         self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None
         if config.cache and not config.dry_run:
@@ -346,16 +345,6 @@ def _few(split: Split) -> Split:
     if named:
         return Split(tuple(item for item in split.items if item.key in named), tuple(trials))
     return Split(split.items[:DRY_ITEMS])
-
-
-def _reported(scanning: Generator[tuple[int, int], None, Recordings]) -> Generator[Scanning, None, Recordings]:
-    while True:
-        try:
-            done, total = next(scanning)
-        except StopIteration as end:
-            recordings: Recordings = end.value
-            return recordings
-        yield Scanning(done, total)
 
 
 def list_hash(split: Split, recordings: Recordings) -> str:

@@ -21,6 +21,7 @@ from armhubert.audio import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
+from armhubert.kernels.runtime import frame_mask
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
 
@@ -130,8 +131,7 @@ class EncoderUpstream(Upstream):
 
 
 def _masked(layers: Tensor, lengths: Tensor) -> States:
-    valid = torch.arange(layers.shape[2], device=layers.device) < lengths[:, None]
-    return States(layers * valid[..., None], lengths)
+    return States(layers * frame_mask(lengths, layers.shape[2])[..., None], lengths)
 
 
 # ---- baselines -------------------------------------------------------------
