@@ -88,8 +88,9 @@ class ProfileConfig:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
             raise ArmhubertError(f"lengths must be at most 3600 s, got {max((*self.seconds, self.batch_seconds)):g}")
-        if min(self.repeats, self.warmup) < 1:
-            raise ArmhubertError(f"repeats and warmup must be at least 1, got {self.repeats} and {self.warmup}")
+        for name in ("repeats", "warmup"):
+            if getattr(self, name) < 1:
+                raise ArmhubertError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.limit_seconds > 0:
             raise ArmhubertError(f"limit_seconds must be above 0, got {self.limit_seconds}")
 

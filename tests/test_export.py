@@ -267,7 +267,7 @@ def test_the_command(student, tmp_path, monkeypatch, capfd):
     for argv, says in (
         (
             (student, tmp_path / "m.onnx", "--format", "coreml"),
-            "format in the options must be 'onnx' or 'torch' or 'aot'",
+            "--format must be 'onnx' or 'torch' or 'aot'",
         ),
         ((student, tmp_path / "m.bin"), r"must end in \.onnx"),
     ):

@@ -292,11 +292,11 @@ def test_the_command(student, speech, tmp_path, monkeypatch, capfd):
     )
     assert re.match(r"finished recordings=4 finished_before=0 skipped=0 ", lines[-1])
     for argv, says in (
-        (("--format", "hdf5"), "format in the options must be 'npy' or 'safetensors', got 'hdf5'"),
+        (("--format", "hdf5"), "--format must be 'npy' or 'safetensors', got 'hdf5'"),
         (("--dtype", "bf16"), "npy has no bf16"),
         (("--layers", "9"), r"within 0\.\.2"),
-        (("--chunk-seconds", "5", "--context-seconds", "3"), "chunk_seconds must exceed twice"),
-        (("--batch-seconds", "0"), "batch_seconds must be above 0"),
+        (("--chunk-seconds", "5", "--context-seconds", "3"), "--chunk-seconds must exceed twice --context-seconds"),
+        (("--batch-seconds", "0"), "--batch-seconds must be above 0"),
     ):
         code, out, err = call("extract", student, speech, "--out", tmp_path / "f", *argv)
         assert (code, out) == (2, ""), argv

@@ -86,7 +86,7 @@ def test_similarity(call, waves, tmp_path):
         (["--task", "ks"], "--data must name the root of ks's data"),
         (["--task", "ks", "--suite", "mini"], "unknown task 'ks' of the suite; known: mini-pr"),
         (["fbank", "--task", "similarity", "--suite", "superb"], "unknown task 'similarity' of the suite; known: pr,"),
-        (["--suite", "big"], "suite must be superb or mini"),
+        (["--suite", "big"], "--suite must be superb or mini"),
         (["--suite", "superb"], "--suite superb needs a model"),
         (["fbank", "mini", "--task", "ks"], "give one model"),
         (["--task", "similarity"], "give both"),
