@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from armhubert import forecast, ragged
 from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES
-from armhubert.candidates import MODES, Candidate, last_hidden_state, load_candidate, split_baseline
+from armhubert.candidates import MODES, Candidate, check_baseline, last_hidden_state, load_candidate, split_baseline
 from armhubert.clock import Timing, conditions, interleave
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
@@ -302,7 +302,10 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         ArmhubertError: a source that is not there, or a mode that it or this machine does not have.
     """
     device = pick_device(config.device)
-    asked = [(config.model, mode) for mode in config.modes] + [split_baseline(text) for text in config.baselines]
+    baselines = [split_baseline(text) for text in config.baselines]
+    for source, _ in baselines:
+        check_baseline(source)
+    asked = [(config.model, mode) for mode in config.modes] + baselines
     if config.memory and device.type == "cpu":
         _resident("VmRSS")  # whether there is a /proc, before the work
     candidates: dict[str, Candidate] = {}

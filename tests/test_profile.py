@@ -344,6 +344,11 @@ def test_bad_settings_are_one_line(student, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_misspelt_baseline_is_told_before_anything_is_loaded(student):
+    with pytest.raises(ArmhubertError, match="no baseline is called so; did you mean 'wavlm-base'"):
+        next(profile.profile(profile.ProfileConfig(student, baselines=(student, "wavlm-bas:bf16"), device="cpu")))
+
+
 def test_features_do_not_need_a_student(tmp_path):
     """A teacher is profiled like a student."""
     teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", head_width=None))
