@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
-from armhubert.convert import load_weights
+from armhubert.convert import is_source, load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
 from armhubert.export import OnnxProgram, Program, aot_program, onnx_program, quantise
@@ -26,6 +25,17 @@ def split_baseline(text: str) -> tuple[str, str]:
     """`NAME[:MODE]` -> name, mode; a path may hold colons, so only a known mode is taken for one."""
     name, _, mode = text.rpartition(":")
     return (name, mode) if name and mode in MODES else (text, "eager")
+
+
+def check_baseline(source: str) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ArmhubertError: no baseline's name, and nothing that `load_weights` could read or fetch.
+    """
+    names = (*BASELINES, "released")
+    if source not in names and not is_source(source):
+        raise ArmhubertError(f"no model at {source!r}, and no baseline is called so{nearest(source, names)}")
 
 
 class Candidate(NamedTuple):
@@ -63,12 +73,7 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     elif source == "released":
         module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
     else:
-        try:
-            weights = load_weights(source)
-        except ArmhubertError as error:
-            if source == student or os.path.lexists(source):
-                raise
-            raise ArmhubertError(f"{error}{nearest(source, (*BASELINES, 'released'))}") from None
+        weights = load_weights(source)
         left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
         impl: Impl = "triton" if mode == "triton" else "auto"
         module = ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl)

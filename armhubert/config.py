@@ -6,7 +6,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -177,10 +177,9 @@ class EncoderConfig:
         """Width, heads and feed-forward width in words; ranges where layers differ."""
         heads, ffn = str(self.heads), str(self.ffn)
         if self.layer_heads is not None:
-            counts = sorted(map(len, self.layer_heads))
-            heads = f"{counts[0]} to {counts[-1]} of {heads}"
+            heads = f"{_span([len(kept) for kept in self.layer_heads])} of {heads}"
         if self.layer_ffn is not None:
-            ffn = f"{min(self.layer_ffn)} to {max(self.layer_ffn)}"
+            ffn = _span(self.layer_ffn)
         return f"width {self.width}, {heads} heads, FFN {ffn}"
 
     @property
@@ -204,6 +203,11 @@ class EncoderConfig:
         for _, kernel, stride in self.conv_layers:
             samples = (samples - kernel) // stride + 1
         return samples
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 # ---- reuse patterns and conv stacks ----------------------------------------
@@ -366,17 +370,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ArmhubertError: unreadable, too large, not YAML or JSON, or not a mapping.
     """
+    kind, most = ("JSON", MAX_JSON) if path.suffix == ".json" else ("YAML", MAX_YAML)
     try:
-        size, most = path.stat().st_size, MAX_JSON if path.suffix == ".json" else MAX_YAML
-        text = path.read_text("utf-8") if size <= most else ""
-        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= most else b""
     except OSError as error:
         raise ArmhubertError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
     if size > most:
-        raise ArmhubertError(f"{path} must have at most {most} bytes of settings, got {size}")
+        raise ArmhubertError(f"{path} must have at most {most} bytes, got {size}: give another file")
+    try:
+        text = content.decode("utf-8")
+        data = json.loads(text) if kind == "JSON" else yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(data, dict):
         raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     return data

@@ -221,6 +221,13 @@ class Scan:
             )
 
 
+class Scanning(NamedTuple):
+    """Files examined so far."""
+
+    done: int
+    total: int
+
+
 class _Record(NamedTuple):
     """What the cache knows about a file, valid while its size and time of change stay the same."""
 
@@ -240,12 +247,12 @@ def scan(
     min_samples: int,
     cache: Path | None,
     workers: int,
-) -> Generator[tuple[int, int], None, Scan]:
+) -> Generator[Scanning, None, Scan]:
     """Decode every file once, so that broken, silent and short files are found before training and not in its midst.
 
     `min_samples` counts at 16 kHz. `workers` threads share the work (decoding releases the interpreter lock; processes
     were measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is
-    replaced; an interrupted scan saves what it has. Yields (files done, files in all) and returns the result.
+    replaced; an interrupted scan saves what it has. Yields its progress and returns the result.
     Raises ArmhubertError where the cache cannot be written. A result without utterances is the caller's to report
     (`Scan.require_utterances`), after the list of skipped files has been written.
     """
@@ -264,7 +271,7 @@ def scan(
                 records[name] = record
                 fresh += record is not known.get(name) and not _transient(record)
                 done += 1
-            yield done, len(names)
+            yield Scanning(done, len(names))
     except BaseException:
         executor.shutdown(wait=True, cancel_futures=True)
         with contextlib.suppress(ArmhubertError):
@@ -405,27 +412,22 @@ def padding_waste(plan: Sequence[Sequence[Crop]]) -> float:
 
 
 def split_validation(
-    utterances: Sequence[Utterance], *, seconds: float | None = None, fraction: float | None = None, seed: int
+    utterances: Sequence[Utterance], *, fraction: float, seed: int
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """(training, validation): hold out utterances until they last `seconds`, or `fraction` of all; at least one each.
+    """(training, validation): hold out utterances until they last `fraction` of all; at least one each.
 
     Which ones depends on the seed and the names of the files without folder and suffix, so neither their order nor a
     move changes it. The order is kept in both parts. Raises ArmhubertError where there are fewer than two utterances,
-    for a fraction that is not between 0 and 1, and for seconds that are not positive.
+    and for a fraction that is not between 0 and 1.
     """
-    assert (seconds is None) != (fraction is None), "give seconds or fraction"
     if len(utterances) < 2:
         raise ArmhubertError(
             f"holding out validation data needs at least 2 usable utterances, not {len(utterances)}: "
             "give validation data, or turn validation off"
         )
-    if fraction is not None and not 0 < fraction < 1:
+    if not 0 < fraction < 1:
         raise ArmhubertError(f"the validation fraction must be between 0 and 1, not {fraction}: 0.01 is common")
-    if fraction is not None:
-        target = fraction * sum(utterance.samples for utterance in utterances)
-    else:
-        assert seconds is not None
-        target = _to_samples("validation seconds", seconds)
+    target = fraction * sum(utterance.samples for utterance in utterances)
 
     def rank(index: int) -> tuple[bytes, str]:
         path = utterances[index].path

@@ -135,9 +135,9 @@ Program = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 class _Model(nn.Module):
     """The outputs that were asked for, as a tuple."""
 
-    def __init__(self, encoder: ARMHuBERT, config: ExportConfig) -> None:
+    def __init__(self, encoder: ARMHuBERT, *, hidden_states: bool = False, heads: bool = False) -> None:
         super().__init__()
-        self.encoder, self.hidden_states, self.heads = encoder, config.hidden_states, config.heads
+        self.encoder, self.hidden_states, self.heads = encoder, hidden_states, heads
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,7 +179,8 @@ def export(config: ExportConfig) -> Iterator[Report]:
         raise ArmhubertError(f"{config.model} has no distillation heads: leave out --heads")
     if config.format == "onnx" and sum(p.numel() * 4 for p in encoder.parameters()) > _ONNX_LIMIT:
         raise ArmhubertError("one ONNX file holds at most 2 GiB and this model has more: use --format torch")
-    model, traced = _Model(encoder, config).eval(), _Model(folded, config).eval()
+    outputs = {"hidden_states": config.hidden_states, "heads": config.heads}
+    model, traced = _Model(encoder, **outputs).eval(), _Model(folded, **outputs).eval()
     remove_parametrizations(folded.position.conv, "weight")
     yield Stage("trace")
     program = _trace(traced)
@@ -236,7 +237,7 @@ def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[OnnxProgram
         ArmhubertError: packages that are missing.
     """
     _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    model = _unnamed(encoder)
+    model = _folded(encoder)
     data = _to_onnx(_trace(model), model.names, {})
     data = _quantise_onnx(data) if int8 else data
     return OnnxProgram(data), len(data)
@@ -248,15 +249,15 @@ def aot_program(encoder: ARMHuBERT) -> tuple[Program, int]:
     Raises:
         ArmhubertError: no C++ compiler.
     """
-    data = _to_bytes(_trace(_unnamed(encoder)), {}, "aot")
+    data = _to_bytes(_trace(_folded(encoder)), {}, "aot")
     return _open(data, "aot"), len(data)
 
 
-def _unnamed(encoder: ARMHuBERT) -> _Model:
+def _folded(encoder: ARMHuBERT) -> _Model:
     # A model of its own, since folding a weight norm changes the class of every copy
     folded = ARMHuBERT.from_weights(Weights(encoder.config, encoder.state_dict(), "the model"), impl="torch")
     remove_parametrizations(folded.position.conv, "weight")
-    return _Model(folded.requires_grad_(False), ExportConfig("", "unnamed.onnx")).eval()
+    return _Model(folded.requires_grad_(False)).eval()
 
 
 def quantise(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import EncoderConfig, read_mapping
-from armhubert.data import Crop, Scan, Utterance, batches, discover, plan_epoch, scan, write_skipped
+from armhubert.data import Crop, Scanning, Utterance, batches, discover, padding_waste, plan_epoch, scan, write_skipped
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
@@ -103,13 +103,6 @@ class ExtractConfig:
 
 
 # ---- reports ---------------------------------------------------------------
-
-
-class Scanning(NamedTuple):
-    """Files examined so far."""
-
-    done: int
-    total: int
 
 
 class Started(NamedTuple):
@@ -284,7 +277,8 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     known = {} if config.force else _earlier(out, settings)
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
-    scanned = yield from _scan(paths, model.config.receptive_field, out, workers)
+    shortest = model.config.receptive_field
+    scanned = yield from scan(paths, min_samples=shortest, cache=out / "scan.json", workers=max(1, workers))
     skipped_report = out / "skipped.tsv"
     write_skipped(scanned, skipped_report)
     scanned.require_utterances(skipped_report)
@@ -294,7 +288,6 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     plan = plan_epoch(
         short, batch_seconds=config.batch_seconds, max_seconds=None, seed=0, epoch=0, shuffle=False
     ) if short else []  # fmt: skip
-    padded = sum(len(batch) * max(crop.count for crop in batch) for batch in plan)
     finished = len(scanned.utterances) - len(missing)
     yield Started(
         config,
@@ -306,7 +299,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
         sum(u.samples for u in missing) / SAMPLE_RATE,
         finished,
         len(long),
-        1 - sum(u.samples for u in short) / padded if padded else 0.0,
+        padding_waste(plan),
         scanned.skipped_by_kind,
         skipped_report,
     )
@@ -479,16 +472,6 @@ def _ahead(steps: Iterator[list[Future[_Row]]], depth: int = 2) -> Iterator[list
             yield [future.result() for future in waiting.pop(0)]
     for futures in waiting:
         yield [future.result() for future in futures]
-
-
-def _scan(paths: Sequence[Path], shortest: int, out: Path, workers: int) -> Generator[Scanning, None, Scan]:
-    scanning = scan(paths, min_samples=shortest, cache=out / "scan.json", workers=max(1, workers))
-    while True:
-        try:
-            done, total = next(scanning)
-        except StopIteration as end:
-            return end.value
-        yield Scanning(done, total)
 
 
 # ---- names, and what an earlier run left -----------------------------------

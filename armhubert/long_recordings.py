@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE, measure, read_audio
+from armhubert.audio import SAMPLE_RATE, read_audio
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Moments
@@ -44,15 +44,6 @@ class Window(NamedTuple):
     """The kept part of the window."""
 
 
-class Features(NamedTuple):
-    """Consecutive frames of a long recording."""
-
-    start: int
-    """The first frame."""
-    hidden_states: tuple[Tensor, ...]
-    """Input of layer 0, then each layer's output: L + 1 tensors [T, D]; the last is before a final LayerNorm."""
-
-
 def open_recording(path: str | Path, samples: int) -> Read:
     """A reader of parts of an audio file of `samples` samples at 16 kHz.
 
@@ -61,48 +52,8 @@ def open_recording(path: str | Path, samples: int) -> Read:
     """
     if Path(path).suffix.lower() in (".wav", ".flac"):
         return lambda start, count: read_audio(path, start, count)
-    return _part_of(read_audio(path, 0, samples))
-
-
-def _part_of(wave: Tensor) -> Read:
+    wave = read_audio(path, 0, samples)
     return lambda start, count: wave[start : start + count]
-
-
-def long_features(
-    model: SpeechEncoder,
-    recording: str | Path | Tensor,
-    *,
-    chunk_seconds: float = 60.0,
-    context_seconds: float = 5.0,
-) -> Iterator[Features]:
-    """Features of a recording of any length, part by part; no gradients.
-
-    Args:
-        model: in eval mode.
-        recording: an audio file, or a waveform [S] at 16 kHz.
-        chunk_seconds: what a Transformer pass sees at once; memory and time a second of audio grow with it.
-        context_seconds: of a window's ends that are not kept, unless the recording ends there.
-
-    Raises:
-        ArmhubertError: audio that is unreadable or too short, a context that leaves nothing of a window.
-    """
-    if isinstance(recording, Tensor):
-        if recording.ndim != 1:
-            raise ArmhubertError(f"recording must be one waveform [S], got shape {list(recording.shape)}")
-        samples, read = len(recording), _part_of(recording)
-    else:
-        measured = measure(recording)
-        if measured.defect:
-            raise ArmhubertError(f"audio file {str(recording)!r} cannot be used: {measured.defect}")
-        samples = measured.samples
-        read = open_recording(recording, samples)
-    for window in windows(model, read, samples, chunk_seconds=chunk_seconds, context_seconds=context_seconds):
-        yield Features(window.start, _hidden_states(model, window))
-
-
-@torch.inference_mode()
-def _hidden_states(model: SpeechEncoder, window: Window) -> tuple[Tensor, ...]:
-    return tuple(x[0, window.keep] for x in (window.inputs, *model.layer_outputs(window.inputs, None)))
 
 
 def windows(

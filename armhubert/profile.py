@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from armhubert import forecast, ragged
 from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES
-from armhubert.candidates import MODES, Candidate, last_hidden_state, load_candidate, split_baseline
+from armhubert.candidates import MODES, Candidate, check_baseline, last_hidden_state, load_candidate, split_baseline
 from armhubert.clock import Timing, conditions, interleave
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
@@ -88,8 +88,9 @@ class ProfileConfig:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
             raise ArmhubertError(f"lengths must be at most 3600 s, got {max((*self.seconds, self.batch_seconds)):g}")
-        if min(self.repeats, self.warmup) < 1:
-            raise ArmhubertError(f"repeats and warmup must be at least 1, got {self.repeats} and {self.warmup}")
+        for name in ("repeats", "warmup"):
+            if getattr(self, name) < 1:
+                raise ArmhubertError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.limit_seconds > 0:
             raise ArmhubertError(f"limit_seconds must be above 0, got {self.limit_seconds}")
 
@@ -301,7 +302,10 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         ArmhubertError: a source that is not there, or a mode that it or this machine does not have.
     """
     device = pick_device(config.device)
-    asked = [(config.model, mode) for mode in config.modes] + [split_baseline(text) for text in config.baselines]
+    baselines = [split_baseline(text) for text in config.baselines]
+    for source, _ in baselines:
+        check_baseline(source)
+    asked = [(config.model, mode) for mode in config.modes] + baselines
     if config.memory and device.type == "cpu":
         _resident("VmRSS")  # whether there is a /proc, before the work
     candidates: dict[str, Candidate] = {}

@@ -187,21 +187,22 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(total, total - heads)
 
 
-def model_card(model: ARMHuBERT, training: str = "", source: str = "this-folder") -> str:
+def model_card(model: ARMHuBERT, training: str = "", source: str = "this-folder", *, converted: str = "") -> str:
     """Markdown that a model folder carries: what the model is, how to load it from `source`, and `training`, how it
-    came to be.
+    came to be; `converted` is the name of somebody else's model that it was.
     """
     config, count = model.config, count_parameters(model)
+    ours = not converted
+    heads = "" if model.heads is None else f", {count.without_heads:,} without the distillation heads"
     return f"""---
 library_name: armhubert
-license: apache-2.0
-tags: [speech, self-supervised, distillation, feature-extraction]
+license: {"apache-2.0" if ours else "other"}
+tags: [speech, self-supervised, {"distillation, " if ours else ""}feature-extraction]
 ---
-# ARMHuBERT student
+# {"ARMHuBERT student" if ours else f"{converted}, converted"}
 
 {config.layers} layers, {config.sizes}; reuse pattern `{config.pattern}`, maps read as \
-`{config.attention_mode}`; {count.total:,} parameters, {
-        count.without_heads:,} without the distillation heads. Input: 16 kHz mono{
+`{config.attention_mode}`; {count.total:,} parameters{heads}. Input: 16 kHz mono{
         ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""
     }; one frame every {config.hop} samples.
 
@@ -214,6 +215,11 @@ features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
 
 In transformers, after `import armhubert.huggingface`: `AutoModel.from_pretrained("{source}")`.
 {training}
-Method: Jang et al., *Recycle-and-Distill: Universal Compression Strategy for Transformer-based Speech SSL Models with
-Attention Map Reusing and Masking Distillation*, Interspeech 2023 (arXiv 2305.11685).
+{_METHOD if ours else _CONVERTED}
 """
+
+
+_CONVERTED = "The weights are the source's, under its licence and conditions."
+_METHOD = """\
+Method: Jang et al., *Recycle-and-Distill: Universal Compression Strategy for Transformer-based Speech SSL Models with
+Attention Map Reusing and Masking Distillation*, Interspeech 2023 (arXiv 2305.11685)."""

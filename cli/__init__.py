@@ -1,7 +1,13 @@
 """The command line: the only place that knows typer and rich. One command a file; `ui` renders."""
 
+import errno
 import os
+import re
+import reprlib
 import sys
+from collections.abc import Sequence
+
+import typer
 
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError
@@ -16,7 +22,7 @@ def main() -> None:
     try:
         app()
     except ArmhubertError as error:
-        ui.error(str(error))
+        ui.error(_as_typed(str(error), sys.argv[1:]))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -24,3 +30,20 @@ def main() -> None:
         # The reader of our output went away (`armhubert ... | head`); its end is ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        ui.error(f"file name too long: {reprlib.repr(error.filename)}: give a shorter one")
+        sys.exit(2)
+
+
+def _as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message with the settings that were typed as options by these: batch_seconds as --batch-seconds."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    for setting in commands[argv[0]].params if argv and argv[0] in commands else ():
+        typed = next((o for o in setting.opts if any(a == o or a.startswith(f"{o}=") for a in argv[1:])), None)
+        if typed is not None and typed.startswith("-"):
+            message = re.sub(rf"^{setting.name}( in the options| in the settings)?(?= must )", typed, message)
+            if "_" in setting.name:
+                message = re.sub(rf"(?<![\w'/.-]){setting.name}(?![\w'/-])", typed, message)
+    return message

@@ -1,5 +1,6 @@
 """`armhubert evaluate`: argv -> EvaluateConfig, a suite of them, or SimilarityConfig -> reports on the screen."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from rich.table import Table
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.distill import stop_on_signal
+from armhubert.cli.profile import numbers
 from armhubert.errors import ArmhubertError
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def evaluate(
     for name in ("config", "resume", "force", "task", "suite", "model", "out", "data", "against", "utterances"):
         given.pop(name, None)
     if "rates" in given:
-        given["rates"] = [part for part in given["rates"].split(",") if part.strip()]
+        given["rates"] = numbers(given["rates"], float, "--rates")
     if task == "similarity" and suite is None:
         similarity(model or [], against, data or [], out, utterances, given)
         return
@@ -185,8 +187,9 @@ def run_task(
             raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
         config = runner.load_run_config(resume, settings)
     else:
-        where = f"runs/evaluate/{label(settings.get('model', 'mini'))}/{settings.get('task', 'pr')}"
-        config = build(EvaluateConfig, {"out": where, **settings}, "the settings")
+        config = build(EvaluateConfig, settings, "the settings")
+        if "out" not in settings:
+            config = dataclasses.replace(config, out=f"{config.out}/{label(config.model)}/{config.task}")
     with stop_on_signal() as stop, ui.progress() as bar:
         for report in runner.evaluate(config, resume=resume is not None, force=force, should_stop=stop.asked):
             show(report, bar)
@@ -209,7 +212,7 @@ def run_suite(
     from armhubert.superb.suite import run_suite as run
 
     common, per_task = settings_of(settings)
-    root = root or common.pop("data", "")
+    root = str(root or common.get("data") or "")
     common.pop("data", None)
     if suite == "superb" and not models:
         raise ArmhubertError("--suite superb needs a model: armhubert evaluate MODEL --suite superb --data ROOT")
@@ -276,9 +279,10 @@ def _cell(value: float | None, column: "Column") -> str:
 
 def show(report: "progress.Report", bar: Show) -> None:
     """One report of an evaluation: progress to the bar, facts as lines of `kind key=value ...`."""
+    from armhubert.data import Scanning
     from armhubert.superb import progress
 
-    if isinstance(report, progress.Scanning):
+    if isinstance(report, Scanning):
         bar("examine audio", report.done, report.total)
     elif isinstance(report, progress.Started):
         _show_start(report)

@@ -45,8 +45,11 @@ def profile(
     heads: Annotated[bool, typer.Option("--heads", help="Keep the student's distillation heads.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each cell.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before timing.")] = 1,
-    limit: Annotated[
-        float, typer.Option(help="Seconds of one pass; what would need longer, or more memory, is left out of a cell.")
+    limit_seconds: Annotated[
+        float,
+        typer.Option(
+            "--limit", help="Seconds of one pass; what would need longer, or more memory, is left out of a cell."
+        ),
     ] = 120.0,
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Also time batches of LibriSpeech's lengths against equal ones.")
@@ -99,7 +102,7 @@ def profile(
         repeats=repeats,
         warmup=warmup,
         device=device,
-        limit_seconds=limit,
+        limit_seconds=limit_seconds,
         memory=memory,
         ragged=ragged,
     )

@@ -161,9 +161,7 @@ def format_line(report: "Report") -> str:
     )
 
 
-def _show_live(reports: "Iterator[Report]") -> "Report":
-    from armhubert import distill
-
+def _bars(**settings: Any) -> Progress:
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -171,7 +169,13 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_out) as bar:
+    return Progress(*columns, console=_out, **settings)
+
+
+def _show_live(reports: "Iterator[Report]") -> "Report":
+    from armhubert import distill
+
+    with _bars() as bar:
         scanning = training = None
         for report in reports:
             if isinstance(report, distill.Scanning):
@@ -287,20 +291,14 @@ def show_features(audio: Path, seconds: float, features: "Tensor", elapsed: floa
 def show_extraction(reports: "Iterator[ExtractReport]") -> None:
     """Consume an extraction's reports: a bar on a terminal; elsewhere lines at the start, every 10 s, the end."""
     from armhubert import extract
+    from armhubert.data import Scanning
 
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    )
     live = _out.is_terminal
     shown = -10.0
-    with Progress(*columns, console=_out, disable=not live) as bar:
+    with _bars(disable=not live) as bar:
         task = bar.add_task("examine audio", total=None, detail="")
         for report in reports:
-            if isinstance(report, extract.Scanning):
+            if isinstance(report, Scanning):
                 bar.update(task, completed=report.done, total=report.total)
             elif isinstance(report, extract.Started):
                 bar.remove_task(task)
@@ -356,6 +354,7 @@ def _extraction_end(report: "ExtractFinished", live: bool) -> str:
 def show_export(reports: "Iterator[ExportReport]") -> None:
     """Consume an export's reports: its stages as progress, then what was written and what the check found."""
     from armhubert import export
+    from armhubert.config import SAMPLE_RATE
 
     with progress() as show:
         for report in reports:
@@ -364,7 +363,7 @@ def show_export(reports: "Iterator[ExportReport]") -> None:
     assert isinstance(report, export.Exported), "the last report tells the end"
     table = Table("batch", "longest", "largest difference", box=None, padding=(0, 2, 0, 0))
     for check in report.checks:
-        table.add_row(str(check.utterances), f"{check.samples / 16_000:.3f} s", f"{check.difference:.1e}")
+        table.add_row(str(check.utterances), f"{check.samples / SAMPLE_RATE:.3f} s", f"{check.difference:.1e}")
     draw(table)
     if report.quantised is not None:
         int8 = report.quantised

@@ -431,18 +431,28 @@ def test_a_teacher_that_is_nowhere(rejected):
         (["--impl", "cuda"], "got 'cuda'"),
         (["--init", "zero"], "got 'zero'"),
         (["--epochs", "2"], "steps or epochs, not both"),
-        (["--lr", "nan"], "learning_rate in the options must be a number"),
-        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--lr", "nan"], "--lr must be a number, got nan"),
+        (["--lr", "0"], "--lr must be above 0"),
         (["--seed", "9223372036854775808"], "seed must be below"),
-        (["--max-seconds", "0.01"], "max_seconds must be at least"),
-        (["--batch-seconds", "1e-9"], "batch_seconds must be at least"),
-        (["--hold-out", "1"], "hold_out must be"),
+        (["--max-seconds", "0.01"], "--max-seconds must be at least"),
+        (["--batch-seconds", "1e-9"], "--batch-seconds must be at least"),
+        (["--hold-out", "1"], "--hold-out must be"),
         (["--device", "tpu"], "device must be auto, cpu, cuda"),
         (["--device", "cuda:x"], "device must be auto, cpu, cuda"),
     ],
 )  # fmt: skip
 def test_settings_that_break_a_rule(rejected, argv, says):
     rejected(*argv, says=says)
+
+
+def test_messages_name_what_was_typed(refused, tmp_path):
+    (tmp_path / "batch_seconds.yaml").write_text("batch_seconds: 0\n")
+    file = tmp_path / "batch_seconds.yaml"
+    refused("distill", "--config", file, says=r"error: batch_seconds must be above 0, got 0")
+    refused("distill", "--config", file, "--batch-seconds", 0, says="error: --batch-seconds must be above 0, got 0")
+    file.write_text("batch_second: 0\n")
+    says = r"unknown key 'batch_second' in .*/batch_seconds\.yaml and the options; did you mean 'batch_seconds'"
+    refused("distill", "--config", file, "--batch-seconds", 4, says=says)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from armhubert import ARMHuBERT
 from armhubert.config import (
+    MAX_JSON,
+    MAX_YAML,
     EncoderConfig,
     armhubert,
     build,
@@ -158,6 +160,14 @@ def test_a_configuration_file_that_is_hostile_or_no_mapping_is_one_line(tmp_path
     with pytest.raises(ArmhubertError) as caught:
         read_mapping(tmp_path / "c.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "most"), [("c.json", MAX_JSON), ("c.yaml", MAX_YAML)])
+def test_a_file_that_is_too_large_is_not_parsed(tmp_path, name, most):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(most + 1)
+    with pytest.raises(ArmhubertError, match=f"must have at most {most} bytes, got {most + 1}"):
+        read_mapping(tmp_path / name)
 
 
 @settings(max_examples=40, deadline=None)

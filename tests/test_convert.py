@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,28 @@ def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
             for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
             torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("offered", [{"model.safetensors", "pytorch_model.bin"}, {"pytorch_model.bin"}])
+def test_pickles_are_fetched_where_the_hub_has_nothing_else(hubert, tmp_path, monkeypatch, offered):
+    (hub, cache), fetched = (tmp_path / "hub", tmp_path / "cache"), []
+    hub.mkdir()
+    cache.mkdir()
+    for name in {"config.json", "pytorch_model.msgpack", "tf_model.h5"} | offered:
+        (hub / name).write_bytes((hubert / name).read_bytes() if (hubert / name).is_file() else b"")
+    torch.save(load_file(hubert / "model.safetensors"), hub / "pytorch_model.bin")
+
+    def snapshot_download(hub_id, *, allow_patterns):
+        for path in hub.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns) and not (cache / path.name).exists():
+                fetched.append(path.name)
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    weights = load_weights("someone/hubert")
+    assert sorted(fetched) == ["config.json", min(offered)]
+    assert torch.equal(weights.state["mask_embedding"], load_weights(hubert).state["mask_embedding"])
 
 
 def test_a_model_with_a_ctc_head_and_old_weight_norm_names_and_a_pickle(hubert, tmp_path):

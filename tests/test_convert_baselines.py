@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.config import EncoderConfig, build
-from armhubert.convert import huggingface, load_weights
+from armhubert.convert import folder, huggingface, load_weights
 from armhubert.student import count_parameters
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -417,6 +417,16 @@ def test_pruned_blocks_are_gone(tmp_path):
     assert sum(t.numel() for t in weights.state.values()) == sum(t.numel() for t in dphubert_state(config).values())
 
 
+def test_the_card_of_a_pruned_model_tells_what_is_left(tmp_path):
+    folder.convert(save(tmp_path / "pruned.pth", PRUNED["hubert"], dphubert_state(PRUNED["hubert"])), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "# pruned.pth, converted" in card
+    assert "0 to 4 of 4 heads, FFN 0 to 40" in card
+    assert "license: other" in card
+    assert "The weights are the source's, under its licence" in card
+    assert "distillation" not in card
+
+
 def test_what_is_no_part_of_the_encoder_is_ignored_and_said_so(tmp_path):
     path = save(tmp_path / "pruned.pth", PRUNED["hubert"], dphubert_state(PRUNED["hubert"]))
     assert load_weights(path).ignored == ("distill_linear_projs",)
@@ -560,6 +570,8 @@ def test_plain_models_keep_their_settings_file():
     assert [pruned.ffn_width(1), config.ffn_width(1)] == [0, 16]
     assert config.sizes == "width 32, 4 heads, FFN 16"
     assert pruned.sizes == "width 32, 0 to 1 of 4 heads, FFN 0 to 16"
+    even = build(EncoderConfig, PLAIN | {"layer_heads": [[0], [3]], "layer_ffn": [8, 8]}, "x")
+    assert even.sizes == "width 32, 1 of 4 heads, FFN 8"
 
 
 @pytest.mark.parametrize(

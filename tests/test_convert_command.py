@@ -90,6 +90,15 @@ def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_no_file_system_takes_is_one_line(tmp_path):
+    code, _, message = run("mini", tmp_path / ("x" * 300))
+    assert code == 2
+    assert message.strip().endswith("File name too long; choose another folder")
+    code, _, message = run("x" * 300, "mini")
+    assert code == 2
+    assert "no model at" in message
+
+
 def test_a_released_student_keeps_its_setting_or_warns(tmp_path):
     source = GOLDEN / "reuse-2by2" / "student.ckpt"
     assert run(source, tmp_path / "as-released")[0] == 0

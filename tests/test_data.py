@@ -377,14 +377,12 @@ def test_validation_is_held_out_by_name():
     again = data.split_validation(moved, fraction=0.1, seed=0)[1]
     assert {Path(u.path).stem for u in again} == {Path(u.path).stem for u in validation}
     assert data.split_validation(known, fraction=0.1, seed=1)[1] != validation
-    seconds = sum(u.samples for u in data.split_validation(known, seconds=60, seed=0)[1]) / 16_000
-    assert 60 <= seconds < 90
 
 
 def test_each_part_of_a_split_has_something():
     two = utterances(2)
-    for size in ({"seconds": 1e9}, {"fraction": 1e-9}, {"fraction": 0.999}):
-        assert [len(part) for part in data.split_validation(two, **size, seed=0)] == [1, 1]
+    for fraction in (1e-9, 0.999):
+        assert [len(part) for part in data.split_validation(two, fraction=fraction, seed=0)] == [1, 1]
     with pytest.raises(ArmhubertError, match="at least 2 usable utterances, not 1: give validation data, or turn"):
         data.split_validation(utterances(1), fraction=0.1, seed=0)
     for fraction in (0, 1, -1, float("nan")):

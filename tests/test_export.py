@@ -128,6 +128,15 @@ def test_without_a_compiler_nothing_is_compiled_ahead(student, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_profiled_program_has_no_file(student, tmp_path, monkeypatch):
+    (tmp_path / "unnamed.onnx").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    program, size = module.onnx_program(ARMHuBERT.from_pretrained(student, heads=False))
+    assert size > 0
+    assert [x.shape[1:] for x in program(torch.zeros(1, 16_000), torch.tensor([16_000]))] == [(49, 64), ()]
+    assert [path.name for path in tmp_path.iterdir()] == ["unnamed.onnx"]
+
+
 def test_onnx_gives_back_what_it_has_pooled(onnx_file):
     program = module.OnnxProgram(onnx_file[0].read_bytes())
     short, long = (torch.zeros(1, 16_000 * s) for s in (1, 40))
@@ -181,8 +190,7 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_
     if kind == "onnx":
         small = module._quantise_onnx(data)
     else:
-        config = ExportConfig(str(student), str(tmp_path / "m.pt2"), format="torch")
-        model = module._Model(ARMHuBERT.from_pretrained(student, heads=False, impl="torch"), config).eval()
+        model = module._Model(ARMHuBERT.from_pretrained(student, heads=False, impl="torch")).eval()
         small = module._quantise_torch(model, {}, "torch")
         stored = torch.export.load(io.BytesIO(small)).state_dict.values()
         matrices = [x for x in stored if x.dtype == torch.int8 and x.ndim == 2 and x.shape[1] > 1]  # not zero points
@@ -259,7 +267,7 @@ def test_the_command(student, tmp_path, monkeypatch, capfd):
     for argv, says in (
         (
             (student, tmp_path / "m.onnx", "--format", "coreml"),
-            "format in the options must be 'onnx' or 'torch' or 'aot'",
+            "--format must be 'onnx' or 'torch' or 'aot'",
         ),
         ((student, tmp_path / "m.bin"), r"must end in \.onnx"),
     ):

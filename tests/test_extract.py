@@ -19,7 +19,7 @@ from armhubert import extract as module
 from armhubert.audio import read_audio
 from armhubert.config import preset
 from armhubert.extract import ExtractConfig, Finished, Progress, Started, extract, output_names, select
-from armhubert.long_recordings import long_features
+from armhubert.long_recordings import open_recording, windows
 
 TINY = dataclasses.replace(
     preset("mini"),
@@ -292,11 +292,11 @@ def test_the_command(student, speech, tmp_path, monkeypatch, capfd):
     )
     assert re.match(r"finished recordings=4 finished_before=0 skipped=0 ", lines[-1])
     for argv, says in (
-        (("--format", "hdf5"), "format in the options must be 'npy' or 'safetensors', got 'hdf5'"),
+        (("--format", "hdf5"), "--format must be 'npy' or 'safetensors', got 'hdf5'"),
         (("--dtype", "bf16"), "npy has no bf16"),
         (("--layers", "9"), r"within 0\.\.2"),
-        (("--chunk-seconds", "5", "--context-seconds", "3"), "chunk_seconds must exceed twice"),
-        (("--batch-seconds", "0"), "batch_seconds must be above 0"),
+        (("--chunk-seconds", "5", "--context-seconds", "3"), "--chunk-seconds must exceed twice --context-seconds"),
+        (("--batch-seconds", "0"), "--batch-seconds must be above 0"),
     ):
         code, out, err = call("extract", student, speech, "--out", tmp_path / "f", *argv)
         assert (code, out) == (2, ""), argv
@@ -305,6 +305,19 @@ def test_the_command(student, speech, tmp_path, monkeypatch, capfd):
 
 
 # ---- long recordings -------------------------------------------------------
+
+
+def of(wave):
+    return lambda start, count: wave[start : start + count]
+
+
+@torch.inference_mode()
+def by_windows(model, read, samples, chunk_seconds, context_seconds):
+    """First frames of the kept parts, and hidden states [L + 1, T, D] of their parts together."""
+    found = list(windows(model, read, samples, chunk_seconds=chunk_seconds, context_seconds=context_seconds))
+    states = [(w.inputs, *model.layer_outputs(w.inputs, None)) for w in found]
+    joined = [torch.cat([x[n][0, w.keep] for x, w in zip(states, found, strict=True)]) for n in range(len(states[0]))]
+    return [w.start for w in found], torch.stack(joined)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +335,13 @@ def test_windows_equal_one_pass_up_to_the_transformer(changes):
     wave = torch.randn(16_000 * 13 + 123) * torch.linspace(0.1, 1, 16_000 * 13 + 123) + 0.5
     with torch.no_grad():
         whole = model(wave[None]).hidden_states
-    parts = list(long_features(model, wave, chunk_seconds=4, context_seconds=0.5))
-    assert [p.start for p in parts] == [0, 175, 325, 475]
+    starts, parts = by_windows(model, of(wave), len(wave), 4, 0.5)
+    assert starts == [0, 175, 325, 475]
     for number, tolerance in ((0, 2e-5), (2, 0.1)):
-        joined = torch.cat([p.hidden_states[number] for p in parts])
-        torch.testing.assert_close(joined, whole[number][0], rtol=0, atol=tolerance)
-    alone = list(long_features(model, wave, chunk_seconds=20))
-    assert len(alone) == 1
-    torch.testing.assert_close(alone[0].hidden_states[2], whole[2][0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(parts[number], whole[number][0], rtol=0, atol=tolerance)
+    starts, alone = by_windows(model, of(wave), len(wave), 20, 5)
+    assert starts == [0]
+    torch.testing.assert_close(alone[2], whole[2][0], rtol=0, atol=2e-5)
 
 
 def test_a_long_file_is_written_window_by_window(student, tmp_path):
@@ -339,8 +351,8 @@ def test_a_long_file_is_written_window_by_window(student, tmp_path):
     assert next(r for r in reports if isinstance(r, Started)).long == 1
     run(student, speech, tmp_path / "b", format="safetensors", dtype="fp16", **settings)
     model = ARMHuBERT.from_pretrained(student)
-    parts = list(long_features(model, speech / "0.wav", chunk_seconds=2.0, context_seconds=0.4))
-    expected = torch.stack([torch.cat([p.hidden_states[n] for p in parts]) for n in range(3)])
+    samples = round(6.3 * 16_000)
+    _, expected = by_windows(model, open_recording(speech / "0.wav", samples), samples, 2.0, 0.4)
     found = np.load(tmp_path / "a/0.npy")
     np.testing.assert_array_equal(found, expected)
     halves = safetensors.torch.load_file(tmp_path / "b/0.safetensors")
@@ -348,14 +360,11 @@ def test_a_long_file_is_written_window_by_window(student, tmp_path):
         assert torch.equal(halves[f"hidden_states.{n}"], expected[n].half())
 
 
-def test_what_no_window_can_be_made_of(tmp_path):
-    model = ARMHuBERT(TINY).eval()
+def test_what_no_window_can_be_made_of():
     with pytest.raises(ArmhubertError, match="at least 400 samples"):
-        list(long_features(model, torch.zeros(300)))
-    with pytest.raises(ArmhubertError, match="one waveform"):
-        list(long_features(model, torch.zeros(1, 3000)))
-    with pytest.raises(ArmhubertError, match="cannot be used: missing"):
-        list(long_features(model, tmp_path / "none.wav"))
+        by_windows(ARMHuBERT(TINY).eval(), of(torch.zeros(300)), 300, 60, 5)
+    with pytest.raises(ArmhubertError, match="chunk_seconds must exceed twice context_seconds"):
+        by_windows(ARMHuBERT(TINY).eval(), of(torch.zeros(900)), 900, 1, 0.5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

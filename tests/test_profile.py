@@ -328,7 +328,7 @@ def test_memory_is_that_of_a_process_of_its_own(student):
         ({"baselines": ("hubert-base:eagr",)}, "mode must be one of .*, got 'eagr'; did you mean 'eager'"),
         ({"baselines": ("hubert",)}, "no model at 'hubert'.*; did you mean 'hubert-base'"),
         ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
-        ({"repeats": 0}, "repeats and warmup must be at least 1"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"limit_seconds": 0}, "limit_seconds must be above 0"),
         ({"seconds": (-1.0,)}, "seconds must be finite and above 0"),
         ({"seconds": (1.0, float("nan"))}, "seconds must be finite and above 0"),
@@ -342,6 +342,11 @@ def test_bad_settings_are_one_line(student, change, message):
     with pytest.raises(ArmhubertError, match=message) as caught:
         list(profile.profile(profile.ProfileConfig(student, **{"seconds": (0.1,), "batch_sizes": (), **change})))
     assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_baseline_is_told_before_anything_is_loaded(student):
+    with pytest.raises(ArmhubertError, match="no baseline is called so; did you mean 'wavlm-base'"):
+        next(profile.profile(profile.ProfileConfig(student, baselines=(student, "wavlm-bas:bf16"), device="cpu")))
 
 
 def test_features_do_not_need_a_student(tmp_path):

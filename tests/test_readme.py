@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from armhubert import ARMHuBERT
 from armhubert.config import preset
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -24,14 +26,33 @@ def demo(tmp_path_factory) -> Path:
 def test_the_snippets_of_the_readme_run_in_order(demo, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(demo)
-    names: dict[str, object] = {}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) >= 4
-    assert names["model"] is not None
+    names: dict[str, Any] = {}
+    plain, transformers, torchaudio, s3prl = BLOCKS
+    exec(plain, names)
+    output, frames = names["output"], [99, 62]  # of 32,000 and 20,000 samples
+    assert names["model"].heads is None
+    assert output.last_hidden_state.shape == (2, 99, 160)
+    assert [tuple(x.shape) for x in output.hidden_states] == [(2, 99, 160)] * 7
+    assert output.lengths.tolist() == frames
+    exec(transformers, names)
+    inputs = names["extractor"](torch.zeros(9000).numpy(), sampling_rate=16_000, return_tensors="pt")
+    assert names["model"](**inputs).last_hidden_state.shape == (1, 27, 160)
+    exec(torchaudio, names)
+    assert names["frames"].tolist() == frames
+    for found, expected in zip(names["features"], output.hidden_states[1:5], strict=True):
+        for row, count in enumerate(frames):
+            torch.testing.assert_close(found[row, :count], expected[row, :count])
+    exec(s3prl, names)
+    assert {tuple(x.shape[::2]) for x in names["hidden_states"]} == {(2, 160)}
 
 
 def test_the_readme_shows_every_interface():
     section = README.split("## Use it in your code")[1].split("\n## ")[0]
     for name in ("ARMHuBERT.from_pretrained", "AutoModel.from_pretrained", "TorchaudioEncoder", "armhubert.s3prl"):
         assert name in section
+
+
+def test_the_layout_names_every_module():
+    section = README.split("## Layout")[1]
+    modules = {path.stem for path in (ROOT / "armhubert").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert [name for name in sorted(modules) if name[0] != "_" and not re.search(rf"\b{name}\b", section)] == []

@@ -14,7 +14,7 @@ from armhubert.convert.tensors import is_safetensors, read_file
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
-__all__ = ["load_weights"]
+__all__ = ["is_source", "load_weights"]
 
 BUNDLED = "mini"
 
@@ -66,12 +66,21 @@ def load_weights(source: str | Path) -> Weights:
         return _from_file(path)
     if torchaudio.is_pipeline(name):
         return torchaudio.load(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if _is_hub_id(name):
         return _from_folder(huggingface.download(name))
     raise ArmhubertError(
         f"no model at {name!r}, where no file or folder is: it must be 'mini', a folder with config.json, a checkpoint "
         "file, a torchaudio pipeline such as HUBERT_BASE, or a hub id such as facebook/hubert-base-ls960"
     )
+
+
+def is_source(name: str) -> bool:
+    """Whether `load_weights` has a file or folder to read, or a name to ask the network for."""
+    return name == BUNDLED or os.path.exists(name) or torchaudio.is_pipeline(name) or _is_hub_id(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def _from_folder(folder: Path) -> Weights:

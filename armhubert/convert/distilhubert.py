@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armhubert.config import EncoderConfig, build
 from armhubert.convert import fairseq
-from armhubert.convert.tensors import tensors_of
+from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -38,10 +38,8 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     tensors = tensors_of(content["Distiller"], path)
     encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     config = build(EncoderConfig, _settings(section, encoder, path), f"Config in {path}")
-    try:
+    with complete(path):
         state = fairseq.rename(encoder, config)
-    except KeyError as error:
-        raise ArmhubertError(f"{path} lacks {error.args[0]}: its weights do not fit its Config") from None
     others = {str(key) for key in content} - {"Config", "Distiller"}
     return Weights(config, state, str(path), (*sorted(tensors.keys() - encoder.keys()), *sorted(others)))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from armhubert.config import MAX_LAYERS, ConvLayer, EncoderConfig, build
 from armhubert.convert import huggingface
-from armhubert.convert.tensors import tensors_of
+from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -88,10 +88,8 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
         else:
             short = name.replace("encoder.feature_projection.", "feature_projection.")
             encoder[short.replace("encoder.transformer.", "encoder.")] = tensor
-    try:
+    with complete(path):
         state = huggingface.rename(encoder, config)
-    except KeyError as error:
-        raise ArmhubertError(f"{path} lacks {error.args[0]}: its weights do not fit its config") from None
     if config.feature_scale:
         state["feature_scale"] = state.pop(_SCALE)
     if config.position_buckets:

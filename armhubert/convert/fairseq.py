@@ -14,7 +14,7 @@ from torch import Tensor
 from armhubert.config import EncoderConfig, build, parse_conv_layers
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.pickles import fields, scalar
-from armhubert.convert.tensors import renamed, tensors_of
+from armhubert.convert.tensors import complete, renamed, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -119,10 +119,8 @@ def converted(encoder: Encoder, settings: Mapping[str, Any], path: Path, others:
         ArmhubertError: settings or tensors that do not fit.
     """
     config = build(EncoderConfig, settings, f"the settings in {path}")
-    try:
+    with complete(path):
         state = rename(encoder.tensors, config)
-    except KeyError as error:
-        raise ArmhubertError(f"{path} lacks {error.args[0]}: its weights do not fit its settings") from None
     return Weights(config, state, str(path), (*encoder.ignored, *others))
 
 

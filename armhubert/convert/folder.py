@@ -11,8 +11,7 @@ import torch
 from armhubert.config import AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.errors import ArmhubertError
-from armhubert.student import ARMHuBERT, ParameterCount, count_parameters
-from armhubert.weights import Weights
+from armhubert.student import ARMHuBERT, ParameterCount, count_parameters, model_card
 
 
 class Converted(NamedTuple):
@@ -54,11 +53,11 @@ def convert(
         ArmhubertError: nothing usable at `source`, `out` is taken or cannot be written; `out` is as it was.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # False, unlike Path's, for names that no file system takes
         raise ArmhubertError(f"{folder} is a file: give a folder")
-    if folder.exists() and Path(source).exists() and folder.samefile(source):
+    if os.path.exists(folder) and os.path.exists(source) and folder.samefile(source):
         raise ArmhubertError(f"{folder} is the source itself: give another folder")
-    taken = folder.is_dir() and any(folder.iterdir())
+    taken = os.path.exists(folder) and any(folder.iterdir())
     if taken and not force:
         raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
     weights = load_weights(source)
@@ -67,6 +66,12 @@ def convert(
     if not heads:
         weights = weights.without_heads()
     model = ARMHuBERT.from_weights(weights)
+    assumed = ""
+    if weights.inferred:
+        assumed = (
+            "\nSettings that the source does not state, taken from published models of this size: "
+            f"{', '.join(weights.inferred)}.\n"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -75,7 +80,7 @@ def convert(
     try:
         # mkdtemp's folders are private; a model is not
         temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        model.save_pretrained(temporary, card=_card(weights))
+        model.save_pretrained(temporary, card=model_card(model, assumed, converted=Path(weights.source).name))
         _check(temporary, model)
         if taken:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
@@ -102,29 +107,3 @@ def _check(folder: Path, model: ARMHuBERT) -> None:
     same = again.config == model.config and again.state.keys() == written.keys()
     if not same or not all(torch.equal(again.state[name], value) for name, value in written.items()):
         raise RuntimeError("a model did not read back as it was written: memory or the disk is at fault")
-
-
-def _card(weights: Weights) -> str:
-    config = weights.config
-    inferred = f"\nSettings that the source does not state, taken from published models of this size: \
-{', '.join(weights.inferred)}.\n"
-    return f"""---
-library_name: armhubert
-tags: [speech, self-supervised, feature-extraction]
----
-# {Path(weights.source).name}, converted
-
-{config.layers} layers, width {config.width}, {config.heads} heads, FFN {config.ffn}; reuse pattern \
-`{config.pattern}`, maps read as `{config.attention_mode}`. Input: 16 kHz mono{
-        ", normalised to zero mean and unit variance by the model" if config.normalize_input else ""
-    }; one frame every {config.hop} samples.
-
-```python
-from armhubert import ARMHuBERT
-
-model = ARMHuBERT.from_pretrained("this-folder")
-features = model(waveforms).last_hidden_state  # [B, T, {config.width}]
-```
-{inferred if weights.inferred else ""}
-The weights are the source's, under its licence and conditions.
-"""

@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, read_mapping
-from armhubert.convert.tensors import fused_qkv, read_folder, renamed
+from armhubert.convert.tensors import complete, fused_qkv, read_folder, renamed
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
 SUPPORTED = ("hubert", "wav2vec2", "wavlm")
 
-_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
+_SETTINGS = ["config.json", "preprocessor_config.json"]
+_WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+"""By preference: pickles are fetched where there is nothing else."""
 
 
 def download(hub_id: str) -> Path:
@@ -26,7 +28,10 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_FILES, ignore_patterns=["pytorch_model*.msgpack"]))
+        for weights in _WEIGHTS:
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SETTINGS, *weights]))
+            if any(folder.glob("model.safetensors*")):
+                break
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArmhubertError(
@@ -47,10 +52,8 @@ def load(folder: Path, config: Mapping[str, Any]) -> Weights:
     settings["mask_embedding"] = "masked_spec_embed" in encoder
     source = str(folder / "config.json")
     parsed = build(EncoderConfig, settings, source)
-    try:
+    with complete(folder):
         state = rename(encoder, parsed)
-    except KeyError as error:
-        raise ArmhubertError(f"{folder} lacks {error.args[0]}: its weights do not fit its configuration") from None
     return Weights(parsed, state, str(folder), tuple(ignored))
 
 

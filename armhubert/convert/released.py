@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.convert import fairseq
-from armhubert.convert.tensors import tensors_of
+from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -54,10 +54,9 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     config = build(EncoderConfig, _settings(section, student, settings), str(settings))
     others = sorted(str(key) for key in content if key != "state_dict")
     ignored = (*sorted(tensors.keys() - {_PREFIX + name for name in student}), *others)
-    try:
-        return Weights(config, rename(student, config), str(path), ignored)
-    except KeyError as error:
-        raise ArmhubertError(f"{path} lacks {error.args[0]}: its weights do not fit {settings.name}") from None
+    with complete(path):
+        state = rename(student, config)
+    return Weights(config, state, str(path), ignored)
 
 
 def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Tensors from files of strangers: safetensors, or pickles read without running anything in them."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, ours, name)
     return name
+
+
+@contextlib.contextmanager
+def complete(source: Path) -> Iterator[None]:
+    """Where a tensor is looked up by name, one that is missing is the fault of its `source`."""
+    try:
+        yield
+    except KeyError as error:
+        raise ArmhubertError(f"{source} lacks {error.args[0]}: its weights do not fit its configuration") from None
 
 
 def fused_qkv(state: Mapping[str, Tensor], prefix: str, kind: str) -> Tensor:

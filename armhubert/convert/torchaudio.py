@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armhubert.config import EncoderConfig, build
 from armhubert.convert import huggingface, shapes
-from armhubert.convert.tensors import tensors_of
+from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError
 from armhubert.weights import Weights
 
@@ -87,10 +87,8 @@ def load_state(content: Mapping[str, Any], path: Path) -> Weights:
             ignored.append(name)
     settings, inferred = shapes.infer(names, path)
     config = build(EncoderConfig, settings, str(path))
-    try:
+    with complete(path):
         state = huggingface.rename(names, config)
-    except KeyError as error:
-        raise ArmhubertError(f"{path} lacks {error.args[0]} (by transformers' names)") from None
     return Weights(config, state, str(path), tuple(ignored), inferred)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE, read_audio
-from armhubert.data import scan
+from armhubert.data import Scanning, scan
 from armhubert.errors import ArmhubertError
 from armhubert.superb.task import Corpus, Item
 
@@ -62,8 +62,8 @@ class Recordings:
         return self._identity[path]
 
 
-def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generator[tuple[int, int], None, Recordings]:
-    """Decode every recording once; yields (done, total), returns the lengths.
+def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generator[Scanning, None, Recordings]:
+    """Decode every recording once; yields its progress, returns the lengths.
 
     Raises:
         ArmhubertError: recordings that cannot be read, or are shorter than what a list cuts from them.

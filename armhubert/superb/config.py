@@ -27,7 +27,7 @@ class EvaluateConfig:
     """
 
     model: str = "mini"
-    """A student, any teacher, `fbank`, `mfcc`, or `module:function`."""
+    """A student, any teacher, `fbank`, `fbank_no_cmvn`, `mfcc`, `module:function`, or `file.py:function`."""
     task: str = "pr"
     """pr, asr, ks, qbe, sid, asv, sd, ic, sf or er."""
     data: str = ""

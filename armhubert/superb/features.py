@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
+from armhubert.data import Utterance, plan_epoch
 from armhubert.errors import ArmhubertError
 from armhubert.superb.audio import Recordings, ahead, padded
 from armhubert.superb.cache import FeatureCache
@@ -64,8 +64,13 @@ class Features:
             return
         with self.cache.writer() as writer:
             missing = [(digest, item) for digest, item in by_digest.items() if digest not in self.cache]
-            missing.sort(key=lambda pair: -self.recordings.samples(pair[1]))
-            groups = _by_seconds(missing, self.recordings)
+            if not missing:
+                return  # another process has been faster
+            found = [Utterance(digest, self.recordings.samples(item)) for digest, item in missing]
+            batches = plan_epoch(
+                found, batch_seconds=CACHE_BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False
+            )
+            groups = [[missing[crop.index] for crop in batch] for batch in batches]
             done = 0
             waveforms = ahead(lambda group: self._read([item for _, item in group]), groups, self.workers)
             with contextlib.closing(waveforms):  # type: ignore[type-var]
@@ -77,15 +82,3 @@ class Features:
                     yield Caching(done, len(missing))
                     if should_stop():
                         raise Stopped
-
-
-def _by_seconds(pairs: Sequence[tuple[str, Item]], recordings: Recordings) -> list[list[tuple[str, Item]]]:
-    """Pairs, longest first, in groups that padded hold at most `CACHE_BATCH_SECONDS`."""
-    groups: list[list[tuple[str, Item]]] = []
-    longest = 0
-    for pair in pairs:
-        if not groups or longest * (len(groups[-1]) + 1) > CACHE_BATCH_SECONDS * SAMPLE_RATE:
-            groups.append([])
-            longest = recordings.samples(pair[1])
-        groups[-1].append(pair)
-    return groups

@@ -139,15 +139,15 @@ def hold_out(
         for utterance in train:
             groups.setdefault(utterance.speaker if by_speaker else "", []).append(utterance)
         held = {
-            utterance.key
+            utterance.path
             for group in groups.values()
             if len(group) > 1
             for utterance in sorted(group, key=lambda u: _rank(split, u.key))[: max(1, round(HELD_OUT * len(group)))]
         }
         splits = {
             **splits,
-            "train": [u for u in train if u.key not in held],
-            split: [u for u in train if u.key in held],
+            "train": [u for u in train if u.path not in held],
+            split: [u for u in train if u.path in held],
         }
         notes.append(f"no {split} data: {len(held)} utterances of train are held out")
     return splits, notes
@@ -169,18 +169,19 @@ _TIMIT = {
     "ax": "AH", "ax-h": "AH", "ix": "IH", "axr": "ER", "el": "L", "em": "M", "en": "N", "eng": "NG", "nx": "N",
     "hv": "HH", "ux": "UW", "dx": "D",
 }  # fmt: skip
+_LABELS = "*.[pP][hH][nN]"  # the LDC's names are in capitals
 _TIMIT_SILENT = frozenset(["h#", "pau", "epi", "q", "bcl", "dcl", "gcl", "pcl", "tcl", "kcl"])
 
 
 def is_timit(folder: Path) -> bool:
     """Whether a folder holds TIMIT's phone labels."""
-    return next(folder.rglob("*.phn"), None) is not None
+    return next(folder.rglob(_LABELS), None) is not None
 
 
 def read_timit(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """(audio, phones of the hand labels folded to CMUdict's 39) of every sentence."""
     sentences = []
-    for labels in sorted(folder.rglob("*.phn")):
+    for labels in sorted(folder.rglob(_LABELS)):
         audio = next(
             (p for p in sorted(labels.parent.glob(f"{labels.stem}.*")) if p.suffix.lower() in AUDIO_SUFFIXES), None
         )

@@ -198,17 +198,17 @@ def equal_error_rate(curve: DetectionCurve) -> float:
     return 100 * float(false_alarm + rise * (miss - false_alarm) / (rise + fall))
 
 
-def min_dcf(
-    curve: DetectionCurve, *, target_prior: float = 0.01, miss_cost: float = 1.0, false_alarm_cost: float = 1.0
-) -> float:
-    """Least detection cost over all thresholds, over that of the better trivial system.
+TARGET_PRIOR = 0.01
+"""As s3prl's SUPERB ASV prints minDCF (`compute_minDCF(..., p_target=0.01)`); the VoxCeleb challenges take 0.05."""
 
-    NIST SRE 2016 evaluation plan, section 3, equations 2 and 3. The prior 0.01 is what s3prl's SUPERB ASV prints
-    (`compute_minDCF(..., p_target=0.01)`); the VoxCeleb challenges take 0.05.
+
+def min_dcf(curve: DetectionCurve) -> float:
+    """Least detection cost over all thresholds, over that of rejecting all; both kinds of error cost the same.
+
+    NIST SRE 2016 evaluation plan, section 3, equations 2 and 3.
     """
-    assert 0 < target_prior < 1, target_prior
-    miss, alarm = miss_cost * target_prior, false_alarm_cost * (1 - target_prior)
-    return float((miss * curve.misses + alarm * curve.false_alarms).min() / min(miss, alarm))
+    costs = TARGET_PRIOR * curve.misses + (1 - TARGET_PRIOR) * curve.false_alarms
+    return float(costs.min() / TARGET_PRIOR)
 
 
 # --------------------------------------------------------------------------------------------------------- diarization
@@ -249,28 +249,21 @@ def add_errors(parts: Iterable[DiarizationErrors]) -> DiarizationErrors:
     return DiarizationErrors(*map(sum, zip(*parts, strict=True)))
 
 
-def diarization_errors(
-    prediction: Sequence[Turn], reference: Sequence[Turn], *, collar: float = 0.0
-) -> DiarizationErrors:
+def diarization_errors(prediction: Sequence[Turn], reference: Sequence[Turn]) -> DiarizationErrors:
     """Diarization error of one recording as NIST's md-eval defines it (RT-09 evaluation plan, section 6.1).
 
     Overlapping speech is scored. The mapping from predicted to reference speakers is one to one and has the most time
-    in common. `collar` seconds on either side of every reference boundary are not scored: SUPERB has none, for s3prl
-    calls dscore, whose default is 0; 0.25 is common elsewhere. Turns of one speaker that overlap are merged.
+    in common. There is no collar around reference boundaries, for s3prl calls dscore, whose default is 0; 0.25 s are
+    common elsewhere. Turns of one speaker that overlap are merged.
     """
     from scipy.optimize import linear_sum_assignment
 
     speakers = sorted({turn.speaker for turn in reference})
     guesses = sorted({turn.speaker for turn in prediction})
-    boundaries = [time for turn in _merged(reference) for time in (turn.start, turn.end)] if collar else []
-    times = [time for turn in (*reference, *prediction) for time in (turn.start, turn.end)]
-    edges = np.unique([*times, *(time + side for time in boundaries for side in (-collar, collar))])
+    edges = np.unique([time for turn in (*reference, *prediction) for time in (turn.start, turn.end)])
     if len(edges) < 2:
         return DiarizationErrors(0.0, 0.0, 0.0, 0.0)
     middles, lengths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    if boundaries:
-        near = np.abs(middles[:, None] - np.asarray(boundaries)).min(1) < collar
-        lengths = np.where(near, 0.0, lengths)
     actual, guessed = _activity(reference, speakers, middles), _activity(prediction, guesses, middles)
     common = actual.T.astype(np.float64) @ (guessed * lengths[:, None])  # [speakers, guesses], seconds
     rows, columns = linear_sum_assignment(common, maximize=True)
@@ -282,17 +275,6 @@ def diarization_errors(
         max(0.0, float((np.minimum(said, heard) * lengths).sum()) - correct),
         float((said * lengths).sum()),
     )
-
-
-def _merged(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns of one speaker that overlap or touch, as one."""
-    merged: list[Turn] = []
-    for turn in sorted(turns, key=lambda turn: (turn.speaker, turn.start)):
-        if merged and merged[-1].speaker == turn.speaker and turn.start <= merged[-1].end:
-            merged[-1] = merged[-1]._replace(end=max(merged[-1].end, turn.end))
-        else:
-            merged.append(turn)
-    return merged
 
 
 def _activity(turns: Sequence[Turn], speakers: Sequence[str], times: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -348,9 +330,8 @@ def max_term_weighted_value(
     *,
     queries: int | None = None,
     documents: int | None = None,
-    beta: float = TWV_BETA,
 ) -> TermWeightedValue:
-    """MTWV: max over one threshold for all queries of 1 - mean over queries of (P_miss + beta P_fa).
+    """MTWV: max over one threshold for all queries of 1 - mean over queries of (P_miss + TWV_BETA P_fa).
 
     Fiscus et al., "Results of the 2006 spoken term detection evaluation" (SIGIR SSCS 2007), with a trial for each pair
     of query and document as in QUESST 2014 (Anguera et al., "QUESST2014", ICASSP 2015). Queries that occur nowhere are
@@ -361,7 +342,6 @@ def max_term_weighted_value(
         relevant: [Q, D], whether it is.
         queries: number of queries to average over, where some that occur were not searched for: those are missed.
         documents: number of documents, where some were not searched: nothing is detected there.
-        beta: cost of a false alarm over that of a miss, times the odds against a target.
 
     Raises:
         ArmhubertError: no query occurs in any document.
@@ -378,7 +358,7 @@ def max_term_weighted_value(
     score, truth = score[kept], truth[kept]
     hits = truth.sum(1, keepdims=True)
     others = np.maximum((documents or score.shape[1]) - hits, 1)
-    gain = np.where(truth, 1 / hits, -beta / others).ravel() / (queries or len(score))
+    gain = np.where(truth, 1 / hits, -TWV_BETA / others).ravel() / (queries or len(score))
     order = np.argsort(-score.ravel(), kind="stable")
     sorted_scores = score.ravel()[order]
     last = np.append(np.flatnonzero(np.diff(sorted_scores)), len(order) - 1)

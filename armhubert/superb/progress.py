@@ -4,17 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armhubert.data import Scanning
 from armhubert.superb.cache import Plan
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.task import SplitName, Task
 from armhubert.superb.upstream import Upstream
-
-
-class Scanning(NamedTuple):
-    """Recordings examined so far."""
-
-    done: int
-    total: int
 
 
 class Started(NamedTuple):

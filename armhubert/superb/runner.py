@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from armhubert.superb.audio import Recordings, measure_corpus
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
 from armhubert.superb.features import Features
-from armhubert.superb.progress import Finished, RateTried, Report, Scanning, Searching, Started, Stopped
+from armhubert.superb.progress import Finished, RateTried, Report, Searching, Started, Stopped
 from armhubert.superb.task import Corpus, Scores, Split, SplitName, Task
 from armhubert.superb.tasks import find
 from armhubert.superb.training import BEST_FILE, CHECKPOINT_FILE, Diverged, Setup, Training, rank
@@ -84,9 +86,14 @@ def evaluate(
     earlier = sum(r.pop("earlier_seconds", 0.0) for r in results)
     result.pop("earlier_seconds", None)
     result["wall_seconds"] = round(time.perf_counter() - started + earlier, 3)
-    text = json.dumps(result, indent=1)
+    text = as_text(result)
     write_atomic(out / RESULT_FILE, text + "\n")
     yield Finished("done", json.loads(text), out)  # as a later reader finds it
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """A result as JSON, a list of numbers a line: a confusion matrix of VoxCeleb1's speakers has 1.6 million."""
+    return re.sub(r'\[\n[^][{}"]*\]', lambda row: "".join(row[0].split()), json.dumps(result, indent=1))
 
 
 def load_run_config(folder: Path, changes: Mapping[str, Any]) -> EvaluateConfig:
@@ -97,9 +104,10 @@ def load_run_config(folder: Path, changes: Mapping[str, Any]) -> EvaluateConfig:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ArmhubertError(f"{folder} has no {CONFIG_FILE}: nothing to resume")
-    if fixed := sorted(name for name in changes if name not in RESUMABLE):
-        raise ArmhubertError(f"a resumed run keeps {', '.join(fixed)}: leave it out, or start a new run")
     saved = read_mapping(folder / CONFIG_FILE)
+    given = json.loads(json.dumps(dict(changes)))  # as it was saved
+    if fixed := sorted(name for name in given.keys() - RESUMABLE if given[name] != saved.get(name)):
+        raise ArmhubertError(f"a resumed run keeps {', '.join(fixed)}: leave it out, or start a new run")
     return build(EvaluateConfig, {**saved, **changes, "out": str(folder)}, str(folder / CONFIG_FILE))
 
 
@@ -144,9 +152,8 @@ class _Evaluation:
         """Everything; returns the result. With `anew`, nothing of an earlier run is left once the data are checked."""
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
-        scan_cache = (Path(config.cache) if config.cache else out) / SCAN_CACHE
-        scanning = measure_corpus(self.corpus, None if config.dry_run else scan_cache, max(1, config.workers))
-        self.recordings = yield from _reported(scanning)
+        scan_cache = None if config.dry_run else Path(config.cache or out) / SCAN_CACHE
+        self.recordings = yield from measure_corpus(self.corpus, scan_cache, max(1, config.workers))
         self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None
         if config.cache and not config.dry_run:
@@ -171,6 +178,12 @@ class _Evaluation:
         for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
             if name not in corpus.splits or not corpus.splits[name].items:
                 raise ArmhubertError(f"the {name} split of {self.config.data} has no utterances: {self.task.data}")
+        files: dict[str, str] = {}
+        for path in (p.path for split in corpus.splits.values() for item in split.items for p in item.parts):
+            if (other := files.setdefault(os.path.splitext(path)[0], path)) != path:
+                raise ArmhubertError(
+                    f"{other} and {path} differ in their endings alone, one recording twice: remove one"
+                )
         for name, split in corpus.splits.items():
             if len({item.key for item in split.items}) < len(split.items):
                 raise ArmhubertError(f"the {name} split names an utterance twice: correct its list")
@@ -332,16 +345,6 @@ def _few(split: Split) -> Split:
     if named:
         return Split(tuple(item for item in split.items if item.key in named), tuple(trials))
     return Split(split.items[:DRY_ITEMS])
-
-
-def _reported(scanning: Generator[tuple[int, int], None, Recordings]) -> Generator[Scanning, None, Recordings]:
-    while True:
-        try:
-            done, total = next(scanning)
-        except StopIteration as end:
-            recordings: Recordings = end.value
-            return recordings
-        yield Scanning(done, total)
 
 
 def list_hash(split: Split, recordings: Recordings) -> str:

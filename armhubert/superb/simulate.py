@@ -1,5 +1,6 @@
 """Data sets made from other speech, the same for the same seed on every machine: mixtures for sd, queries for qbe."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -56,11 +57,12 @@ def as_turns(intervals: Sequence[tuple[int, int]], speaker: str, offset: int = 0
 _LEVELS_DB = (-33.0, -25.0)  # LibriMix's range, there of loudness in LUFS (Cosentino et al., arXiv 2005.11262, 3.1)
 
 
-class _Talk(NamedTuple):
+class Talk(NamedTuple):
     """What a mixture needs to know of an utterance."""
 
     samples: int
     spoken: list[tuple[int, int]]
+    """As of `speech_intervals`."""
     level: float
     """Root mean square over its speech."""
 
@@ -86,7 +88,7 @@ def mixtures(speakers: Speakers, number: int, seed: int, split: str) -> list[Ite
         plans.append((pair, paths, draw.uniform(*_LEVELS_DB, size=2), draw.random()))
     used = sorted({path for _, paths, _, _ in plans for path in paths})
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="mixtures") as pool:
-        talks = dict(zip(used, pool.map(_listen, used), strict=True))
+        talks = dict(zip(used, pool.map(listen, used), strict=True))
     items: list[Item] = []
     for pair, paths, levels, where in plans:
         first, second = (talks[path] for path in paths)
@@ -105,11 +107,17 @@ def mixtures(speakers: Speakers, number: int, seed: int, split: str) -> list[Ite
     return items
 
 
-def _listen(path: Path) -> _Talk:
+def listen(path: Path) -> Talk:
+    """What is said in a recording; measured once, though a suite reads its data to plan and again for each model."""
+    return _listened(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.cache
+def _listened(path: Path, changed: int) -> Talk:
     wave = read_audio(path).numpy()
     spoken = speech_intervals(wave)
     power = np.concatenate([np.square(wave[a:b], dtype=np.float64) for a, b in spoken]).mean() if spoken else 0.0
-    return _Talk(len(wave), spoken, max(float(np.sqrt(power)), 1e-6))
+    return Talk(len(wave), spoken, max(float(np.sqrt(power)), 1e-6))
 
 
 # -------------------------------------------------------------------------------------------------------- queries
@@ -149,8 +157,8 @@ def spoken_words(root: Path) -> Iterator[Spoken]:
     lists: dict[Path, dict[str, tuple[str, ...]]] = {}
     timed: dict[Path, dict[str, tuple[Word, ...]]] = {}
     for path in discover([root]):
-        beside = path.with_suffix(".wrd")
-        if beside.is_file():
+        beside = next((p for suffix in (".wrd", ".WRD") if (p := path.with_suffix(suffix)).is_file()), None)
+        if beside is not None:
             aligned = tuple(_wrd(beside))
             # TIMIT names folders dialect-speaker in one release, dialect/speaker in the other: the last is the speaker.
             yield Spoken(path, path.parent.name, tuple(word.text for word in aligned), aligned)

@@ -49,13 +49,14 @@ def speaker_splits(root: Path, options: Options) -> SpeakerSplits:
             split: [path for name in chosen if name.startswith(split) for path in chosen[name]] for split in SPLITS
         }
     else:
-        folders = {split: _subsets(root, split, getattr(options, split)) for split in SPLITS}
+        folders = {split: subsets(root, split, getattr(options, split)) for split in SPLITS}
         if not folders["train"]:
             folders = {"train": [root], "dev": [], "test": []}
     found: dict[SplitName, dict[str, list[Path]]] = {split: recordings(folders[split]) for split in SPLITS}
     for split in ("test", "dev"):
         if not folders[split]:
-            held = _hold_out(found["train"], options.seed, split, root)
+            has = f"{root} has {len(found['train'])} speakers with audio"
+            held = hold_out(found["train"], options.seed, split, has)
             found[split] = {speaker: found["train"].pop(speaker) for speaker in held}
             notes.append(f"no {split} folder: {len(held)} speakers are held out for {split} ({', '.join(held)})")
     return SpeakerSplits(found["train"], found["dev"], found["test"], tuple(notes))
@@ -88,7 +89,12 @@ def generator(*key: object) -> np.random.Generator:
     return np.random.default_rng(list(":".join(map(str, key)).encode()))
 
 
-def _subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
+def subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
+    """The folders of a split: those named, else those that are called so; none: the root has no such folders.
+
+    Raises:
+        ArmhubertError: a named one is missing.
+    """
     for name in named:
         if not (root / name).is_dir():
             raise ArmhubertError(f"{split} subset {name!r} is not a folder of {root}: correct the name")
@@ -101,12 +107,13 @@ def _subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
     return sorted(path for path in root.glob(f"{split}-*") if path.is_dir())  # LibriSpeech without its transcripts
 
 
-def _hold_out(speakers: Speakers, seed: int, split: str, root: Path) -> list[str]:
+def hold_out(speakers: Speakers, seed: int, split: str, has: str) -> list[str]:
+    """The names of a seventh of the speakers, 2 to 40; `has` begins what is said where there are too few."""
     number = min(40, max(2, len(speakers) // 7))
     if len(speakers) < number + 2:
         raise ArmhubertError(
-            f"{root} has {len(speakers)} speakers with audio, too few to hold out {number} for {split} and to train on "
-            "at least 2: add speakers, or a folder for each split"
+            f"{has}, too few to hold out {number} for {split} and to train on at least 2: add speakers, or a folder "
+            "for each split"
         )
     order = generator(seed, split).permutation(len(speakers))[:number]
     names = sorted(speakers)

@@ -167,21 +167,20 @@ def plan_suite(
         own = dict(per_task.get(task.name, {}))
         vain = given_in_vain(task, settings)
         common = {name: value for name, value in settings.items() if name not in vain}
-        root = own.pop("data", None)
-        try:
-            found = Path(data, root) if root else find_data(task, Path(data), common, own)
-        except ArmhubertError as error:
-            skipped[task.name] = str(error)
-            continue
+        place = own.pop("data", None)
+        root = Path(data, str(place or ""))
+        config = build(
+            EvaluateConfig, {**common, **own, "task": task.name, "data": str(root)}, f"the settings of {task.name}"
+        )
+        if place is None:
+            try:
+                config = dataclasses.replace(config, data=str(find_data(task, root, config.options(0))))
+            except ArmhubertError as error:
+                skipped[task.name] = str(error)
+                continue
         configs += [
-            build(
-                EvaluateConfig,
-                {**common, **own, "model": model, "task": task.name, "data": str(found),
-                 "out": str(Path(out) / label(model) / task.name)},
-                f"the settings of {task.name}",
-            )
-            for model in models
-        ]  # fmt: skip
+            dataclasses.replace(config, model=model, out=str(Path(out) / label(model) / task.name)) for model in models
+        ]
     if not configs:
         first, reason = next(iter(skipped.items()))
         raise ArmhubertError(f"{data or 'no data root'} has data for none of the tasks; {first}: {reason}")
@@ -189,7 +188,7 @@ def plan_suite(
     return SuitePlanned(tuple(configs), skipped)
 
 
-def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
+def find_data(task: Task, root: Path, options: Options) -> Path:
     """The folder of a task's data: the first of its usual names, below the root or the root's own, that it can read.
 
     Folders of words, speakers and emotions look alike, so no other name is taken for any of them.
@@ -197,11 +196,6 @@ def find_data(task: Task, root: Path, settings: Mapping[str, Any], own: Mapping[
     Raises:
         ArmhubertError: none is there, or what the first that is there lacks.
     """
-    if not root.is_dir():
-        raise ArmhubertError(f"data root {str(root)!r} does not exist")
-    given = {**settings, **own}
-    train, dev, test = (tuple(given.get(name) or ()) for name in ("train", "dev", "test"))
-    options = Options(given.get("lexicon"), train, dev, test, seed=given.get("seed") or 0, g2p=bool(given.get("g2p")))
     folders = [root / name for name in task.folders if (root / name).is_dir()]
     if root.absolute().name in {Path(name).name for name in task.folders} or task.name in MINI:
         folders.append(root)

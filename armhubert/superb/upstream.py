@@ -1,7 +1,8 @@
 """What is evaluated: a frozen upstream that turns waveforms into the features of its layers.
 
-Encoders (students, teachers of every format that `load_weights` takes), the baselines `fbank` and `mfcc` as s3prl
-computes them, and anything a user's `module:function` returns. Features of an utterance do not depend on its batch.
+Encoders (students, teachers of every format that `load_weights` takes), the baselines `fbank`, `fbank_no_cmvn` and
+`mfcc` as s3prl computes them, and anything a user's `module:function` returns. Features of an utterance do not depend
+on its batch.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from armhubert.audio import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
+from armhubert.kernels.runtime import frame_mask
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
 
@@ -66,8 +68,8 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
     """The upstream that `source` names.
 
     Args:
-        source: `fbank`, `mfcc`, `module:function` or `file.py:function` (see `CustomUpstream`), or a model: whatever
-            `armhubert.convert.load_weights` takes.
+        source: `fbank`, `fbank_no_cmvn`, `mfcc`, `module:function` or `file.py:function` (see `CustomUpstream`), or a
+            model: whatever `armhubert.convert.load_weights` takes.
         features: of models: `hidden` are the L + 1 hidden states, `heads` the outputs of a student's heads, `auto`
             the heads where there are any, as the released students were evaluated.
         device: where it goes.
@@ -130,8 +132,7 @@ class EncoderUpstream(Upstream):
 
 
 def _masked(layers: Tensor, lengths: Tensor) -> States:
-    valid = torch.arange(layers.shape[2], device=layers.device) < lengths[:, None]
-    return States(layers * valid[..., None], lengths)
+    return States(layers * frame_mask(lengths, layers.shape[2])[..., None], lengths)
 
 
 # ---- baselines -------------------------------------------------------------

@@ -87,6 +87,10 @@ CASES: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "one speaker": (lambda: words("ann"), ["--task", "sid", *KS[2:]], "at least 2 speakers, got 1 (ann)"),
     "one speaker, asv": (lambda: words("ann"), ["--task", "asv", *KS[2:]], "has 1 speakers with audio, too few"),
     "one speaker, sd": (lambda: words("ann"), ["--task", "sd", *KS[2:]], "has 1 speakers with audio, too few"),
+    "one recording twice": (
+        lambda: (words("ann", "bob"), write_wave(Path("data/ann/3.flac"))),
+        ["--task", "sid", *KS[2:]], "data/ann/3.wav differ in their endings alone, one recording twice: remove one",
+    ),
     "unseen keyword": (
         lambda: words("cat", "dog", lists=("cat/0.wav\n", "".join(f"dog/{n}.wav\n" for n in range(24)))),
         KS, "training needs at least 2 keywords, got 1 (cat)",
@@ -98,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "binary language model": (lambda: model(b"\xff\x00"), [*ASR, "--language-model", "lm.arpa"], "give an ARPA file"),
     "empty language model": (lambda: model(""), [*ASR, "--language-model", "lm.arpa"], "an ARPA file with unigrams"),
     "no rates": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", ",,"], "at least 2 rates"),
-    "rate nan": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", "nan,1"], "must be a number, got 'nan'"),
+    "rate nan": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates", "nan,1"], "must be a number, got nan"),
     "rate below 0": (lambda: words("cat"), [*KS, "--sweep", "lr", "--rates=-1,1"], "different and above 0"),
     "rates without sweep": (lambda: words("cat"), [*KS, "--rates", "1e-3,1e-4"], "add --sweep lr"),
     "upstream that fails": (

@@ -34,6 +34,15 @@ def test_a_task_from_start_to_result(call, words, tmp_path):
     assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
 
 
+def test_a_resumed_run_may_be_given_what_it_has(call, words):
+    own = ["--task", "ks", "--data", words, *SMALL, "--sweep", "lr", "--rates", "1e-2,1e-3"]
+    assert call("evaluate", "fbank", *own, "-o", "run")[0] == 0
+    code, out, err = call("evaluate", "fbank", "--resume", "run", *own)
+    assert (code, out.splitlines()[-1][:14]) == (0, "test accuracy="), err
+    code, _, err = call("evaluate", "mfcc", "--resume", "run", *own, "--steps", "3")
+    assert (code, err) == (2, "error: a resumed run keeps model, steps: leave it out, or start a new run\n")
+
+
 def test_a_stopped_evaluation_exits_with_the_code_of_its_signal(call, words, monkeypatch):
     real = runner.evaluate
 
@@ -77,7 +86,7 @@ def test_similarity(call, waves, tmp_path):
         (["--task", "ks"], "--data must name the root of ks's data"),
         (["--task", "ks", "--suite", "mini"], "unknown task 'ks' of the suite; known: mini-pr"),
         (["fbank", "--task", "similarity", "--suite", "superb"], "unknown task 'similarity' of the suite; known: pr,"),
-        (["--suite", "big"], "suite must be superb or mini"),
+        (["--suite", "big"], "--suite must be superb or mini"),
         (["--suite", "superb"], "--suite superb needs a model"),
         (["fbank", "mini", "--task", "ks"], "give one model"),
         (["--task", "similarity"], "give both"),
@@ -91,6 +100,41 @@ def test_bad_input_is_one_line(argv, says, call, words):
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert says in err
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "says"),
+    [
+        ("model: 5", [], "model in the settings must be text, got 5"),
+        ("task: [ks]", [], "task in the settings must be text, got ['ks']"),
+        ("data: 5", ["fbank", "--suite", "superb"], "data root '5' must be a folder that exists"),
+        ("train: 5", ["fbank", "--suite", "superb"], "train in the settings of pr must be a list, got 5"),
+        ("tasks: {ks: {data: 5}}", ["fbank", "--suite", "superb"], "data root '5' must be a folder that exists"),
+        ("tasks: {er: {sed: 1}}", ["fbank", "--suite", "superb"], "unknown key 'sed' in the settings of er"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_one_line(content, argv, says, call, tmp_path):
+    (tmp_path / "settings.yaml").write_text(content)
+    code, out, err = call("evaluate", *argv, "--config", "settings.yaml")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert says in err
+
+
+@pytest.mark.parametrize("option", ["--data", "--out", "--train", "--resume"])
+def test_a_name_that_no_file_system_takes_is_one_line(option, call, words):
+    rest = [] if option == "--resume" else ["fbank", "--task", "asv", *([] if option == "--data" else ["-d", words])]
+    code, out, err = call("evaluate", *rest, option, "x" * 300)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "name too long" in err
+
+
+def test_without_out_a_run_is_named_after_model_and_task(call, words, tmp_path):
+    (tmp_path / "settings.yaml").write_text("model: fbank\ntask: ks\n")
+    code, out, err = call("evaluate", "--config", "settings.yaml", "--data", words, *SMALL)
+    assert code == 0, err
+    assert "out=runs/evaluate/fbank/ks" in out
 
 
 def test_the_commands_of_the_reproduction_page_run(call, tmp_path, waves):

@@ -135,10 +135,10 @@ def test_equal_error_rate_between_points():
 def test_min_dcf_by_hand():
     # One target rejected at the best threshold, no alarm: cost p / min(p, 1 - p) times 1/2.
     curve = metrics.detection_curve([True, False, True, False, False], [5, 4, 3, 2, 1])
-    assert metrics.min_dcf(curve, target_prior=0.01) == pytest.approx(0.5)
-    # At an even prior accepting three costs 1/3 * 1/2, relative to 1/2.
-    assert metrics.min_dcf(curve, target_prior=0.5) == pytest.approx(1 / 3)
-    assert metrics.min_dcf(curve, target_prior=0.5, miss_cost=10) == pytest.approx(1 / 3)
+    assert metrics.min_dcf(curve) == pytest.approx(0.5)
+    # Of 1,000 non-targets one is above the second target: accepting it costs 0.99 / 1000 / 0.01, less than 1/2.
+    curve = metrics.detection_curve([True, False, True] + [False] * 999, [5, 4, 3] + [1] * 999)
+    assert metrics.min_dcf(curve) == pytest.approx(0.099)
 
 
 @pytest.mark.parametrize("targets", [[True, True], [False, False]])
@@ -194,14 +194,6 @@ def test_diarization_by_hand():
     assert metrics.diarization_errors(prediction, reference).rate == pytest.approx(100 * 4 / 14)
 
 
-def test_collar_by_hand():
-    reference = [Turn(1, 3, "ann")]
-    prediction = [Turn(0.9, 3.5, "x")]
-    assert metrics.diarization_errors(prediction, reference) == pytest.approx((0, 0.6, 0, 2))
-    # 0.25 s around 1 and 3 are not scored: 1.5 s remain, and the alarm from 3.25 to 3.5.
-    assert metrics.diarization_errors(prediction, reference, collar=0.25) == pytest.approx((0, 0.25, 0, 1.5))
-
-
 def test_the_best_mapping_is_global():
     # Greedily, x would take ann (6 s) and leave y with nothing (0 s): 6. The best is x-bob 5, y-ann 4: 9.
     reference = [Turn(0, 10, "ann"), Turn(10, 15, "bob")]
@@ -211,9 +203,7 @@ def test_the_best_mapping_is_global():
 
 def test_overlapping_turns_of_one_speaker_count_once():
     reference = [Turn(0, 6, "ann"), Turn(4, 10, "ann")]
-    for collar in (0.0, 0.5):
-        expected = DiarizationErrors(0, 0, 0, 10 - 2 * collar)  # no collar where the turns meet
-        assert metrics.diarization_errors([Turn(0, 10, "x")], reference, collar=collar) == expected
+    assert metrics.diarization_errors([Turn(0, 10, "x")], reference) == DiarizationErrors(0, 0, 0, 10)
 
 
 def test_silence_and_nothing():
@@ -284,11 +274,11 @@ def test_beta_is_quessts():
 def test_term_weighted_value_by_hand():
     scores = [[3, 2, 1, 0], [3, 0, 2, 1]]
     relevant = [[1, 0, 0, 0], [0, 0, 1, 0]]
-    # Above 3: the first query found, a false alarm in 1 of 3 documents of the second: 1 - 1/2 - beta / 6.
-    # Above 2: both found, one alarm each: 1 - beta / 3. With beta 1: 1/3 and 2/3.
-    assert metrics.max_term_weighted_value(scores, relevant, beta=1) == (pytest.approx(2 / 3), 2)
-    assert metrics.max_term_weighted_value(scores, relevant, beta=2.5) == (pytest.approx(1 / 6), 2)
-    assert metrics.max_term_weighted_value(scores, relevant, beta=12.49).value == 0.0
+    # Above 3: the first query found, a false alarm in 1 of 16 documents of the second: 1/2 - beta / 32.
+    # Above 2: both found, one alarm each: 1 - beta / 16, which is more.
+    found = metrics.max_term_weighted_value(scores, relevant, documents=17)
+    assert found == (pytest.approx(1 - metrics.TWV_BETA / 16), 2)
+    assert metrics.max_term_weighted_value(scores, relevant).value == 0.0  # an alarm in 1 of 3 costs more than a hit
 
 
 def test_queries_that_occur_nowhere_do_not_count():
@@ -300,9 +290,9 @@ def test_queries_that_occur_nowhere_do_not_count():
 
 def test_what_is_not_searched_is_missed_or_rightly_rejected():
     scores, relevant = [[2, 2, 1]], [[1, 0, 0]]
-    # One of 4 queries is searched; its alarm is 1 of 10 - 1 documents.
-    found = metrics.max_term_weighted_value(scores, relevant, queries=4, documents=10, beta=1)
-    assert found.value == pytest.approx((1 - 1 / 9) / 4)
+    # One of 4 queries is searched; its alarm is 1 of 40 - 1 documents.
+    found = metrics.max_term_weighted_value(scores, relevant, queries=4, documents=40)
+    assert found.value == pytest.approx((1 - metrics.TWV_BETA / 39) / 4)
 
 
 @PROPERTY
@@ -312,15 +302,15 @@ def test_term_weighted_value_properties(seed):
     scores = np.array([[draw.randint(0, 6) for _ in range(5)] for _ in range(3)])
     relevant = np.array([[draw.random() < 0.4 for _ in range(5)] for _ in range(3)])
     relevant[0, 0] = True
-    found = metrics.max_term_weighted_value(scores, relevant, beta=2)
+    found = metrics.max_term_weighted_value(scores, relevant, documents=40)
     kept = relevant.any(1)
     best = 0.0
     for threshold in range(8):
         detected = scores >= threshold
         losses = []
         for row, truth in zip(detected[kept], relevant[kept], strict=True):
-            alarm = row[~truth].mean() if (~truth).any() else 0.0
-            losses.append((~row)[truth].mean() + 2 * alarm)
+            alarm = row[~truth].sum() / (40 - truth.sum())
+            losses.append((~row)[truth].mean() + metrics.TWV_BETA * alarm)
         best = max(best, 1 - float(np.mean(losses)))
     assert found.value == pytest.approx(best)
     assert 0 <= found.value <= 1

@@ -9,13 +9,14 @@ import torch
 from noise import write_wave
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
+from armhubert.config import read_mapping
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
 from armhubert.superb import features
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
-from armhubert.superb.runner import evaluate, load_run_config
+from armhubert.superb.runner import as_text, evaluate, load_run_config
 from armhubert.superb.tasks import find
 from armhubert.superb.training import plan_batches, rank
 
@@ -93,6 +94,15 @@ def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     assert [r.step for r in reports if isinstance(r, Validated)] == [4, 8, 12]
     predictions = (tmp_path / "run/predictions-test.jsonl").read_text().splitlines()
     assert len(predictions) == first["data"]["test"]["items"]
+
+
+def test_a_large_result_is_read_back(tmp_path):
+    counts = [[10 + row] * 1400 for row in range(1400)]
+    result = {"details": {"confusion": {"labels": ["a [\n1 2]", "b"], "counts": counts}, "detection": None}, "rows": []}
+    text = as_text(result)
+    (tmp_path / "result.json").write_text(text)
+    assert read_mapping(tmp_path / "result.json") == result
+    assert text.count("\n") < 1400 + 20
 
 
 def test_another_seed_is_another_run(config, tmp_path):

@@ -249,6 +249,13 @@ def test_librispeech_alignments(waves):
         list(spoken_words(root))
 
 
+def test_word_times_of_timit_in_capitals(waves):
+    root = waves("TRAIN/DR1/FCJF0/SA1.WAV")
+    (root / "TRAIN/DR1/FCJF0/SA1.WRD").write_text("0 4000 SHE\n4000 8000 had\n")
+    (spoken,) = spoken_words(root)
+    assert (spoken.speaker, spoken.words, len(spoken.aligned)) == ("FCJF0", ("she", "had"), 2)
+
+
 def test_malformed_word_times(waves):
     root = waves("dr1-s/u.wav")
     (root / "dr1-s/u.wrd").write_text("0 ten apple\n")

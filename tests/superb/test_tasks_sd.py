@@ -1,4 +1,5 @@
 import math
+import os
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from armhubert.audio import read_audio
 from armhubert.errors import ArmhubertError
+from armhubert.superb import simulate
 from armhubert.superb.metrics import Turn
 from armhubert.superb.simulate import mixtures, speech_intervals
 from armhubert.superb.task import Batch, Corpus, Item, Options, Split
@@ -51,6 +53,22 @@ def test_speech_intervals_against_hand_labels(shared_speech):
             found[a:b] = True
         agree, total = agree + int((truth == found).sum()), total + len(wave)
     assert agree / total > 0.93
+
+
+def test_a_recording_is_listened_to_once_until_it_changes(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(simulate, "read_audio", lambda path: heard.append(path) or read_audio(path))
+    names = [f"{split}/{part}/a" for split in ("train", "dev", "test") for part in ("s1", "s2", "mix_both")]
+    for seed, name in enumerate(names):
+        tone(tmp_path / f"{name}.wav", (0.2, 1.0 + 0.1 * seed))
+    first = TASK.read(tmp_path, Options())
+    assert len(heard) == 6
+    assert TASK.read(tmp_path, Options()) == first
+    assert len(heard) == 6
+    tone(tmp_path / "test/s1/a.wav", (0.5, 2.5))
+    os.utime(tmp_path / "test/s1/a.wav", ns=(0, 0))
+    assert TASK.read(tmp_path, Options()) != first
+    assert len(heard) == 7
 
 
 # ---- simulated mixtures ----------------------------------------------------

@@ -101,11 +101,12 @@ def test_dev_is_held_out_where_there_is_none(tmp_path, waves):
     assert any("2 utterances of train are held out" in note for note in corpus.notes)
 
 
-def test_further_test_sets_and_timit(tmp_path, waves):
+@pytest.mark.parametrize("name", ["dr1-a/sx1.wav", "DR1/FCJF0/SX1.WAV"])
+def test_further_test_sets_and_timit(name, tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_100=4, dev_clean=2, test_clean=2)
-    waves("timit/dr1-a/sx1.wav")
+    audio = waves(f"timit/{name}") / "timit" / name
     labels = "0 9 h#\n9 20 dh\n20 30 ix\n30 40 kcl\n40 50 k\n50 60 axr\n60 70 h#\n"
-    (tmp_path / "timit/dr1-a/sx1.phn").write_text(labels)
+    audio.with_suffix(".PHN" if name.isupper() else ".phn").write_text(labels)
     corpus = TASKS["pr"].read(tmp_path, Options(test=("test-clean", "timit")))
     assert corpus.splits["test:timit"].items[0].label == ("DH", "IH", "K", "ER")
     assert corpus.splits["test"].items[0].label[:2] == ("HH", "AH")  # hand labels have no stress
@@ -159,6 +160,15 @@ def test_ks_needs_the_official_lists(tmp_path, waves):
         TASKS["ks"].read(tmp_path, Options())
 
 
+def test_ks_trains_on_all_that_no_list_names(tmp_path, waves):
+    waves(*(f"t/{word}/{n}.wav" for word in ("cat", "dog") for n in range(12)))
+    (tmp_path / "t/validation_list.txt").write_text("cat/0.wav\ndog/0.wav\n")
+    (tmp_path / "t/testing_list.txt").write_text("cat/1.wav\ndog/1.wav\n")
+    corpus = TASKS["ks"].read(tmp_path / "t", Options())
+    keys = {name: [item.key for item in split.items] for name, split in corpus.splits.items()}
+    assert (keys["dev"], keys["test"], len(keys["train"])) == (["cat/0", "dog/0"], ["cat/1", "dog/1"], 20)
+
+
 def test_speech_commands_rule_keeps_speakers_together():
     assert which_split("0a7c2a8d_nohash_0.wav") == which_split("0a7c2a8d_nohash_1.wav")
     assert {which_split(f"{n}.wav") for n in range(200)} == {"train", "dev", "test"}
@@ -193,6 +203,12 @@ def test_sid_takes_speakers_with_a_recording_for_each_split(tmp_path, waves):
     for split in ("train", "dev", "test"):
         assert {item.label for item in corpus.splits[split].items} == {("ann",), ("bob",)}
         assert len(corpus.splits[split].items) == 2
+
+
+def test_sid_holds_out_a_tenth_of_each_speaker_whatever_files_are_called(tmp_path, waves):
+    waves(*(f"{speaker}/{n}.wav" for place, speaker in enumerate("abcdefgh") for n in range(place, place + 10)))
+    corpus = TASKS["sid"].read(tmp_path, Options())
+    assert {name: len(split.items) for name, split in corpus.splits.items()} == {"train": 64, "dev": 8, "test": 8}
 
 
 def test_one_speaker_is_not_enough(tmp_path, waves):

@@ -1,6 +1,6 @@
 """Automatic speaker verification: VoxCeleb1's trials, any trial list, or trials drawn from folders of speakers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from armhubert.superb.speakers import (
     Speakers,
     SpeakerSplits,
     generator,
+    hold_out,
     recordings,
     seconds,
     speaker_splits,
+    subsets,
 )
 from armhubert.superb.task import (
     Batch,
@@ -220,32 +222,15 @@ def _with_list(root: Path, listed: Path, options: Options) -> tuple[SpeakerSplit
     held = root / "test" if (root / "test").is_dir() else None
     everything = {
         name: paths
-        for name, paths in _training(root, options).items()
+        for name, paths in recordings(subsets(root, "train", options.train) or [root]).items()
         if not any(path in used or (held is not None and path.is_relative_to(held.absolute())) for path in paths)
     }
-    number = min(40, max(2, len(everything) // 7))
-    if len(everything) < number + 2:
-        raise ArmhubertError(
-            f"{root} has {len(everything)} speakers that no trial uses, too few to hold out {number} for dev and to "
-            "train on at least 2: add speakers in train/ (or dev/wav/)"
-        )
-    names = sorted(everything)
-    order = generator(options.seed, "dev").permutation(len(names))
-    dev = {names[place]: everything[names[place]] for place in order[:number]}
+    has = f"{root} has {len(everything)} speakers that no trial uses"
+    dev = {name: everything[name] for name in hold_out(everything, options.seed, "dev", has)}
     train = {name: paths for name, paths in everything.items() if name not in dev}
     items = tuple(Item(name, (Part(str(path)),), ()) for name, path in files.items())
-    notes = (f"dev trials are drawn from {number} speakers held out of training",)
+    notes = (f"dev trials are drawn from {len(dev)} speakers held out of training",)
     return SpeakerSplits(train, dev, {}, notes), Split(items, tuple(trials))
-
-
-def _training(root: Path, options: Options) -> Mapping[str, Sequence[Path]]:
-    if options.train:
-        for name in options.train:
-            if not (root / name).is_dir():
-                raise ArmhubertError(f"train subset {name!r} is not a folder of {root}: correct the name")
-        return recordings([root / name for name in options.train])
-    folder = next((path for path in (root / "dev" / "wav", root / "train") if path.is_dir()), root)
-    return recordings([folder])
 
 
 def _trial_split(speakers: Speakers, root: Path, trials: Trials) -> Split:

@@ -55,7 +55,8 @@ class KeywordSpotting(Task):
         notes = [f"{len(silent)} folders without audio are left out ({some(silent)})"] if silent else []
         place: dict[str, SplitName] = {}
         lists = {"dev": root / "validation_list.txt", "test": root / "testing_list.txt"}
-        if official or any(path.is_file() for path in lists.values()):
+        listed = official or any(path.is_file() for path in lists.values())
+        if listed:
             for name, path in lists.items():
                 place |= dict.fromkeys(read_lines(path, "list of Speech Commands"), name)
         else:
@@ -66,8 +67,7 @@ class KeywordSpotting(Task):
         for folder in words:
             label = folder.name if not official or folder.name in WORDS else UNKNOWN
             for path in audio_files(folder):
-                listed = f"{folder.name}/{path.name}"
-                split = (place.pop(listed, "train")) if place or official else which_split(path.name)
+                split = place.pop(f"{folder.name}/{path.name}", "train") if listed else which_split(path.name)
                 splits[split].append(_keyword(path, root, label))
         if place:
             notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some(place, 3)}")

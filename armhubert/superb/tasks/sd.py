@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
+from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE
 from armhubert.errors import ArmhubertError
 from armhubert.kernels.runtime import frame_mask
 from armhubert.superb import metrics
 from armhubert.superb.metrics import Turn
-from armhubert.superb.simulate import as_turns, mixtures, speech_intervals
+from armhubert.superb.simulate import as_turns, listen, mixtures
 from armhubert.superb.speakers import LAYOUTS, speaker_splits
 from armhubert.superb.task import (
     SPLITS,
@@ -264,7 +264,7 @@ def read_librimix(folder: Path, root: Path) -> Iterator[Item]:
             )
             if clean is None:
                 raise ArmhubertError(f"mixture {path} has no source in {source}: complete the data, or remove it")
-            turns += as_turns(speech_intervals(read_audio(clean).numpy()), source.name)
+            turns += as_turns(listen(clean).spoken, source.name)
         yield Item.of_file(path.absolute(), root.absolute(), tuple(sorted(turns)))
 
 
