@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -118,6 +119,12 @@ class Validated(NamedTuple):
     best: bool
 
 
+class NoBest(NamedTuple):
+    """No held-out loss of the run was finite, so that none is the lowest: the student written is the last one."""
+
+    step: int
+
+
 class Saved(NamedTuple):
     """The training state is on disk."""
 
@@ -146,7 +153,7 @@ class Finished(NamedTuple):
     out: Path
 
 
-Report = Scanning | Started | Progress | Validated | Saved | StepSkipped | Finished
+Report = Scanning | Started | Progress | Validated | NoBest | Saved | StepSkipped | Finished
 
 
 # ---- the loop --------------------------------------------------------------
@@ -228,7 +235,7 @@ def _train(
         if run.world.leads:
             window.keep()
             checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
-            if state.best_loss == float("inf"):  # no validation yet, or none at all: the latest is what there is
+            if state.best_loss == float("inf"):  # none validated yet, or none finite: the latest is what there is
                 run.export(out)
         if log is not None:
             log.draw()
@@ -275,6 +282,8 @@ def _train(
             reason = "stopped"
             yield save()
     run.world.wait()
+    if state.validations_without_gain and state.best_loss == float("inf"):
+        yield NoBest(state.step)
     yield Finished(
         state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, high_water_mark(run.world), out
     )
@@ -508,8 +517,9 @@ class _Run:
         total = sum(student.config.frames(crop.count) for crops in plan for crop in crops)
         layers = self.world.sum(sums) / total
         loss = float(layers @ self.layer_weights)
-        best = loss < self.state.best_loss
-        self.state.best_loss = min(loss, self.state.best_loss)
+        best = math.isfinite(loss) and loss < self.state.best_loss
+        if best:
+            self.state.best_loss = loss
         self.state.validations_without_gain = 0 if best else self.state.validations_without_gain + 1
         return Validated(self.state.step, loss, tuple(layers.tolist()), best)
 

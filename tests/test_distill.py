@@ -615,6 +615,54 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_reported(settings, mo
     assert all(bool(torch.isfinite(value).all()) for value in saved.student.values())
 
 
+@pytest.fixture
+def held_out_losses(monkeypatch):
+    """Replace the first losses of a run's validations."""
+
+    def replace(*values: float) -> None:
+        scripted, weighted = iter(values), distill._Run.validate
+
+        def validate(self):
+            weights, value = self.layer_weights, next(scripted, None)
+            if value is not None:
+                self.layer_weights = weights * value
+            try:
+                return weighted(self)
+            finally:
+                self.layer_weights = weights
+
+        monkeypatch.setattr(distill._Run, "validate", validate)
+
+    return replace
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_validation_that_is_not_finite_is_never_the_best_and_keeps_none_from_being_it(
+    settings, held_out_losses, broken
+):
+    held_out_losses(broken, 1.0, broken)
+    reports = run(config := settings(hold_out=0.3, steps=3, validate_every=1, save_every=1))
+    validated = of(reports, distill.Validated)
+    assert [v.best for v in validated] == [False, True, False]
+    assert reports[-1].best_loss == validated[1].loss
+    assert not of(reports, distill.NoBest)
+    card = (Path(config.out) / "README.md").read_text()
+    assert "2 steps of 3" in card
+    assert f"unmasked): {validated[1].loss:.4f}" in card
+
+
+def test_where_no_validation_is_finite_the_last_student_is_written_and_that_is_said(settings, held_out_losses):
+    held_out_losses(*[float("nan")] * 3)
+    reports = run(config := settings(hold_out=0.3, steps=3, validate_every=1, save_every=1000))
+    assert not any(v.best for v in of(reports, distill.Validated))
+    assert reports[-2:-1] == [distill.NoBest(3)]
+    assert (reports[-1].reason, reports[-1].best_loss) == ("done", float("inf"))
+    exported = ARMHuBERT.from_pretrained(config.out).state_dict()
+    last = checkpoint.load(Path(config.out) / "checkpoint.pt").student
+    assert all(torch.equal(exported[name], value) for name, value in last.items())
+    assert "Held-out" not in (Path(config.out) / "README.md").read_text()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact(settings, monkeypatch, precision):
     config = settings(steps=100, save_every=4, precision=precision)
