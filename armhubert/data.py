@@ -29,6 +29,9 @@ from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 
+SCAN_CACHE = ".armhubert-scan.json"
+"""What runs call the cache of their scan, in their folder."""
+
 _PATH_COLUMNS = ("audio_filepath", "path", "audio")
 _SOURCES = f"a folder, a .tsv or .jsonl manifest, or an audio file ({', '.join(sorted(AUDIO_SUFFIXES))})"
 

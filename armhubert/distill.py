@@ -27,6 +27,7 @@ from armhubert.audio import SAMPLE_RATE
 from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
 from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.data import (
+    SCAN_CACHE,
     AudioBatch,
     Crop,
     ReaderDied,
@@ -44,18 +45,13 @@ from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distributed import World, chance, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import make_folder, write_atomic
 from armhubert.losses import Objective
 from armhubert.masking import batch_mask, scheduled_probability, span_mask
 from armhubert.student import ARMHuBERT, count_parameters, model_card
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher, teacher_targets
 
-CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE, SCAN_CACHE = (
-    "distill.json",
-    "checkpoint.pt",
-    "skipped.tsv",
-    ".armhubert-scan.json",
-)
+CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 MAX_SKIPPED_IN_A_ROW = 10
 STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
 
@@ -175,7 +171,8 @@ def distill(
         should_stop: asked after every step; on True a checkpoint is written and the run ends.
 
     Raises:
-        ArmhubertError: bad input, before anything is written, or a run that diverged, its last checkpoint intact.
+        ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
+            checkpoint intact.
     """
     out = Path(config.out)
     _check_out(out, config, resume, force)
@@ -622,7 +619,7 @@ def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> N
     for source in map(Path, (*config.data, *config.valid)):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise ArmhubertError(f"the run's folder {out} lies inside the data {source}: nothing is written there")
-    if force or not out.is_dir() or not any(out.iterdir()):
+    if force or not out.is_dir() or all(path.name == SCAN_CACHE for path in out.iterdir()):
         return
     if (out / CHECKPOINT_FILE).is_file():
         raise ArmhubertError(f"{out} holds a run: continue it with --resume {out}, or start anew with --force")
@@ -697,11 +694,13 @@ def _prepare_data(
     config: DistillConfig, out: Path, min_samples: int, processes: World
 ) -> Generator[Report, None, _Data]:
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
-    cache = out.absolute().parent / SCAN_CACHE
-    if not processes.leads:
+    paths, valid_paths = discover(config.sources), discover(config.valid) if config.valid else []
+    if processes.leads:
+        make_folder(out)
+    else:
         processes.wait_for_lead()
-    found = yield from _scan(config.sources, min_samples, cache, config.workers)
-    held = (yield from _scan(config.valid, min_samples, cache, config.workers)) if config.valid else None
+    found = yield from _scan(paths, min_samples, out / SCAN_CACHE, config.workers)
+    held = (yield from _scan(valid_paths, min_samples, out / SCAN_CACHE, config.workers)) if valid_paths else None
     if processes.leads:
         processes.wait_for_lead()
     for part in (found, held):
@@ -716,8 +715,8 @@ def _prepare_data(
     return _Data(train, valid, found)
 
 
-def _scan(sources: Sequence[str], min_samples: int, cache: Path, workers: int) -> Generator[Report, None, Scan]:
-    examined = scan(discover(sources), min_samples=min_samples, cache=cache, workers=workers)
+def _scan(paths: Sequence[Path], min_samples: int, cache: Path, workers: int) -> Generator[Report, None, Scan]:
+    examined = scan(paths, min_samples=min_samples, cache=cache, workers=workers)
     while True:
         try:
             yield Scanning(*next(examined))

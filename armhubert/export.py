@@ -35,7 +35,7 @@ from armhubert.clock import Timing, interleave
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import make_folder, write_atomic
 from armhubert.student import ARMHuBERT
 from armhubert.weights import Weights
 
@@ -182,6 +182,7 @@ def export(config: ExportConfig) -> Iterator[Report]:
     outputs = {"hidden_states": config.hidden_states, "heads": config.heads}
     model, traced = _Model(encoder, **outputs).eval(), _Model(folded, **outputs).eval()
     remove_parametrizations(folded.position.conv, "weight")
+    make_folder(Path(config.out).parent)
     yield Stage("trace")
     program = _trace(traced)
     yield Stage({"onnx": "translate", "torch": "serialise", "aot": "compile"}[config.format])

@@ -15,6 +15,7 @@ from armhubert.cli.app import app
 from armhubert.cli.distill import stop_on_signal
 from armhubert.cli.profile import numbers
 from armhubert.errors import ArmhubertError
+from armhubert.files import make_folder
 
 if TYPE_CHECKING:
     from armhubert.superb import progress
@@ -381,6 +382,7 @@ def similarity(
         utterances=utterances,
         **extra,
     )
+    make_folder(Path(config.out))
     with ui.progress() as bar:
         for report in compare(config):
             if isinstance(report, Comparing):

@@ -13,7 +13,7 @@ import safetensors.torch
 import soundfile
 import torch
 
-from armhubert import ARMHuBERT, ArmhubertError, checkpoint, distill, load_teacher
+from armhubert import ARMHuBERT, ArmhubertError, checkpoint, data, distill, load_teacher
 from armhubert.data import ReaderDied
 from armhubert.distill_config import DistillConfig
 from armhubert.runlog import read_metrics
@@ -176,7 +176,7 @@ def same_state(a: Path, b: Path) -> None:
 
 
 def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(settings, tmp_path, speech, teacher):
-    before = digests(speech), digests(teacher)
+    before, around = (digests(speech), digests(teacher)), {path.name for path in tmp_path.iterdir()}
     # sources: speech, and a file that is too short
     extra = tmp_path / "extra"
     extra.mkdir()
@@ -186,7 +186,7 @@ def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(se
     out = Path(config.out)
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "README.md", "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png",
-        "distill.json", "skipped.tsv", "tensorboard", "preprocessor_config.json",
+        "distill.json", "skipped.tsv", "tensorboard", "preprocessor_config.json", ".armhubert-scan.json",
     }  # fmt: skip
     assert any((out / "tensorboard").iterdir())
     for picture in ("loss.png", "layers.png"):
@@ -218,6 +218,7 @@ def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(se
     assert end.peak_memory > 2**20
     assert end.audio_seconds == checkpoint.load(out / "checkpoint.pt").state.audio_seconds > 0
     assert (digests(speech), digests(teacher)) == before
+    assert {path.name for path in tmp_path.iterdir()} == around | {"extra", "run"}
 
 
 def test_the_exported_student_is_the_best_validated_one_and_the_checkpoint_the_last(settings):
@@ -734,18 +735,34 @@ def test_settings_out_of_range_name_themselves(settings):
         ({"max_seconds": 0.02}, "max_seconds must be at least 0.025"),
         ({"conv_layers": "[(8, 10, 5)] * 0"}, "conv_layers must hold"),
         ({"conv_layers": "[(8, 10, 5)] + [(32, 2, 2)]"}, "same frames"),
-        ({"hold_out": 0.5, "data": "one file"}, "at least 2"),
         ({"device": "tpu"}, "device must be"),
+        ({"valid": ("absent",)}, "absent' does not exist"),
     ],
 )
-def test_input_that_only_shows_its_fault_late_still_leaves_no_folder(settings, speech, change, message):
-    if "data" in change:
-        change = {**change, "data": (str(speech / "0.wav"),)}
+def test_input_that_shows_its_fault_before_the_audio_is_examined_leaves_no_folder(settings, change, message):
     config = settings(**change)
     with pytest.raises(ArmhubertError, match=message) as caught:
         run(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.out).exists()
+
+
+def test_input_that_shows_its_fault_in_the_audio_leaves_what_was_examined_to_the_next_run(
+    settings, speech, monkeypatch
+):
+    config = settings(hold_out=0.5, data=(str(speech / "0.wav"),))
+    with pytest.raises(ArmhubertError, match="at least 2"):
+        run(config)
+    assert [path.name for path in Path(config.out).iterdir()] == [".armhubert-scan.json"]
+    monkeypatch.setattr(data, "measure", lambda path: pytest.fail("decoded again"))
+    assert run(dataclasses.replace(config, hold_out=0.0))[-1].reason == "done"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_audio_is_examined(settings, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data, "measure", lambda path: pytest.fail("examined"))
+    with pytest.raises(ArmhubertError, match=r"cannot write to .*choose another folder"):
+        run(settings(out=str(tmp_path / "file" / "run")))
 
 
 def test_a_teacher_without_mask_embedding_is_refused_for_masking_and_taken_for_plain(settings, tmp_path, teacher):

@@ -223,6 +223,13 @@ def test_files_that_cannot_be_written(tmp_path, settings, says):
     assert (tmp_path / "there.onnx").read_text() == "old"
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_traced(student, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "_trace", lambda model: pytest.fail("traced"))
+    with pytest.raises(ArmhubertError, match=r"cannot write to .*file"):
+        list(export(ExportConfig(str(student), str(tmp_path / "file" / "m.onnx"))))
+
+
 def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
     ARMHuBERT(dataclasses.replace(SMALL, head_width=None)).save_pretrained(tmp_path / "bare")
     with pytest.raises(ArmhubertError, match="no distillation heads: leave out --heads"):

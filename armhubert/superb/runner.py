@@ -19,9 +19,10 @@ from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import build, read_mapping
+from armhubert.data import SCAN_CACHE
 from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import make_folder, write_atomic
 from armhubert.superb.audio import Recordings, measure_corpus
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
@@ -34,7 +35,6 @@ from armhubert.superb.upstream import Upstream, load_upstream
 from armhubert.teacher import fingerprint
 
 CONFIG_FILE, RESULT_FILE = "evaluate.json", "result.json"
-SCAN_CACHE = ".armhubert-scan.json"
 FORMAT = 1
 DRY_ITEMS, DRY_STEPS = 8, 2
 
@@ -153,6 +153,9 @@ class _Evaluation:
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
         scan_cache = None if config.dry_run else Path(config.cache or out) / SCAN_CACHE
+        if scan_cache:
+            for folder in (out, scan_cache.parent):
+                make_folder(folder)
         self.recordings = yield from measure_corpus(self.corpus, scan_cache, max(1, config.workers))
         self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None

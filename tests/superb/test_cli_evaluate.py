@@ -80,6 +80,18 @@ def test_similarity(call, waves, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "argv", [["mini", "--task", "similarity", "--against", "mini"], ["fbank", "--task", "ks", *SMALL]]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_any_audio_is_read(call, words, tmp_path, monkeypatch, argv):
+    (tmp_path / "file").touch()
+    for reader in ("armhubert.superb.similarity.read_audio", "armhubert.data.measure"):
+        monkeypatch.setattr(reader, lambda *args, **how: pytest.fail("read"))
+    code, out, err = call("evaluate", *argv, "--data", words, "-o", "file/run")
+    assert (code, out) == (2, "")
+    assert "cannot write to file/run" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--task", "krs"], "unknown task 'krs'; did you mean 'ks'"),
