@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
@@ -46,6 +45,7 @@ from armhubert.distributed import World, chance, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import make_folder, write_atomic
+from armhubert.forecast import high_water_mark
 from armhubert.losses import Objective
 from armhubert.masking import batch_mask, scheduled_probability, span_mask
 from armhubert.student import ARMHuBERT, count_parameters, model_card
@@ -281,9 +281,8 @@ def _train(
     run.world.wait()
     if state.validations_without_gain and state.best_loss == float("inf"):
         yield NoBest(state.step)
-    yield Finished(
-        state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, high_water_mark(run.world), out
-    )
+    memory = high_water_mark(run.world.device)
+    yield Finished(state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, memory, out)
 
 
 # ---- one run ---------------------------------------------------------------
@@ -781,18 +780,6 @@ def _started(run: _Run, copied: int, out: Path) -> Started:
         processes=run.world.size,
         device=device_name(run.world.device),
     )
-
-
-def high_water_mark(processes: World) -> int:
-    """Bytes that this process held at most so far, libraries included: on the GPU where one is used, else in memory; 0
-    where the system does not tell."""
-    if processes.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(processes.device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _training_section(run: _Run) -> str:

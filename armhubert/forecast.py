@@ -130,6 +130,22 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
+def high_water_mark(device: torch.device) -> int:
+    """Bytes that this process held at most so far, libraries included: on the GPU where one is used, else in memory; 0
+    where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return resident("VmHWM")
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be had: on the GPU, or in this machine and this container; None: the system does not tell."""
     if device.type == "cuda":

@@ -30,6 +30,7 @@ import torch
 from armhubert.clock import write_results
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
+from armhubert.forecast import high_water_mark
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import load_teacher
 
@@ -422,6 +423,7 @@ def mutants(seeds: list[Seed], count: int, seed: int) -> Iterator[tuple[Seed, st
 
 # ---- the watched process ---------------------------------------------------
 
+_CPU = torch.device("cpu")
 _FORBIDDEN: tuple[str, ...] = (
     "os.system",
     "os.exec",
@@ -452,7 +454,7 @@ class _Hung(BaseException):
 def attempt(source: Path, events: list[str]) -> tuple[str, str]:
     """Load once: the outcome and what it says."""
     del events[:]
-    before = _peak()
+    before = high_water_mark(_CPU)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         load_teacher(source)
@@ -468,13 +470,9 @@ def attempt(source: Path, events: list[str]) -> tuple[str, str]:
     size = sum(file.stat().st_size for file in (source.parent if source.is_file() else source).iterdir())
     if events:
         return "executed", ", ".join(events)[:200]
-    if (grown := _peak() - before) > PLAUSIBLE + 64 * size:
+    if (grown := high_water_mark(_CPU) - before) > PLAUSIBLE + 64 * size:
         return "memory", f"{grown} bytes for a file of {size}"
     return outcome, detail
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run(count: int, seed: int = 0) -> Iterator[Outcome]:

@@ -1,7 +1,10 @@
 import csv
 import dataclasses
 import json
+import resource
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,6 +314,18 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(student,
         cli.main()
     assert end.value.code == 2
     assert "cannot write to" in capsys.readouterr().err
+
+
+def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monkeypatch):
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**40))  # survives an exec
+    if Path("/proc/self/status").is_file():
+        assert 2**20 < forecast.high_water_mark(torch.device("cpu")) == forecast.resident("VmHWM") < 2**40
+
+    def absent(kind):
+        raise FileNotFoundError(kind)
+
+    monkeypatch.setattr(forecast, "resident", absent)
+    assert forecast.high_water_mark(torch.device("cpu")) >= 2**40
 
 
 @pytest.mark.slow
