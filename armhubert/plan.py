@@ -82,6 +82,8 @@ def plan(
 ) -> Iterator[Searching | list[Proposal]]:
     """Find the students; the last report is the list of proposals, the published kind first, timed in turn.
 
+    Their loss is `masking`, or `plain` for a teacher without a mask embedding, which has no masked view.
+
     Args:
         teacher: as for `distill`.
         budget: what the student may cost.
@@ -94,7 +96,8 @@ def plan(
     weights = load_weights(teacher)
     where, found = pick_device(device), []
     smallest = float("inf")
-    for kind, settings in _kinds(teacher, weights.config):
+    loss = "masking" if weights.config.mask_embedding else "plain"
+    for kind, settings in _kinds(teacher, weights.config, loss):
         yield Searching(kind)
         cost = _cost(budget.kind, where)
 
@@ -120,8 +123,8 @@ def plan(
 _WORDS = {"parameters": "parameters", "macs": "multiply-accumulates for 10 s", "latency": "seconds for 10 s"}
 
 
-def _kinds(teacher: str, config: EncoderConfig) -> list[tuple[str, DistillConfig]]:
-    base = DistillConfig(teacher=teacher, layers=config.layers, heads=config.heads)
+def _kinds(teacher: str, config: EncoderConfig, loss: str) -> list[tuple[str, DistillConfig]]:
+    base = DistillConfig(teacher=teacher, layers=config.layers, heads=config.heads, loss=loss)
     half = max(1, config.layers // 2)
     kinds = {
         "every second layer reuses a map (published)": ("CR" * config.layers, config.layers),
@@ -183,7 +186,7 @@ def _latencies(students: dict[str, EncoderConfig], device: torch.device, repeats
 
 def write(proposal: Proposal, path: Path) -> None:
     """The proposal as a configuration file for `armhubert distill --config`."""
-    chosen = ("teacher", "width", "layers", "heads", "ffn", "pattern")
+    chosen = ("teacher", "loss", "width", "layers", "heads", "ffn", "pattern")
     settings = {name: getattr(proposal.settings, name) for name in chosen}
     header = (
         f"# {proposal.kind}: {proposal.parameters:,} parameters without heads, {proposal.macs / 1e9:.1f} G "

@@ -62,6 +62,8 @@ def plan(
             f"{p.latency.high * 1e3:.0f}){'*' * budget.missed(p)}",
         )  # fmt: skip
     ui.draw(table)
+    if proposals[0].settings.loss == "plain":
+        ui.note(f"{teacher} has no mask embedding, so no masked view: distil with --loss plain")
     if any(map(budget.missed, proposals)):
         ui.note(f"* above {text} in this last measurement: ask for less, or measure again on a quieter machine")
     if out is not None:

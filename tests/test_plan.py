@@ -6,7 +6,9 @@ import yaml
 
 from armhubert import plan
 from armhubert.config import build, preset
+from armhubert.distill import check_views
 from armhubert.distill_config import DistillConfig, student_config
+from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.student import ARMHuBERT
 
@@ -35,12 +37,25 @@ def test_what_is_written_is_what_distill_builds(proposals, tmp_path):
     config = build(DistillConfig, yaml.safe_load((tmp_path / "plan.yaml").read_text()), "plan.yaml")
     teacher = plan.load_weights("mini").config
     assert dataclasses.replace(student_config(config, teacher), head_width=None) == proposals[0].student
+    assert config.loss == "masking"
+
+
+def test_a_teacher_without_a_masked_view_is_given_a_loss_that_needs_none(tmp_path, monkeypatch):
+    whole = plan.load_weights("mini")
+    state = {name: value for name, value in whole.state.items() if name != "mask_embedding"}
+    bare = whole._replace(state=state).with_config(mask_embedding=False)
+    monkeypatch.setattr(plan, "load_weights", lambda source: bare)
+    *_, found = plan.plan("mini", plan.Budget("parameters", 1.2e6), device="cpu", repeats=1)
+    assert {p.settings.loss for p in found} == {"plain"}
+    plan.write(found[0], tmp_path / "plan.yaml")
+    config = build(DistillConfig, yaml.safe_load((tmp_path / "plan.yaml").read_text()), "plan.yaml")
+    check_views(config, SpeechEncoder.from_weights(bare.without_heads()))
 
 
 def test_the_published_student_is_found_at_its_own_budget(tmp_path):
     """22,015,552 parameters for a HuBERT Base teacher give width 480 and FFN 864."""
     base = dataclasses.replace(preset("armhubert"), width=768, ffn=3072, pattern="", feature_projection=True)
-    kind, settings = plan._kinds("teacher", base)[0]
+    kind, settings = plan._kinds("teacher", base, "masking")[0]
     sizes = [plan._size(settings, base, width, 1.8) for width in plan._widths(base)]
     best = plan._last_fitting(sizes, lambda size: plan._counts(size.student)[0] <= 22_015_552)
     assert best is not None
