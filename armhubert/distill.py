@@ -49,7 +49,7 @@ from armhubert.forecast import high_water_mark
 from armhubert.losses import Objective
 from armhubert.masking import batch_mask, scheduled_probability, span_mask
 from armhubert.student import ARMHuBERT, count_parameters, model_card
-from armhubert.teacher import fingerprint, layer_mapping, load_teacher, teacher_targets
+from armhubert.teacher import TeacherTargets, fingerprint, layer_mapping, load_teacher, teacher_targets
 
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 MAX_SKIPPED_IN_A_ROW = 10
@@ -178,18 +178,10 @@ def distill(
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with world(pick_device(config.device)) as processes:
-        teacher = load_teacher(config.teacher, device=processes.device)
-        check_views(config, teacher)
-        student = _new_student(config, teacher).to(processes.device)
-        if config.max_seconds * SAMPLE_RATE < student.config.receptive_field:
-            raise ArmhubertError(
-                f"max_seconds must be at least {student.config.receptive_field / SAMPLE_RATE}, one frame, "
-                f"got {config.max_seconds}"
-            )
-        copied = copy_matching(student, teacher) if config.init == "teacher" else 0
+        teacher, student, copied = load_models(config, processes.device)
         data = yield from _prepare_data(config, out, student.config.receptive_field, processes)
         identity = _identity(config, teacher, student, data, processes)
-        run = _Run(config, processes, teacher, student, data)
+        run = Run(config, processes, teacher, student, data)
         if saved is not None:
             _check_identity(saved.identity, identity, out)
             run.restore(saved)
@@ -220,7 +212,7 @@ def _while_read(groups: "Iterator[_Group]", should_stop: Callable[[], bool]) -> 
 
 
 def _train(
-    run: "_Run", log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
+    run: "Run", log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
 ) -> Iterator[Report]:
     config, state, out = run.config, run.state, Path(run.config.out)
     validate_every = config.validate_every or max(10, run.steps // 20)
@@ -288,7 +280,9 @@ def _train(
 # ---- one run ---------------------------------------------------------------
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
+    """Utterances to train on, utterances held out, and the scan that found them."""
+
     train: Sequence[Utterance]
     valid: Sequence[Utterance]
     scan: Scan
@@ -321,11 +315,11 @@ class _Outcome(NamedTuple):
     audio_seconds: float
 
 
-class _Run:
+class Run:
     """Models, optimizer and state of one process of a run."""
 
     def __init__(
-        self, config: DistillConfig, processes: World, teacher: SpeechEncoder, student: ARMHuBERT, data: _Data
+        self, config: DistillConfig, processes: World, teacher: SpeechEncoder, student: ARMHuBERT, data: Data
     ) -> None:
         self.config, self.world, self.teacher, self.student, self.data = config, processes, teacher, student, data
         self.state = TrainingState()
@@ -418,31 +412,19 @@ class _Run:
             alone = contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
             with alone, chance(self.world.device, config.seed, state.step, micro.place):
                 with self._autocast():
-                    targets = teacher_targets(
-                        self.teacher, waveforms, lengths, mask, self.layers, **self.objective.needs
-                    )
-                    terms = self.wrapped(waveforms, lengths, mask, targets)
-                # DistributedDataParallel averages gradients; ours are shares of one sum.
-                self.scaler.scale(self._weigh(terms) / frames * self.world.size).backward()
+                    targets = self.targets(waveforms, lengths, mask)
+                    terms = self.forward(waveforms, lengths, mask, targets)
+                self.backward(terms, frames)
             sums += terms.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.clip or float("inf"))
         sums = self.world.sum(sums)
         loss = self._weigh(sums) / frames
+        norm, finite = self.update(loss)
         state.step += 1
         state.cursor = group.after
-        # The one place where the device is waited for.
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         state.train_seconds += time.perf_counter() - started
         if not finite:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
-            if self.scaler.is_enabled():  # by hand: the scaler knows of the gradients, not of the loss
-                self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
             return None
         state.skipped_in_a_row = 0
         seconds = sum(crop.count for micro in group.all for crop in micro.crops) / SAMPLE_RATE
@@ -450,6 +432,34 @@ class _Run:
         own = sum(student.config.frames(crop.count) for micro, _ in group.mine for crop in micro.crops)
         layers = (sums * self.term_weights[:, None]).sum(0) / frames
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
+
+    def targets(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor) -> TeacherTargets:
+        """What the student is to predict of a batch."""
+        return teacher_targets(self.teacher, waveforms, lengths, mask, self.layers, **self.objective.needs)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor, targets: TeacherTargets) -> Tensor:
+        """Each loss term's sum over a batch, by layer: [terms, L]."""
+        terms: Tensor = self.wrapped(waveforms, lengths, mask, targets)
+        return terms
+
+    def backward(self, terms: Tensor, frames: int) -> None:
+        """Add a batch's gradients; `frames` are those of the whole step."""
+        # DistributedDataParallel averages gradients; ours are shares of one sum.
+        self.scaler.scale(self._weigh(terms) / frames * self.world.size).backward()
+
+    def update(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Clip and step; returns the gradients' norm, and whether it and the loss are finite: else no step is made."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip or float("inf"))
+        # The one place where the device is waited for.
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.scaler.is_enabled():  # by hand: the scaler knows of the gradients, not of the loss
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite
 
     @property
     def diverged(self) -> bool:
@@ -551,7 +561,7 @@ class _Run:
 class _Window:
     """Outcomes since the last report."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self._clear()
         device = run.world.device
@@ -658,11 +668,23 @@ def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:
         )
 
 
-def _new_student(config: DistillConfig, teacher: SpeechEncoder) -> ARMHuBERT:
+def load_models(config: DistillConfig, device: torch.device) -> tuple[SpeechEncoder, ARMHuBERT, int]:
+    """Teacher, new student, and how many tensors it has from the teacher.
+
+    Raises:
+        ArmhubertError: no teacher, or settings that do not make a student of it.
+    """
+    teacher = load_teacher(config.teacher, device=device)
+    check_views(config, teacher)
     wanted = student_config(config, teacher.config)
+    if config.max_seconds * SAMPLE_RATE < wanted.receptive_field:
+        raise ArmhubertError(
+            f"max_seconds must be at least {wanted.receptive_field / SAMPLE_RATE}, one frame, got {config.max_seconds}"
+        )
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(config.seed)
-        return ARMHuBERT(wanted, impl=config.impl)
+        student = ARMHuBERT(wanted, impl=config.impl).to(device)
+    return teacher, student, copy_matching(student, teacher) if config.init == "teacher" else 0
 
 
 @torch.no_grad()
@@ -691,7 +713,7 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
 
 def _prepare_data(
     config: DistillConfig, out: Path, min_samples: int, processes: World
-) -> Generator[Report, None, _Data]:
+) -> Generator[Report, None, Data]:
     """Find, examine and split the speech; the lead process does the work, the others read its cache."""
     paths, valid_paths = discover(config.sources), discover(config.valid) if config.valid else []
     if processes.leads:
@@ -707,11 +729,11 @@ def _prepare_data(
             part.require_utterances()
     if held is not None:
         both = Scan(found.utterances, (*found.skipped, *held.skipped))
-        return _Data(found.utterances, held.utterances, both)
+        return Data(found.utterances, held.utterances, both)
     if config.hold_out == 0:
-        return _Data(found.utterances, (), found)
+        return Data(found.utterances, (), found)
     train, valid = split_validation(found.utterances, fraction=config.hold_out, seed=config.seed)
-    return _Data(train, valid, found)
+    return Data(train, valid, found)
 
 
 def _scan(paths: Sequence[Path], min_samples: int, cache: Path, workers: int) -> Generator[Report, None, Scan]:
@@ -731,7 +753,7 @@ def _lengths(audio: AudioBatch, device: torch.device) -> Tensor | None:
 
 
 def _identity(
-    config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: _Data, processes: World
+    config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: Data, processes: World
 ) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for utterance in (*data.train, *data.valid):
@@ -758,7 +780,7 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> No
             )
 
 
-def _started(run: _Run, copied: int, out: Path) -> Started:
+def _started(run: Run, copied: int, out: Path) -> Started:
     count = count_parameters(run.student)
     data = run.data
     return Started(
@@ -782,7 +804,7 @@ def _started(run: _Run, copied: int, out: Path) -> Started:
     )
 
 
-def _training_section(run: _Run) -> str:
+def _training_section(run: Run) -> str:
     config, state = run.config, run.state
     hours = state.audio_seconds / 3600
     lines = [

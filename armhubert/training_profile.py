@@ -1,46 +1,45 @@
-"""Where a distillation step's time goes: the loop's own pieces, timed one after the other on real batches."""
+"""Where a distillation step's time goes: the loop's own steps on real batches, with their parts timed."""
 
-import itertools
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, conditions, summarize
-from armhubert.data import AudioBatch, batches, discover, plan_epoch, scan
-from armhubert.distill import check_views
-from armhubert.distill_config import DistillConfig, student_config
-from armhubert.distributed import pick_device
+from armhubert.data import Scan, discover, scan
+from armhubert.distill import Data, Run, load_models
+from armhubert.distill_config import DistillConfig
+from armhubert.distributed import World, pick_device
+from armhubert.errors import ArmhubertError
 from armhubert.forecast import high_water_mark
-from armhubert.losses import Objective, layer_weights
-from armhubert.masking import batch_mask, span_mask
-from armhubert.student import ARMHuBERT
-from armhubert.teacher import layer_mapping, load_teacher, teacher_targets
+from armhubert.teacher import TeacherTargets
 
 PARTS = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
+SPARE = 20
+"""Steps that may be left out as not finite: fp16 finds the scale of the loss in 17 at most."""
 
 
 class TrainingProfile(NamedTuple):
     """Seconds of a step and of its parts."""
 
     conditions: dict[str, Any]
-    batch_seconds: float
-    """Mean seconds of audio in a batch."""
+    audio_seconds: float
+    """Mean seconds of audio in a step."""
     step: Timing
     """Everything but reading audio, which happens beside it."""
     parts: dict[str, Timing]
-    """By `PARTS`; `data` is one process reading and collating a batch, with nothing beside it."""
+    """By `PARTS`; `data` is one process reading and collating a step's batches, with nothing beside it. Drawing masks
+    and moving audio to the device are in none."""
     peak_memory: int
     """Bytes: of the process on a CPU, of the allocator on a GPU."""
 
     @property
     def loader_rate(self) -> float:
         """Hours of audio an hour that one reading process delivers."""
-        return self.batch_seconds / self.parts["data"].median
+        return self.audio_seconds / self.parts["data"].median
 
 
 class Step(NamedTuple):
@@ -50,59 +49,72 @@ class Step(NamedTuple):
     total: int
 
 
+class _TimedRun(Run):
+    """The training loop's steps; notes how long their parts take."""
+
+    spent: dict[str, float]
+    """Seconds of the step by part."""
+
+    def timed(self, part: str, run: Callable[..., Any], *args: Any) -> Any:
+        self._wait()
+        started = time.perf_counter()
+        result = run(*args)
+        self._wait()
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
+        return result
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+
+    def targets(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor) -> TeacherTargets:
+        targets: TeacherTargets = self.timed("teacher", super().targets, waveforms, lengths, mask)
+        return targets
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor, targets: TeacherTargets) -> Tensor:
+        hidden, frames = self.timed("student forward", self.objective.views, waveforms, lengths, mask)
+        terms: Tensor = self.timed("loss", self.objective.compare, hidden, frames, targets)
+        return terms
+
+    def backward(self, terms: Tensor, frames: int) -> None:
+        self.timed("backward", super().backward, terms, frames)
+
+    def update(self, loss: Tensor) -> tuple[Tensor, bool]:
+        norm, finite = self.timed("optimizer", super().update, loss)
+        return norm, finite
+
+
 def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) -> Iterator[Step | TrainingProfile]:
     """Measure `steps` steps of the distillation that `config` describes; the last report is the result.
 
-    The pieces are those of `armhubert.distill`; on a GPU the device is waited for between them, so that the parts add
-    up to more than an undisturbed step.
+    The steps are those of `armhubert.distill`, by one process, without those that are left out as not finite; on a GPU
+    the device is waited for between their parts, so that they take longer than undisturbed ones.
 
     Raises:
-        ArmhubertError: as `distill`: no teacher, no speech, settings that make no student.
+        ArmhubertError: as `distill`: no teacher, no speech, settings that make no student; steps that are not finite.
     """
-    device = pick_device(config.device)
-    teacher = load_teacher(config.teacher, device=device)
-    check_views(config, teacher)
-    with torch.random.fork_rng([]):
-        student = ARMHuBERT(student_config(config, teacher.config), impl=config.impl).to(device).train()
-    objective = Objective(student, config.terms, config.distance, config.impl)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-    layers = layer_mapping(student.config.layers, teacher.config.layers)
-    weights = layer_weights(student.config.layers, config.layer_weight).to(device)
-    term_weights = torch.tensor(list(config.terms.values()), device=device)
-    precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    device, total = pick_device(config.device), warmup + steps
+    teacher, student, _ = load_models(config, device)
+    found = _scan(config, student.config.receptive_field)
+    planned = dataclasses.replace(config, workers=0, epochs=None, steps=2 * total + SPARE)
+    run = _TimedRun(planned, World(0, 1, device), teacher, student, Data(found.utterances, (), found))
     seconds: dict[str, list[float]] = {name: [] for name in (*PARTS, "step")}
-    audio_seconds = []
-
-    def timed(part: str, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        wait()
-        started = time.perf_counter()
-        result = run(*args, **options)
-        wait()
-        seconds[part].append(time.perf_counter() - started)
-        return result
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    audio = _audio(config, teacher.config.receptive_field)
-    for number in range(warmup + steps):
-        batch = timed("data", next, audio)
-        waveforms, lengths = batch.waveforms.to(device), batch.lengths.to(device)
-        mask = _mask(config, batch, teacher.config.frames).to(device)
-        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws
-        autocast = torch.autocast(device.type, precision, enabled=precision is not None)
-        with forked, autocast:
-            targets = timed("teacher", teacher_targets, teacher, waveforms, lengths, mask, layers, **objective.needs)
-            hidden, frames = timed("student forward", objective.views, waveforms, lengths, mask)
-            sums = timed("loss", objective.compare, hidden, frames, targets)
-        loss = (term_weights @ sums) @ weights / int(frames.sum())
-        timed("backward", loss.backward)
-        timed("optimizer", update)
-        seconds["step"].append(sum(seconds[part][-1] for part in PARTS[1:]))
-        audio_seconds.append(float(batch.lengths.sum()) / SAMPLE_RATE)
-        yield Step(number + 1, warmup + steps)
+    audio_seconds: list[float] = []
+    groups = run.groups()
+    while len(audio_seconds) < total:
+        run.spent = {}
+        group = run.timed("data", next, groups, None)
+        if group is None:
+            raise ArmhubertError(
+                f"{run.state.skipped_steps} of {run.state.step} steps had a loss or gradients that are not finite: "
+                f"lower the learning rate ({config.learning_rate}) or set clip"
+            )
+        outcome = run.timed("step", run.step, group)
+        if outcome is not None:
+            for part, spent in run.spent.items():
+                seconds[part].append(spent)
+            audio_seconds.append(outcome.audio_seconds)
+            yield Step(len(audio_seconds), total)
     timings = {name: summarize(values[warmup:]) for name, values in seconds.items()}
     yield TrainingProfile(
         {
@@ -110,6 +122,7 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
             "teacher": config.teacher,
             "loss": config.loss,
             "precision": config.precision,
+            "gradient checkpointing": config.gradient_checkpointing,
             "steps": steps,
         },
         sum(audio_seconds) / len(audio_seconds),
@@ -119,27 +132,13 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
     )
 
 
-def _audio(config: DistillConfig, shortest: int) -> Iterator[AudioBatch]:
+def _scan(config: DistillConfig, shortest: int) -> Scan:
     examined = scan(discover(config.sources), min_samples=shortest, cache=None, workers=config.workers)
     while True:
         try:
             next(examined)
         except StopIteration as end:
-            found = end.value
+            found: Scan = end.value
             break
     found.require_utterances()
-    for epoch in itertools.count():
-        plan = plan_epoch(
-            found.utterances, batch_seconds=config.batch_seconds, max_seconds=config.max_seconds,
-            seed=config.seed, epoch=epoch,
-        )  # fmt: skip
-        yield from batches(found.utterances, plan, workers=0)
-
-
-def _mask(config: DistillConfig, batch: AudioBatch, frames: Callable[[Any], Any]) -> Tensor:
-    rng = np.random.default_rng(config.seed)
-    spans = [
-        span_mask(frames(int(length)), config.mask_prob, rng, mean_length=config.mask_length)
-        for length in batch.lengths
-    ]
-    return batch_mask(spans, frames(batch.waveforms.shape[1]))
+    return found

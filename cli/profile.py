@@ -282,7 +282,7 @@ def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup
         table.add_row(part, spread, share)
     ui.draw(table)
     ui.say(
-        f"{result.batch_seconds:.1f} s of audio a step, {result.batch_seconds / result.step.median:.1f} s of audio a "
+        f"{result.audio_seconds:.1f} s of audio a step, {result.audio_seconds / result.step.median:.1f} s of audio a "
         f"second; one reading process delivers {result.loader_rate:.0f} times real time; peak memory "
         f"{result.peak_memory / 2**20:.0f} MiB; {', '.join(f'{k} {v}' for k, v in result.conditions.items())}"
     )

@@ -459,7 +459,7 @@ def test_a_random_student_copies_nothing(settings, teacher):
 
 
 def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal(settings, tmp_path, monkeypatch):
-    groups, signalled = distill._Run.groups, []
+    groups, signalled = distill.Run.groups, []
 
     def ended(self):
         for number, group in enumerate(groups(self)):
@@ -468,7 +468,7 @@ def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal
                 raise ReaderDied("gone")
             yield group
 
-    monkeypatch.setattr(distill._Run, "groups", ended)
+    monkeypatch.setattr(distill.Run, "groups", ended)
     config = settings(out=str(tmp_path / "run"), steps=4)
     last = run(config, should_stop=lambda: bool(signalled))[-1]
     assert (last.reason, last.step) == ("stopped", 2)
@@ -621,7 +621,7 @@ def held_out_losses(monkeypatch):
     """Replace the first losses of a run's validations."""
 
     def replace(*values: float) -> None:
-        scripted, weighted = iter(values), distill._Run.validate
+        scripted, weighted = iter(values), distill.Run.validate
 
         def validate(self):
             weights, value = self.layer_weights, next(scripted, None)
@@ -632,7 +632,7 @@ def held_out_losses(monkeypatch):
             finally:
                 self.layer_weights = weights
 
-        monkeypatch.setattr(distill._Run, "validate", validate)
+        monkeypatch.setattr(distill.Run, "validate", validate)
 
     return replace
 
