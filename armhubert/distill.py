@@ -217,7 +217,6 @@ def _train(
     config, state, out = run.config, run.state, Path(run.config.out)
     validate_every = config.validate_every or max(10, run.steps // 20)
     save_every = config.save_every or validate_every
-    reason = "done"
     window = _Window(run)
 
     def save() -> Saved:
@@ -251,7 +250,7 @@ def _train(
                 scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
                 log.add("train", state.step, scalars, progress.layers)
             yield progress
-        stop = run.world.any(should_stop())
+        reason = "done" if last else "stopped" if run.world.any(should_stop()) else ""
         if run.data.valid and (last or state.step % validate_every == 0):
             validated = run.validate()
             if log is not None:
@@ -260,15 +259,14 @@ def _train(
                 run.export(out)
             yield validated
             if config.patience is not None and state.validations_without_gain >= config.patience and not last:
-                reason, stop = "early stop", True
-        if last or stop or state.step % save_every == 0:
+                reason = "early stop"
+        if reason or state.step % save_every == 0:
             yield save()
-        if last or stop:
-            reason = "stopped" if stop and reason == "done" and not last else reason
+        if reason:
             break
-    else:
-        if state.step < run.steps:  # its readers were ended with it
-            reason = "stopped"
+    else:  # no step was left, or its readers were ended with it
+        reason = "done" if state.step >= run.steps else "stopped"
+        if reason == "stopped":
             yield save()
     run.world.wait()
     if state.validations_without_gain and state.best_loss == float("inf"):

@@ -169,10 +169,10 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     from armhubert.distill import load_run_config
     from armhubert.distill_config import DistillConfig
 
-    settings = {**(read_mapping(file) if file else {}), **options}
-    if "steps" in options or "epochs" in options:  # one on the command line replaces the other in the file
-        settings.pop("epochs" if "steps" in options and "epochs" not in options else "", None)
-        settings.pop("steps" if "epochs" in options and "steps" not in options else "", None)
+    settings = read_mapping(file) if file else {}
+    if options.keys() & {"steps", "epochs"}:  # one on the command line replaces the other in the file
+        settings = {name: value for name, value in settings.items() if name not in ("steps", "epochs")}
+    settings |= options
     source = "the options" if file is None else f"{file} and the options" if options else str(file)
     if resume is not None:
         if force:

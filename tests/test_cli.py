@@ -175,6 +175,16 @@ def test_options_given_win_over_the_file_and_the_file_over_the_defaults(call, ha
     ]
 
 
+@pytest.mark.parametrize(("held", "given"), [("steps", "epochs"), ("epochs", "steps"), ("steps", "steps")])
+def test_the_length_of_a_run_on_the_command_line_replaces_the_one_in_the_file(
+    call, refused, handed_over, tmp_path, held, given
+):
+    (tmp_path / "run.yaml").write_text(f"{held}: 3\n")
+    assert call("distill", "--config", tmp_path / "run.yaml", f"--{given}", 7)[0] == 0
+    assert [config for config, _ in handed_over] == [DistillConfig(**{given: 7})]
+    refused("distill", "--config", tmp_path / "run.yaml", "--steps", 1, "--epochs", 2, says="steps or epochs, not both")
+
+
 def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run, tmp_path):
     code, _, err = call("distill", "--resume", old_run, "--steps", 9, "--log-every", 3, "--seed", 0)
     assert (code, err) == (0, "")

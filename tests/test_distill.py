@@ -547,6 +547,12 @@ def test_early_stop_after_validations_without_gain(settings):
     assert of(reports, distill.Saved)[-1].step == 6
 
 
+def test_a_run_whose_patience_and_whose_user_end_with_its_last_step_is_done(settings):
+    config = settings(steps=6, learning_rate=1e-30, hold_out=0.3, validate_every=2, patience=2, weight_decay=0.0)
+    end = run(config, should_stop=stop_after(6))[-1]
+    assert (end.reason, end.step) == ("done", 6)
+
+
 def test_starting_anew_with_force_leaves_nothing_of_the_old_run_to_resume(settings):
     config = settings(steps=3)
     run(config)
