@@ -199,7 +199,8 @@ class EncoderConfig:
         return hop
 
     def frames(self, samples: Any) -> Any:
-        """Frames that `samples` samples give: an int for an int, a tensor for a tensor. The one place that counts."""
+        """Frames that `samples` samples give: an int for an int, a tensor for a tensor; 0 or less where a frame needs
+        more samples."""
         for _, kernel, stride in self.conv_layers:
             samples = (samples - kernel) // stride + 1
         return samples

@@ -304,12 +304,13 @@ class _Group(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """Of one step, over all processes; still on the device."""
+    """Of one step, over all processes but for the mask; tensors are still on the device."""
 
     loss: Tensor
     layers: Tensor
     gradient_norm: Tensor
     masked_share: float
+    """Of this process' frames."""
     audio_seconds: float
 
 

@@ -1,7 +1,8 @@
 """The training of one head on one task's features, with one learning rate; interrupted and resumed at will.
 
-All chance comes from (seed, epoch) for batches, (seed, epoch, item) for crops and (seed, step, batch) for dropout and
-augmentation, so that a resumed run computes what an uninterrupted one does: bit for bit on a CPU.
+All chance comes from the seed for the head's first weights, (seed, epoch) for batches, (seed, epoch, item) for crops
+and (seed, step, batch) for dropout and augmentation, so that a resumed run computes what an uninterrupted one does: bit
+for bit on a CPU.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ BUCKET = 50
 
 
 class Diverged(ArmhubertError):
-    """Losses were not finite, several times in a row."""
+    """Losses or gradients were not finite, several steps in a row; or every rate of a sweep diverged."""
 
 
 def plan_batches(
@@ -192,7 +193,7 @@ class Training:
         """Train up to a step; validations and checkpoints on the way.
 
         Raises:
-            Diverged: several losses in a row were not finite.
+            Diverged: several steps in a row had a loss or gradients that are not finite.
             Stopped: the user asked to; the state is saved.
         """
         config, settings, state = self.setup.config, self.settings, self.state
@@ -255,7 +256,7 @@ class Training:
                         ready = []
 
     def _step(self, micros: Sequence[tuple[int, list[int], Tensor, Tensor]]) -> tuple[Tensor | None, Tensor]:
-        """One optimizer step; None where it was left out because something was not finite."""
+        """One optimizer step: loss, None where it was left out as not finite, and norm of the gradients."""
         state, settings = self.state, self.settings
         started = time.perf_counter()
         self.probe.train()
@@ -276,8 +277,8 @@ class Training:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise Diverged(
-                f"{state.skipped_in_a_row} steps in a row had a loss that is not finite, at step {state.step}: "
-                f"lower the learning rate ({self.rate:g})"
+                f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
+                f"{state.step}: lower the learning rate ({self.rate:g})"
             )
         return (total if finite else None), norm
 
