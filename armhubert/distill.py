@@ -140,7 +140,7 @@ class Finished(NamedTuple):
 
     step: int
     reason: str
-    """done, stopped or early stop."""
+    """done, early stop, stopped, or not begun: stopped before anything of the run but the scan's cache was written."""
     best_loss: float
     seconds: float
     audio_seconds: float
@@ -168,7 +168,8 @@ def distill(
         config: the settings. With `resume`, of the run to continue, changed only in `RESUMABLE`.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
-        should_stop: asked after every step; on True a checkpoint is written and the run ends.
+        should_stop: asked while the audio is examined and after every step; on True the run ends, after the first step
+            with a checkpoint.
 
     Raises:
         ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
@@ -179,7 +180,11 @@ def distill(
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with world(pick_device(config.device)) as processes:
         teacher, student, copied = load_models(config, processes.device)
-        data = yield from _prepare_data(config, out, student.config.receptive_field, processes)
+        data = yield from _prepare_data(config, out, student.config.receptive_field, processes, should_stop)
+        if data is None:
+            state, reason = (saved.state, "stopped") if saved is not None else (TrainingState(), "not begun")
+            yield _finished(state, reason, processes, out)
+            return
         identity = _identity(config, teacher, student, data, processes)
         run = Run(config, processes, teacher, student, data)
         if saved is not None:
@@ -271,8 +276,12 @@ def _train(
     run.world.wait()
     if state.validations_without_gain and state.best_loss == float("inf"):
         yield NoBest(state.step)
-    memory = high_water_mark(run.world.device)
-    yield Finished(state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, memory, out)
+    yield _finished(state, reason, run.world, out)
+
+
+def _finished(state: TrainingState, reason: str, processes: World, out: Path) -> Finished:
+    memory = high_water_mark(processes.device)
+    return Finished(state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, memory, out)
 
 
 # ---- one run ---------------------------------------------------------------
@@ -711,22 +720,24 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
 
 
 def _prepare_data(
-    config: DistillConfig, out: Path, min_samples: int, processes: World
-) -> Generator[Report, None, Data]:
-    """Find, examine and split the speech; the lead process does the work, the others read its cache."""
-    paths, valid_paths = discover(config.sources), discover(config.valid) if config.valid else []
+    config: DistillConfig, out: Path, min_samples: int, processes: World, should_stop: Callable[[], bool]
+) -> Generator[Report, None, Data | None]:
+    """Find, examine and split the speech; the lead process does the work, the others read its cache. None: stopped."""
+    sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
+    scans: list[Scan] = []
     if processes.leads:
         make_folder(out)
-    else:
-        processes.wait_for_lead()
-    found = yield from _scan(paths, min_samples, out / SCAN_CACHE, config.workers)
-    held = (yield from _scan(valid_paths, min_samples, out / SCAN_CACHE, config.workers)) if valid_paths else None
-    if processes.leads:
-        processes.wait_for_lead()
-    for part in (found, held):
-        if part is not None:
-            part.require_utterances()
-    if held is not None:
+        scans = yield from _scan(sources, min_samples, out / SCAN_CACHE, config.workers, should_stop)
+    processes.wait_for_lead()
+    if processes.any(should_stop()):
+        return None
+    if not processes.leads:
+        scans = yield from _scan(sources, min_samples, out / SCAN_CACHE, config.workers)
+    for part in scans:
+        part.require_utterances()
+    found = scans[0]
+    if config.valid:
+        held = scans[1]
         both = Scan(found.utterances, (*found.skipped, *held.skipped))
         return Data(found.utterances, held.utterances, both)
     if config.hold_out == 0:
@@ -735,13 +746,24 @@ def _prepare_data(
     return Data(train, valid, found)
 
 
-def _scan(paths: Sequence[Path], min_samples: int, cache: Path, workers: int) -> Generator[Report, None, Scan]:
-    examined = scan(paths, min_samples=min_samples, cache=cache, workers=workers)
-    while True:
-        try:
-            yield Scanning(*next(examined))
-        except StopIteration as end:
-            return end.value
+def _scan(
+    sources: Sequence[Sequence[Path]],
+    min_samples: int,
+    cache: Path,
+    workers: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Generator[Report, None, list[Scan]]:
+    """A scan of each source; those that were ended before they were asked to stop."""
+    scans = []
+    for paths in sources:
+        with contextlib.closing(scan(paths, min_samples=min_samples, cache=cache, workers=workers)) as examined:
+            while not should_stop():
+                try:
+                    yield Scanning(*next(examined))
+                except StopIteration as end:
+                    scans.append(end.value)
+                    break
+    return scans
 
 
 def _lengths(audio: AudioBatch, device: torch.device) -> Tensor | None:

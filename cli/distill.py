@@ -187,7 +187,7 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
         config = build(DistillConfig, settings, source)
     with stop_on_signal() as stop:
         finished = ui.show(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
-    if finished.reason == "stopped":
+    if finished.reason in ("stopped", "not begun"):
         stop.leave()
 
 
@@ -219,7 +219,7 @@ def stop_on_signal() -> Iterator[Stop]:
             return
         stop.number = number
         signal.signal(number, previous[signal.Signals(number)])
-        ui.note("Stopping after this step, with a checkpoint; once more to end at once.")
+        ui.note("Stopping as soon as what is done is saved; once more to end at once.")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -239,6 +239,9 @@ def _start_table(report: "Started") -> Table:
 
 
 def _show_end(report: "Finished") -> None:
+    if report.reason == "not begun":
+        _out.print("Stopped before the first step. The same command starts anew, with the audio examined so far.")
+        return
     held_out = f", lowest held-out loss {report.best_loss:.4f}" if report.best_loss < float("inf") else ""
     _out.print(
         f"{report.reason.capitalize()} at step {report.step}{held_out}; {_duration(report.seconds)} of training, "

@@ -301,6 +301,31 @@ def test_a_run_that_is_asked_to_stop_exits_with_the_codes_of_signals(call, monke
     assert call("distill")[0] == code
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_while_the_audio_is_examined_ends_the_run_before_its_first_step(
+    call, speech, teacher, tmp_path, monkeypatch, terminal
+):
+    measure = data.measure
+
+    def interrupted(path):
+        signal.raise_signal(signal.SIGINT)
+        return measure(path)
+
+    argv = ["distill", speech, "-o", tmp_path / "run", "--teacher", teacher, *STUDENT]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "measure", interrupted)
+        patch.setattr(data, "_CHUNK", len(os.listdir(speech)))
+        patch.setattr(cli.ui, "_out", cli.ui.console(force_terminal=terminal, width=100, soft_wrap=True))
+        patch.setattr(signal, "signal", lambda number, handler, real=signal.signal: None if FIRST else real(number, handler))
+        code, out, err = call(*argv)
+    assert code == 130
+    assert "Stopping as soon as" in err
+    assert ("Stopped before the first step." if terminal else "finished reason=not-begun step=0 ") in out
+    assert "--resume" not in out
+    assert os.listdir(tmp_path / "run") == [".armhubert-scan.json"]
+    assert call(*argv)[0] == 0
+
+
 def test_an_interrupt_before_training_exits_with_130(call, monkeypatch):
     def interrupted(config, **how):
         raise KeyboardInterrupt

@@ -146,10 +146,21 @@ def of(reports, kind):
     return [report for report in reports if isinstance(report, kind)]
 
 
-def stop_after(steps: int):
-    """`should_stop` that says yes after so many steps."""
-    asked = iter(range(steps - 1))
-    return lambda: next(asked, None) is None
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`should_stop` that says yes after so many more steps."""
+    taken, step = [], distill.Run.step
+
+    def counted(self, group):
+        taken.append(group)
+        return step(self, group)
+
+    def after(steps: int):
+        last = len(taken) + steps
+        return lambda: len(taken) >= last
+
+    monkeypatch.setattr(distill.Run, "step", counted)
+    return after
 
 
 def rows(out: str) -> list[dict]:
@@ -478,8 +489,34 @@ def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_run_that_is_stopped_while_its_audio_is_examined_has_not_begun(settings, tmp_path, monkeypatch, asked):
+    held = write_speech(tmp_path / "held", (0.5, 0.8))
+    config, answers = settings(valid=(str(held),)), iter(range(asked))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Run, "step", lambda *args: pytest.fail("trained"))
+        *scanning, end = run(config, should_stop=lambda: next(answers, None) is None)
+    assert all(isinstance(report, distill.Scanning) for report in scanning)
+    assert (end.reason, end.step, end.best_loss) == ("not begun", 0, float("inf"))
+    assert [path.name for path in Path(config.out).iterdir()] == [".armhubert-scan.json"]
+    examined = []
+    monkeypatch.setattr(data, "measure", lambda path, real=data.measure: examined.append(path) or real(path))
+    assert run(config)[-1].reason == "done"
+    assert len(examined) < len(SECONDS) + 2
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"force": True}])
+def test_an_earlier_run_is_as_it_was_where_the_next_is_stopped_while_its_audio_is_examined(settings, how):
+    config = settings(steps=3)
+    run(config)
+    before = digests(Path(config.out))
+    end = run(config, should_stop=lambda: True, **how)[-1]
+    assert (end.reason, end.step) == (("stopped", 3) if "resume" in how else ("not begun", 0))
+    assert digests(Path(config.out)) == before
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, log_every):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, log_every, stop_after):
     # Dropout, random crops, masks, several epochs, several batches a step, validation: all chance there is.
     shared = {
         "steps": 8, "dropout": 0.1, "max_seconds": 0.7, "batch_seconds": 1.5, "accumulate": 2, "hold_out": 0.3,
@@ -547,7 +584,7 @@ def test_early_stop_after_validations_without_gain(settings):
     assert of(reports, distill.Saved)[-1].step == 6
 
 
-def test_a_run_whose_patience_and_whose_user_end_with_its_last_step_is_done(settings):
+def test_a_run_whose_patience_and_whose_user_end_with_its_last_step_is_done(settings, stop_after):
     config = settings(steps=6, learning_rate=1e-30, hold_out=0.3, validate_every=2, patience=2, weight_decay=0.0)
     end = run(config, should_stop=stop_after(6))[-1]
     assert (end.reason, end.step) == ("done", 6)
@@ -587,7 +624,7 @@ def test_sigterm_writes_a_checkpoint_exits_with_143_and_says_how_to_go_on(settin
         child.kill()
         child.wait()
     assert child.returncode == 128 + signal.SIGTERM, complaints
-    assert "Stopping after this step" in complaints
+    assert "Stopping as soon as" in complaints
     last = rest.splitlines()[-1]
     assert last.startswith("finished reason=stopped ")
     assert f"--resume '{config.out}'" in last.replace("'\"'\"'", "'")
