@@ -31,6 +31,7 @@ from armhubert.data import (
     Crop,
     ReaderDied,
     Scan,
+    Scanning,
     Utterance,
     batches,
     discover,
@@ -57,13 +58,6 @@ STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps
 
 
 # ---- reports ---------------------------------------------------------------
-
-
-class Scanning(NamedTuple):
-    """Files examined so far."""
-
-    done: int
-    total: int
 
 
 class Started(NamedTuple):
@@ -759,7 +753,7 @@ def _scan(
         with contextlib.closing(scan(paths, min_samples=min_samples, cache=cache, workers=workers)) as examined:
             while not should_stop():
                 try:
-                    yield Scanning(*next(examined))
+                    yield next(examined)
                 except StopIteration as end:
                     scans.append(end.value)
                     break

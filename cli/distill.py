@@ -47,7 +47,7 @@ def distill(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="mini (bundled), a Hugging Face folder, a hub id, or a torchaudio pipeline. [mini]",
+            help="mini (bundled), a folder, a checkpoint file, a hub id, or a torchaudio pipeline. [mini]",
             rich_help_panel=MODEL,
         ),
     ] = None,

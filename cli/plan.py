@@ -13,7 +13,7 @@ from armhubert.files import make_folder
 
 @app.command()
 def plan(
-    teacher: Annotated[str, typer.Argument(help="As for distill: mini, a folder, a hub id, a torchaudio pipeline.")],
+    teacher: Annotated[str, typer.Argument(help="As for distill: mini, a folder, a checkpoint file, a hub id, a torchaudio pipeline.")],
     params: Annotated[str | None, typer.Option(help="Most parameters without heads: 20M.")] = None,
     macs: Annotated[str | None, typer.Option(help="Most multiply-accumulates for 10 s of audio: 15G.")] = None,
     latency: Annotated[str | None, typer.Option(help="Longest time for 10 s of audio, measured here: 200ms.")] = None,
@@ -63,7 +63,7 @@ def plan(
         )  # fmt: skip
     ui.draw(table)
     if proposals[0].settings.loss == "plain":
-        ui.note(f"{teacher} has no mask embedding, so no masked view: distil with --loss plain")
+        ui.note(f"{teacher} has no mask embedding, so no masked view: the proposals distil with the plain loss")
     if any(map(budget.missed, proposals)):
         ui.note(f"* above {text} in this last measurement: ask for less, or measure again on a quieter machine")
     if out is not None:

@@ -125,8 +125,9 @@ def format_line(report: "Report") -> str:
     """One line of `kind key=value ...` for logs and scripts, to be split as a shell does; empty for reports that a log
     does not need."""
     from armhubert import distill
+    from armhubert.data import Scanning
 
-    if isinstance(report, distill.Scanning):
+    if isinstance(report, Scanning):
         return f"scan done={report.done} total={report.total}" if report.done == report.total else ""
     if isinstance(report, distill.Started):
         skipped = sum(report.skipped.values())
@@ -176,11 +177,12 @@ def _bars(**settings: Any) -> Progress:
 
 def _show_live(reports: "Iterator[Report]") -> "Report":
     from armhubert import distill
+    from armhubert.data import Scanning
 
     with _bars() as bar:
         scanning = training = None
         for report in reports:
-            if isinstance(report, distill.Scanning):
+            if isinstance(report, Scanning):
                 if scanning is None:
                     scanning = bar.add_task("examine audio", total=report.total, detail="")
                 bar.update(scanning, completed=report.done, total=report.total)

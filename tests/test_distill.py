@@ -496,7 +496,7 @@ def test_a_run_that_is_stopped_while_its_audio_is_examined_has_not_begun(setting
     with monkeypatch.context() as patch:
         patch.setattr(distill.Run, "step", lambda *args: pytest.fail("trained"))
         *scanning, end = run(config, should_stop=lambda: next(answers, None) is None)
-    assert all(isinstance(report, distill.Scanning) for report in scanning)
+    assert all(isinstance(report, data.Scanning) for report in scanning)
     assert (end.reason, end.step, end.best_loss) == ("not begun", 0, float("inf"))
     assert [path.name for path in Path(config.out).iterdir()] == [".armhubert-scan.json"]
     examined = []
