@@ -13,7 +13,9 @@ from armhubert.files import make_folder
 
 @app.command()
 def plan(
-    teacher: Annotated[str, typer.Argument(help="As for distill: mini, a folder, a checkpoint file, a hub id, a torchaudio pipeline.")],
+    teacher: Annotated[
+        str, typer.Argument(help="As for distill: mini, a folder, a checkpoint file, a hub id, a torchaudio pipeline.")
+    ],
     params: Annotated[str | None, typer.Option(help="Most parameters without heads: 20M.")] = None,
     macs: Annotated[str | None, typer.Option(help="Most multiply-accumulates for 10 s of audio: 15G.")] = None,
     latency: Annotated[str | None, typer.Option(help="Longest time for 10 s of audio, measured here: 200ms.")] = None,
