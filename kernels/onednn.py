@@ -3,8 +3,9 @@
 PyTorch gives float32 matrix products to MKL, which keeps its AVX-512 kernels for Intel's processors; oneDNN, which
 PyTorch carries for convolutions and for its compiler, does not ask who made the processor, and adds the bias and makes
 the GELU before a product leaves the registers. Measured, 499 rows of 480 to 864 numbers: the product alone is twice as
-fast on an AMD EPYC (Zen 5) and as fast on an Intel Xeon (Sapphire Rapids), where only inference gains, by the two
-passes that it saves. On a GPU, in other dtypes and under a compiler it is PyTorch's own linear.
+fast on an AMD EPYC with AVX-512 (Zen 5) and as fast on an Intel Xeon (Sapphire Rapids), where only inference gains, by
+the two passes that it saves. On an AMD EPYC without AVX-512 (Zen 2) nothing gains, and sums in pieces lose a quarter:
+there, on a GPU, in other dtypes and under a compiler it is PyTorch's own linear.
 """
 
 import platform
@@ -29,6 +30,9 @@ _convolution_pointwise = _fused("_convolution_pointwise")
 _bfloat16_supported = _fused("_is_mkldnn_bf16_supported")
 DTYPES = (torch.float32, torch.bfloat16) if _bfloat16_supported and _bfloat16_supported() else (torch.float32,)
 """That oneDNN computes in on this processor."""
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether the processor has it: without, oneDNN gains nothing."""
 
 
 def _mkl_at_its_best() -> bool:
@@ -126,13 +130,14 @@ def convolve_gelu(image: Tensor, weight: Tensor, bias: Tensor | None, stride: tu
 
 
 def serves(x: Tensor) -> bool:
-    """Whether float32 products of `x` are faster by oneDNN: a CPU that MKL neglects, no compiler, no autocast."""
+    """Whether float32 products of `x` are faster by oneDNN: AVX-512 that MKL neglects, no compiler, no autocast."""
     return not MKL_AT_ITS_BEST and x.dtype == torch.float32 and _runs(x)
 
 
 def _runs(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
+        and AVX512
         and _linear_pointwise is not None
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

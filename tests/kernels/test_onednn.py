@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_no_worse_than_torch
+from oracle import NEEDS_AVX512, assert_no_worse_than_torch
 
 from armhubert.kernels import linear, onednn
 
@@ -9,6 +9,7 @@ from armhubert.kernels import linear, onednn
 @pytest.fixture
 def calls(monkeypatch):
     """How often oneDNN was asked, on a processor that MKL neglects."""
+    monkeypatch.setattr(onednn, "AVX512", True)
     monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", False)
     monkeypatch.setattr(onednn, "SMALLEST", 1 << 23)
     monkeypatch.setattr(onednn, "LONGEST", 384)
@@ -18,6 +19,7 @@ def calls(monkeypatch):
     return count
 
 
+@NEEDS_AVX512
 @pytest.mark.parametrize("shape", [(499, 480), (2, 131, 160), (1, 7, 3, 96), (1500, 1025)])
 @pytest.mark.parametrize("outputs", [1, 33, 864])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -39,6 +41,7 @@ def test_linear_and_its_gradients_match_float64(monkeypatch, calls, shape, outpu
     assert ours[0].shape == low[0].shape
 
 
+@NEEDS_AVX512
 @pytest.mark.parametrize("dtype", onednn.DTYPES)
 @pytest.mark.parametrize("longest", [384, 1024])
 @pytest.mark.parametrize("width", [160, 480, 864])
@@ -62,6 +65,14 @@ def test_where_mkl_is_at_its_best_only_inference_goes_to_onednn(monkeypatch, cal
     with torch.no_grad():
         linear(x, weight)
     assert calls
+    assert not onednn.serves(x)
+
+
+def test_without_avx512_nothing_goes_to_onednn(monkeypatch, calls):
+    monkeypatch.setattr(onednn, "AVX512", False)
+    x, weight = torch.randn(600, 128), torch.randn(256, 128)
+    assert linear(x, weight, gelu=True).equal(F.gelu(F.linear(x, weight)))
+    assert not calls
     assert not onednn.serves(x)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_op
+from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_AVX512, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
 from armhubert.kernels import AttentionMap, attend, reattend
@@ -79,6 +79,7 @@ def test_twin_computing_gradients(dropout):
     assert torch.autograd.gradcheck(compute, inputs)
 
 
+@NEEDS_AVX512
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("T", [1, 63, 500])
 @pytest.mark.parametrize("fit", [True, False])
@@ -104,6 +105,7 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
             assert_no_worse_than_torch(name, *outputs)
 
 
+@NEEDS_AVX512
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("T", [1, 63, 500])
 def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch):
@@ -122,6 +124,7 @@ def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch)
 
 
 def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
+    monkeypatch.setattr(module.onednn, "AVX512", True)
     monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
     monkeypatch.setattr(module, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_() for s in range(3)]
@@ -145,6 +148,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch):
+    monkeypatch.setattr(module.onednn, "AVX512", True)
     monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
     monkeypatch.setattr(module, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_(not frozen) for s in range(3)]
