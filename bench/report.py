@@ -16,13 +16,11 @@ README, DETAILS = Path("README.md"), Path("docs/measured.md")
 
 def summary(results: Path = RESULTS) -> str:
     """The README's section, from whichever result files are there."""
-    parts = ["## Measured"]
-    for machine in _machines(results):
-        parts += _profile(_read(machine / "profile/profile.json"), machine)
+    parts = ["## Measured", *_overview(_machines(results))]
     parts += _sections(results, {"superb-mini": _superb})
     for path, content in _gpus(results):
         parts += _gpu(content, path)
-    parts.append("Training, the loader, single ops: [docs/measured.md](docs/measured.md).")
+    parts.append("Other lengths, training, the loader, single ops: [docs/measured.md](docs/measured.md).")
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -35,6 +33,7 @@ def details(results: Path = RESULTS) -> str:
     ]
     parts += _sections(results, {"distill-mini": _distillation})
     sections = {
+        "profile/profile": _profile,
         "length/profile": _length,
         "ragged/profile": _unequal,
         "teacher-views": _teacher_views,
@@ -76,18 +75,48 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _profile(content: dict[str, Any], machine: Path) -> list[str]:
+def _overview(machines: list[Path]) -> list[str]:
+    """Every machine's ratios to transformers' HuBERT Base for 10 s of audio, alone and in the largest batch."""
+    if not machines:
+        return []
+    profiles = [_read(machine / "profile/profile.json") for machine in machines]
+    titles, rows = ["model"], {_title(model): [_title(model)] for content in profiles for model in content["models"]}
+    for content in profiles:
+        names = {_title(model): model["name"] for model in content["models"]}
+        for cell in (cell for cell in content["cells"] if cell["seconds"] == 10):
+            titles.append(f"{_short(content['conditions'])}, {cell['batch']} x 10 s")
+            for title, row in rows.items():
+                row.append(_time(cell["timings"], names.get(title, ""), _REFERENCE))
+    for title, key, shown in _MEASURES:
+        titles.append(title)
+        for name, row in rows.items():
+            found = [m[key] for c in profiles for m in c["models"] if _title(m) == name and m[key] is not None]
+            row.append(shown(max(found)) if found else "")
+    runs = "; ".join(
+        f"{_processor(c := content['conditions'])}: {c['device'].rpartition(', ')[2]}, torch {c['torch']}, "
+        f"{c['date']}, matrix rate {content['rates']['macs_per_second'] / 1e9:.0f} GMAC/s"
+        for content in profiles
+    )
+    return [
+        "`armhubert profile` on CPUs: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in "
+        f"the same run; medians of {profiles[0]['conditions']['repeats']} interleaved runs, random weights, no heads. "
+        "Memory is what loading and the largest batch add to a process; it and the feature error are the largest of "
+        f"all machines. {runs}.",
+        "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows.values())),
+        f"![profile](bench/results/{machines[0].name}/profile/profile.png)",
+    ]
+
+
+def _profile(content: dict[str, Any], folder: Path) -> list[str]:
     """One machine: times of a run of `armhubert profile`, as ratios to transformers' HuBERT Base."""
-    conditions = content["conditions"]
     rate = content["rates"]["macs_per_second"] / 1e9
     return [
-        f"### {_processor(conditions)}",
+        "### Latency and throughput",
         "`armhubert profile`: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in the same "
-        f"run; medians of {conditions['repeats']} interleaved runs, random weights, no heads ({conditions['device']}, "
-        f"torch {conditions['torch']}, {conditions['date']}; matrix rate {rate:.0f} GMAC/s). Memory is what loading "
-        "and the largest batch add to a process.",
+        f"run; medians of {content['conditions']['repeats']} interleaved runs, random weights, no heads "
+        f"({_conditions(content)}; matrix rate {rate:.0f} GMAC/s).",
         _timings(content["models"], content["cells"]),
-        f"![profile](bench/results/{machine.name}/profile/profile.png)",
+        f"![profile](../bench/results/{folder.parent.name}/profile/profile.png)",
     ]
 
 
@@ -105,21 +134,27 @@ def _length(content: dict[str, Any], folder: Path) -> list[str]:
 def _timings(models: list[dict[str, Any]], cells: list[dict[str, Any]]) -> str:
     """A row a model, a column a cell, and what else was measured of a model."""
     titles = ["model", *(f"{cell['batch']} x {cell['seconds']:g} s" for cell in cells)]
-    reference = "hubert-base (eager)"
-    rows = []
-    for model in models:
-        title = _BASELINES.get(model["source"], "student, preset armhubert")
-        mode = "" if model["mode"] == "eager" else f", {model['mode']}"
-        rows.append([title + mode, *(_time(cell["timings"], model["name"], reference) for cell in cells)])
-    for title, key, shown in (
-        ("peak memory", "peak_memory", lambda value: f"{value / 2**20:.0f} MiB"),
-        ("feature error", "feature_error", lambda value: f"{value:.1e}"),
-    ):
+    rows = [[_title(m), *(_time(cell["timings"], m["name"], _REFERENCE) for cell in cells)] for m in models]
+    for title, key, shown in _MEASURES:
         if any(model[key] is not None for model in models):
             titles.append(title)
             for row, model in zip(rows, models, strict=True):
                 row.append("" if model[key] is None else shown(model[key]))
     return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows))
+
+
+_REFERENCE = "hubert-base (eager)"
+_MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("peak memory", "peak_memory", lambda value: f"{value / 2**20:.0f} MiB"),
+    ("feature error", "feature_error", lambda value: f"{value:.1e}"),
+)
+"""Title, key of a profiled model, and how it is written."""
+
+
+def _title(model: dict[str, Any]) -> str:
+    """What the tables call a profiled model."""
+    mode = "" if model["mode"] == "eager" else f", {model['mode']}"
+    return _BASELINES.get(model["source"], "student, preset armhubert") + mode
 
 
 def _unequal(content: dict[str, Any], folder: Path) -> list[str]:
@@ -140,6 +175,12 @@ def _processor(conditions: dict[str, Any]) -> str:
     """Its name, and its extensions where they were recorded."""
     name, extensions = conditions.get("processor", "CPU"), conditions.get("extensions", "")
     return f"{name} ({extensions.replace(' ', ', ')})" if extensions else name
+
+
+def _short(conditions: dict[str, Any]) -> str:
+    """Its name and its widest extension, for a column's title."""
+    extension = conditions.get("extensions", "").split(" ")[0]
+    return " ".join(filter(None, (conditions["processor"].replace("(R)", "").removesuffix(" Processor"), extension)))
 
 
 def _time(timings: dict[str, Any], name: str, reference: str) -> str:
