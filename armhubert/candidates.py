@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, m
 from armhubert.convert import is_source, load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
-from armhubert.export import OnnxProgram, Program, aot_program, onnx_program, quantise
+from armhubert.export import Format, OnnxProgram, aot_file, onnx_file, open_program, quantise
 from armhubert.kernels import Impl
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
@@ -63,20 +64,7 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     Raises:
         ArmhubertError: nothing usable at `source`, or a mode that this machine or model does not have.
     """
-    module: nn.Module
-    left_out = 0
-    if source == "hubert-base" and mode in PROGRAMS:
-        with torch.random.fork_rng([]):
-            module = ARMHuBERT(HUBERT_BASE).eval()
-    elif source in BASELINES:
-        module = baseline(source)
-    elif source == "released":
-        module = ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval()
-    else:
-        weights = load_weights(source)
-        left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
-        impl: Impl = "triton" if mode == "triton" else "auto"
-        module = ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl)
+    module, left_out = _load_module(source, mode, student, heads)
     if mode == "triton":
         if not isinstance(module, SpeechEncoder):
             raise ArmhubertError(f"mode triton is for models of armhubert, got {source!r}: choose another mode for it")
@@ -104,6 +92,21 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     )
 
 
+def _load_module(source: str, mode: str, student: str, heads: bool) -> tuple[nn.Module, int]:
+    """A candidate on the CPU, and how many parameters of heads were left out of it."""
+    if source == "hubert-base" and mode in PROGRAMS:
+        with torch.random.fork_rng([]):
+            return ARMHuBERT(HUBERT_BASE).eval(), 0
+    if source in BASELINES:
+        return baseline(source), 0
+    if source == "released":
+        return ReleasedWay(ARMHuBERT.from_pretrained(student, heads=False)).eval(), 0
+    weights = load_weights(source)
+    left_out = 0 if heads else sum(t.numel() for name, t in weights.state.items() if name.startswith("heads."))
+    impl: Impl = "triton" if mode == "triton" else "auto"
+    return ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl), left_out
+
+
 Prepared = tuple[Callable[..., Tensor], Callable[[], object], int]
 """`Candidate.run` and `release`, and the bytes that the weights take on disk."""
 
@@ -129,13 +132,27 @@ def _prepare(module: nn.Module, mode: str, device: torch.device) -> Prepared:
     return run, torch.cuda.empty_cache, size  # which does nothing without a GPU
 
 
-def _as_program(module: nn.Module, mode: str, device: torch.device) -> Prepared:
+def export_candidate(source: str, mode: str, *, student: str, heads: bool) -> bytes:
+    """The file that a candidate in one of the modes of `PROGRAMS` runs from.
+
+    Raises:
+        ArmhubertError: as `load_candidate`.
+    """
+    return _export(_load_module(source, mode, student, heads)[0], mode)
+
+
+def _export(module: nn.Module, mode: str) -> bytes:
     """For ONNX Runtime or compiled ahead of time; HuBERT Base of transformers as our encoder that equals it."""
-    if device.type != "cpu":
-        raise ArmhubertError(f"mode {mode} runs on a CPU, got device {device}: use another mode there")
     if not isinstance(module, ARMHuBERT):
         raise ArmhubertError(f"mode {mode} is for models of armhubert and for hubert-base")
-    program, size = PROGRAMS[mode](module)
+    return PROGRAMS[mode].export(module)
+
+
+def _as_program(module: nn.Module, mode: str, device: torch.device) -> Prepared:
+    if device.type != "cpu":
+        raise ArmhubertError(f"mode {mode} runs on a CPU, got device {device}: use another mode there")
+    data = _export(module, mode)
+    program = open_program(data, PROGRAMS[mode].format)
 
     def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         return program(waveforms, torch.full((len(waveforms),), waveforms.shape[1]) if lengths is None else lengths)[0]
@@ -144,15 +161,20 @@ def _as_program(module: nn.Module, mode: str, device: torch.device) -> Prepared:
         if isinstance(program, OnnxProgram):
             program(torch.zeros(1, SAMPLE_RATE), torch.tensor([SAMPLE_RATE]), shrink=True)
 
-    return run, release, size
+    return run, release, len(data)
 
 
-PROGRAMS: dict[str, Callable[[ARMHuBERT], tuple[Program, int]]] = {
-    "aot": aot_program,
-    "onnx": onnx_program,
-    "onnx-int8": lambda model: onnx_program(model, int8=True),
+class _Way(NamedTuple):
+    format: Format
+    export: Callable[[ARMHuBERT], bytes]
+
+
+PROGRAMS = {
+    "aot": _Way("aot", aot_file),
+    "onnx": _Way("onnx", onnx_file),
+    "onnx-int8": _Way("onnx", partial(onnx_file, int8=True)),
 }
-"""Modes in which a file of `armhubert export` runs, and how it is made: -> the program, its bytes."""
+"""Modes in which a file of `armhubert export` runs, and how it is made."""
 
 
 def last_hidden_state(output: Any) -> Tensor:

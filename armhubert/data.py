@@ -191,7 +191,8 @@ class Skipped(NamedTuple):
 
     path: str
     reason: str
-    """"missing", "empty", "silent", "not finite", "unreadable: <why>" or "too short: N samples, at least M"."""
+    """"missing", "empty", "silent", "not finite", "unreadable: <why>", "too short: N samples, at least M" or, where
+    it is in the held-out speech as well, "held out"."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Scan:
     utterances: tuple[Utterance, ...]
     """What can be used, in the order of the paths."""
     skipped: tuple[Skipped, ...]
-    """What cannot, in the order of the paths."""
+    """What cannot, in the order of the paths; what is held out of it, last."""
 
     @property
     def seconds(self) -> float:
@@ -257,7 +258,7 @@ def scan(
     were measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is
     replaced; an interrupted scan saves what it has. Yields its progress and returns the result.
     Raises ArmhubertError where the cache cannot be written. A result without utterances is the caller's to report
-    (`Scan.require_utterances`), after the list of skipped files has been written.
+    (`Scan.require_utterances`).
     """
     names = [str(Path(path).absolute()) for path in paths]
     known = _load_cache(cache)
@@ -293,6 +294,18 @@ def scan(
         else:
             utterances.append(Utterance(name, record.samples))
     return Scan(tuple(utterances), tuple(skipped))
+
+
+def leave_out(found: Scan, held: Scan) -> Scan:
+    """`found` without the utterances that `held` has too; these, and `held`'s skipped files, are listed as skipped."""
+    files = {os.path.realpath(utterance.path) for utterance in held.utterances}
+    kept, skipped = [], [*found.skipped, *held.skipped]
+    for utterance in found.utterances:
+        if os.path.realpath(utterance.path) in files:
+            skipped.append(Skipped(utterance.path, "held out"))
+        else:
+            kept.append(utterance)
+    return Scan(tuple(kept), tuple(dict.fromkeys(skipped)))
 
 
 def write_skipped(scan: Scan, path: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from armhubert.data import (
     Utterance,
     batches,
     discover,
+    leave_out,
     padding_waste,
     plan_epoch,
     scan,
@@ -47,6 +48,7 @@ from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import make_folder, write_atomic
 from armhubert.forecast import high_water_mark
+from armhubert.kernels.runtime import resolve_impl
 from armhubert.losses import Objective
 from armhubert.masking import batch_mask, scheduled_probability, span_mask
 from armhubert.student import ARMHuBERT, count_parameters, model_card
@@ -54,6 +56,7 @@ from armhubert.teacher import TeacherTargets, fingerprint, layer_mapping, load_t
 
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 MAX_SKIPPED_IN_A_ROW = 10
+R = TypeVar("R")
 STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
 
 
@@ -201,10 +204,10 @@ def distill(
                 log.close()
 
 
-def _while_read(groups: "Iterator[_Group]", should_stop: Callable[[], bool]) -> "Iterator[_Group]":
-    """The groups, up to where their readers are ended by the signal that also asks this process to stop."""
+def _while_read(audio: Iterator[R], should_stop: Callable[[], bool]) -> Iterator[R]:
+    """What is read, up to where the readers are ended by the signal that also asks this process to stop."""
     try:
-        yield from groups
+        yield from audio
     except ReaderDied:
         if not should_stop():
             raise
@@ -233,11 +236,11 @@ def _train(
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
-                remedy = "set clip, or use bf16 or fp32" if config.precision == "fp16" else "or set clip"
+                remedy = "with clip set, or in bf16 or fp32" if config.precision == "fp16" else "or with clip set"
+                kept = f"; {out} keeps the last good state" if (out / CHECKPOINT_FILE).is_file() else ""
                 raise ArmhubertError(
                     f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
-                    f"{state.step}: lower the learning rate ({config.learning_rate}), {remedy}; "
-                    f"the last good state is in {out}"
+                    f"{state.step}: start a new run with a learning rate below {config.learning_rate}, {remedy}{kept}"
                 )
         else:
             window.add(outcome)
@@ -251,14 +254,17 @@ def _train(
             yield progress
         reason = "done" if last else "stopped" if run.world.any(should_stop()) else ""
         if run.data.valid and (last or state.step % validate_every == 0):
-            validated = run.validate()
-            if log is not None:
-                log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
-            if validated.best:
-                run.export(out)
-            yield validated
-            if config.patience is not None and state.validations_without_gain >= config.patience and not last:
-                reason = "early stop"
+            validated = run.validate(should_stop)
+            if validated is None:
+                reason = reason or "stopped"
+            else:
+                if log is not None:
+                    log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
+                if validated.best:
+                    run.export(out)
+                yield validated
+                if config.patience is not None and state.validations_without_gain >= config.patience and not last:
+                    reason = "early stop"
         if reason or state.step % save_every == 0:
             yield save()
         if reason:
@@ -497,8 +503,11 @@ class Run:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
 
     @torch.no_grad()
-    def validate(self) -> Validated:
-        """Held-out error of student against teacher, both clean, per layer; remembers whether it is the lowest."""
+    def validate(self, should_stop: Callable[[], bool]) -> Validated | None:
+        """Held-out error of student against teacher, both clean, per layer; remembers whether it is the lowest.
+
+        None where its readers were ended by the signal that also asks this process to stop.
+        """
         config, student = self.config, self.student
         student.eval()
         plan = plan_epoch(
@@ -508,8 +517,10 @@ class Run:
         own = plan[self.world.rank :: self.world.size]
         sums = torch.zeros(student.config.layers, device=self.world.device)
         audio = batches(self.data.valid, own, workers=min(1, config.workers))
+        read = 0
         with contextlib.closing(audio):  # type: ignore[type-var]
-            for batch in audio:
+            for batch in _while_read(audio, should_stop):
+                read += 1
                 waveforms, lengths = batch.waveforms.to(self.world.device), _lengths(batch, self.world.device)
                 with self._autocast():
                     targets = teacher_targets(
@@ -522,6 +533,8 @@ class Run:
                         sums += losses.relation_loss(output.hidden_states, targets, frames)
                     else:
                         sums += self.objective.frame_loss(output.hidden_states, targets.clean, frames)
+        if self.world.any(read < len(own)):
+            return None
         total = sum(student.config.frames(crop.count) for crops in plan for crop in crops)
         layers = self.world.sum(sums) / total
         loss = float(layers @ self.layer_weights)
@@ -674,8 +687,13 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[SpeechEnco
     """Teacher, new student, and how many tensors it has from the teacher.
 
     Raises:
-        ArmhubertError: no teacher, or settings that do not make a student of it.
+        ArmhubertError: no teacher, settings that do not make a student of it, or kernels that do not run on `device`.
     """
+    if config.impl == "triton":
+        try:
+            resolve_impl(config.impl, torch.empty(0, device=device))
+        except ValueError as error:
+            raise ArmhubertError(str(error)) from None
     teacher = load_teacher(config.teacher, device=device)
     check_views(config, teacher)
     wanted = student_config(config, teacher.config)
@@ -731,9 +749,9 @@ def _prepare_data(
         part.require_utterances()
     found = scans[0]
     if config.valid:
-        held = scans[1]
-        both = Scan(found.utterances, (*found.skipped, *held.skipped))
-        return Data(found.utterances, held.utterances, both)
+        found = leave_out(found, scans[1])
+        found.require_utterances()
+        return Data(found.utterances, scans[1].utterances, found)
     if config.hold_out == 0:
         return Data(found.utterances, (), found)
     train, valid = split_validation(found.utterances, fraction=config.hold_out, seed=config.seed)
@@ -822,11 +840,13 @@ def _started(run: Run, copied: int, out: Path) -> Started:
 def _training_section(run: Run) -> str:
     config, state = run.config, run.state
     hours = state.audio_seconds / 3600
+    end = "" if config.mask_prob_end is None else f" to {config.mask_prob_end}"
+    masking = f"mask probability {config.mask_prob}{end}, " if "masking" in config.terms else ""
     lines = [
         "## Training",
         "",
         f"Distilled from `{Path(config.teacher).name}` with armhubert: loss `{config.loss}` ({config.distance}), "
-        f"mask probability {config.mask_prob}, {state.step} steps of {run.steps}, {hours:.2f} hours of audio seen, "
+        f"{masking}{state.step} steps of {run.steps}, {hours:.2f} hours of audio seen, "
         f"{len(run.data.train)} utterances, peak learning rate {config.learning_rate:g}, precision {config.precision}, "
         f"seed {config.seed}.",
     ]

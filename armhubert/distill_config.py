@@ -26,7 +26,7 @@ class DistillConfig:
     data: tuple[str, ...] = ()
     """Folders, audio files, TSV or JSONL manifests; none: the bundled train-mini."""
     valid: tuple[str, ...] = ()
-    """Held-out speech, as `data`; none: a share of the data is held out."""
+    """Held-out speech, as `data`, and left out of training where it lies within it; none: a share of the data."""
     hold_out: float = 0.05
     """Share of the data held out for validation where `valid` is not given; 0: no validation."""
     teacher: str = "mini"
@@ -155,9 +155,11 @@ class DistillConfig:
         return parse_loss(self.loss)
 
 
-# What may differ when a run is resumed: how long it goes on and how it is carried out, not what it computes.
+# What may differ when a run is resumed: how long it goes on, how it is carried out, and where its inputs lie (their
+# content is checked), not what it computes.
 RESUMABLE = frozenset(
-    {"out", "steps", "epochs", "workers", "device", "log_every", "validate_every", "save_every", "patience", "impl"}
+    {"out", "data", "valid", "teacher"}
+    | {"steps", "epochs", "workers", "device", "log_every", "validate_every", "save_every", "patience", "impl"}
 )
 
 

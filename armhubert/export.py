@@ -192,7 +192,7 @@ def export(config: ExportConfig) -> Iterator[Report]:
     else:
         data = _to_bytes(program, metadata, config.format)
     yield Stage("check")
-    run = _open(data, config.format)
+    run = open_program(data, config.format)
     checks = tuple(_check(model, run, utterances, seconds) for utterances, seconds in CASES)
     worst = max(checks, key=lambda check: check.difference)
     if not worst.difference <= TOLERANCE:
@@ -207,21 +207,21 @@ def export(config: ExportConfig) -> Iterator[Report]:
         float_bytes = len(data)
         data = _quantise_onnx(data) if config.format == "onnx" else _quantise_torch(traced, metadata, config.format)
         yield Stage("time")
-        quantised = _compare(run, _open(data, config.format), float_bytes)
+        quantised = _compare(run, open_program(data, config.format), float_bytes)
     write_atomic(Path(config.out), data)
     yield Exported(Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised)
 
 
 class OnnxProgram:
-    """A file's bytes in ONNX Runtime on the CPU, as a user will load it, in as many threads as PyTorch's."""
+    """A file, or its bytes, in ONNX Runtime on the CPU, in as many threads as PyTorch's."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, source: bytes | Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._shrink = onnxruntime.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -231,8 +231,8 @@ class OnnxProgram:
         return tuple(torch.from_numpy(x) for x in self._session.run(None, values, self._shrink if shrink else None))
 
 
-def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[OnnxProgram, int]:
-    """A model in ONNX Runtime, as `export` makes it but unchecked, and the bytes of its file: for `profile`.
+def onnx_file(encoder: ARMHuBERT, *, int8: bool = False) -> bytes:
+    """A model for ONNX Runtime, as `export` makes it but unchecked: for `profile`.
 
     Raises:
         ArmhubertError: packages that are missing.
@@ -240,18 +240,32 @@ def onnx_program(encoder: ARMHuBERT, *, int8: bool = False) -> tuple[OnnxProgram
     _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     model = _folded(encoder)
     data = _to_onnx(_trace(model), model.names, {})
-    data = _quantise_onnx(data) if int8 else data
-    return OnnxProgram(data), len(data)
+    return _quantise_onnx(data) if int8 else data
 
 
-def aot_program(encoder: ARMHuBERT) -> tuple[Program, int]:
-    """A model compiled ahead of time, as `export` makes it but unchecked, and the bytes of its file: for `profile`.
+def aot_file(encoder: ARMHuBERT) -> bytes:
+    """A model compiled ahead of time, as `export` makes it but unchecked: for `profile`.
 
     Raises:
         ArmhubertError: no C++ compiler.
     """
-    data = _to_bytes(_trace(_folded(encoder)), {}, "aot")
-    return _open(data, "aot"), len(data)
+    return _to_bytes(_trace(_folded(encoder)), {}, "aot")
+
+
+def open_program(source: bytes | Path, kind: Format) -> Program:
+    """What `export` made, its bytes or its file, as a user will load it."""
+    if kind == "onnx":
+        return OnnxProgram(source)
+    from torch._inductor import aoti_load_package
+
+    file: Any = source if isinstance(source, Path) else io.BytesIO(source)
+    module: Any = torch.export.load(file).module() if kind == "torch" else aoti_load_package(file)
+
+    def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(module(waveforms, lengths))
+
+    return call
 
 
 def _folded(encoder: ARMHuBERT) -> _Model:
@@ -376,22 +390,6 @@ def _quantise_torch(model: _Model, metadata: dict[str, str], kind: Format) -> by
 
     quantise(model)
     return _to_bytes(_trace(unwrap_tensor_subclass(model)), metadata, kind)
-
-
-def _open(data: bytes, kind: Format) -> Program:
-    """The program as a user will load it."""
-    if kind == "onnx":
-        return OnnxProgram(data)
-    from torch._inductor import aoti_load_package
-
-    stream = io.BytesIO(data)
-    module: Any = torch.export.load(stream).module() if kind == "torch" else aoti_load_package(stream)
-
-    def call(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return tuple(module(waveforms, lengths))
-
-    return call
 
 
 # ---- checks ----------------------------------------------------------------

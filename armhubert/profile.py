@@ -6,6 +6,7 @@ Only figures of one run are compared: a cell times all candidates in turn, A B A
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import statistics
@@ -23,11 +24,21 @@ from torch import Tensor, nn
 from armhubert import forecast, ragged
 from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES
-from armhubert.candidates import MODES, Candidate, check_baseline, last_hidden_state, load_candidate, split_baseline
+from armhubert.candidates import (
+    MODES,
+    PROGRAMS,
+    Candidate,
+    check_baseline,
+    export_candidate,
+    last_hidden_state,
+    load_candidate,
+    split_baseline,
+)
 from armhubert.clock import Timing, conditions, interleave
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
+from armhubert.export import open_program
 from armhubert.files import write_atomic
 from armhubert.forecast import Cost, Forecast
 from armhubert.ragged import Ragged
@@ -64,7 +75,7 @@ class ProfileConfig:
     warmup: int = 1
     """Runs before timing; at least the two that show the memory that a pass needs."""
     limit_seconds: float = 120.0
-    """A candidate that would need longer for one pass is left out of that cell."""
+    """A candidate that would need longer for one pass is left out of a cell of more than 10 s of audio."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     memory: bool = True
@@ -179,37 +190,66 @@ def machine_rates(device: torch.device, repeats: int = 5) -> Rates:
 
 _CHILD = """
 import json, sys
-from armhubert.profile import _peak_of_child
-print(json.dumps(_peak_of_child(**json.loads(sys.argv[1]))))
+from armhubert import profile
+print(json.dumps(getattr(profile, sys.argv[1])(**json.loads(sys.argv[2]))))
 """
+_RUNTIMES = ("transformers", "onnxruntime", "torchao.quantization", "torch._inductor.package")
 
 
 def peak_memory(config: ProfileConfig, source: str, mode: str, batch: int, seconds: float) -> int:
     """Bytes that loading a candidate and running it once add to a process, at their peak.
 
-    On a CPU in a process of its own, above what it takes to import the libraries; on a GPU the allocator's own figure.
+    On a CPU in a process of its own, above what it takes to import the libraries; what runs from an exported file only
+    opens it there, another process has made it. On a GPU the allocator's own figure.
     """
-    settings = {"student": config.model, "source": source, "mode": mode, "heads": config.heads, "device": config.device}
-    settings |= {"batch": batch, "seconds": seconds, "threads": torch.get_num_threads()}
+    candidate = {"student": config.model, "source": source, "mode": mode, "heads": config.heads}
+    run = {"device": config.device, "batch": batch, "seconds": seconds, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "program.pt2") if mode in PROGRAMS else None
+        if file is not None:
+            _in_a_process("_export_to", {**candidate, "file": file})
+        return int(_in_a_process("_peak_of_child", {**candidate, **run, "file": file}))
+
+
+def _in_a_process(function: str, arguments: dict[str, Any]) -> str:
+    """The last line that a function of this module leaves in a process of its own."""
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(settings)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _CHILD, function, json.dumps(arguments)], capture_output=True, text=True, check=False
     )
     if child.returncode:
+        name = f"{arguments['source']} ({arguments['mode']})"
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArmhubertError(f"{source} ({mode}) failed in a process of its own while its memory was measured: {last}")
-    return int(child.stdout.strip().splitlines()[-1])
+        raise ArmhubertError(f"{name} failed in a process of its own while its memory was measured: {last}")
+    return child.stdout.strip().splitlines()[-1]
+
+
+def _export_to(*, student: str, source: str, mode: str, heads: bool, file: str) -> None:
+    Path(file).write_bytes(export_candidate(source, mode, student=student, heads=heads))
 
 
 def _peak_of_child(
-    *, student: str, source: str, mode: str, heads: bool, device: str, batch: int, seconds: float, threads: int
+    *,
+    student: str,
+    source: str,
+    mode: str,
+    heads: bool,
+    file: str | None,
+    device: str,
+    batch: int,
+    seconds: float,
+    threads: int,
 ) -> int:
     torch.set_num_threads(threads)  # this process is ours
     where = pick_device(device)
-    with contextlib.suppress(ImportError):
-        import transformers  # noqa: F401
+    for runtime in _RUNTIMES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(runtime)
     before = _resident("VmRSS")
-    candidate = load_candidate(source, mode, student=student, heads=heads, device=where)
-    candidate.run(torch.zeros(batch, round(seconds * SAMPLE_RATE), device=where))
+    waveforms = torch.zeros(batch, round(seconds * SAMPLE_RATE), device=where)
+    if file is not None:
+        open_program(Path(file), PROGRAMS[mode].format)(waveforms, torch.full((batch,), waveforms.shape[1]))
+    else:
+        load_candidate(source, mode, student=student, heads=heads, device=where).run(waveforms)
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     return _resident("VmHWM") - before

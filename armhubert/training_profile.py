@@ -91,8 +91,11 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
     the device is waited for between their parts, so that they take longer than undisturbed ones.
 
     Raises:
-        ArmhubertError: as `distill`: no teacher, no speech, settings that make no student; steps that are not finite.
+        ArmhubertError: as `distill`: no teacher, no speech, settings that make no student; steps that are not finite;
+            no steps to measure.
     """
+    if steps < 1 or warmup < 0:
+        raise ArmhubertError(f"repeats must be at least 1 and warmup at least 0, got {steps} and {warmup}")
     device, total = pick_device(config.device), warmup + steps
     teacher, student, _ = load_models(config, device)
     found = _scan(config, student.config.receptive_field)

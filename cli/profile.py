@@ -48,7 +48,9 @@ def profile(
     limit_seconds: Annotated[
         float,
         typer.Option(
-            "--limit", help="Seconds of one pass; what would need longer, or more memory, is left out of a cell."
+            "--limit",
+            help="Seconds of one pass; what would need longer, or more memory, is left out of a cell of more than 10 s "
+            "of audio.",
         ),
     ] = 120.0,
     ragged: Annotated[
@@ -62,7 +64,7 @@ def profile(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and pictures here.")] = None,
     trace: Annotated[
@@ -87,6 +89,10 @@ def profile(
     ui.set_threads(threads)
     ui.silence_libraries()
     if training:
+        others = {"--baseline": baseline, "--mode": mode, "--heads": heads, "--ragged": ragged, "--quality": quality}
+        others |= {"--trace": trace}
+        if given := [option for option, value in others.items() if value]:
+            raise ArmhubertError(f"--training times steps, not features, got {', '.join(given)} as well: leave it out")
         _training(model, config, device, repeats, warmup, out)
         return
     if config is not None:
@@ -101,14 +107,15 @@ def profile(
         heads=heads,
         repeats=repeats,
         warmup=warmup,
-        device=device,
+        device=device or "auto",
         limit_seconds=limit_seconds,
         memory=memory,
         ragged=ragged,
     )
     results = read_results(quality or ())
-    if out is not None:
-        make_folder(out)
+    for folder in (out, trace and trace.parent):
+        if folder is not None:
+            make_folder(folder)
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):
@@ -118,11 +125,15 @@ def profile(
             elif isinstance(report, Profile):
                 result = report
     render(result)
-    comparison = compare(result, results) if results else None
-    if comparison is not None:
+    if out is not None:  # before anything that may fail: the figures took long
+        written = write(result, out)
+    if results:
+        comparison = compare(result, results)
         _quality(result, comparison, caution(comparison, heads))
+        if out is not None:
+            written = write(result, out, comparison)
     if out is not None:
-        for path in write(result, out, comparison):
+        for path in written:
             ui.say(f"wrote {path}")
     if trace is not None:
         write_trace(settings, trace)
@@ -254,7 +265,7 @@ def _quality(result: "Profile", comparison: "Comparison", caution: str) -> None:
         ui.note(caution)
 
 
-def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup: int, out: Path | None) -> None:
+def _training(teacher: str, file: Path | None, device: str | None, repeats: int, warmup: int, out: Path | None) -> None:
     """Parts of a distillation step, as a table and training.json."""
     import json
 
@@ -265,7 +276,7 @@ def _training(teacher: str, file: Path | None, device: str, repeats: int, warmup
     from armhubert.files import write_atomic
     from armhubert.training_profile import Step, profile_training
 
-    given = {**(read_mapping(file) if file else {}), "teacher": teacher, "device": device}
+    given = {**(read_mapping(file) if file else {}), "teacher": teacher, **({"device": device} if device else {})}
     settings = build(DistillConfig, given, str(file or "the options"))
     if out is not None:
         make_folder(out)

@@ -638,7 +638,6 @@ def test_resume_without_a_checkpoint(refused, old_run, speech):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--teacher", "HUBERT_BASE"], "keeps its teacher .*got 'HUBERT_BASE'"),
         (["--width", "64"], "keeps its width 32, got 64"),
         (["--pattern", "CC"], "keeps its pattern"),
         (["--loss", "plain"], "keeps its loss"),

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from armhubert import ARMHuBERT, ArmhubertError, checkpoint, data, distill, load_teacher
 from armhubert.data import ReaderDied
 from armhubert.distill_config import DistillConfig
+from armhubert.kernels.runtime import INTERPRET
 from armhubert.runlog import read_metrics
 
 STACK = [(8, 10, 5)] + [(8, 3, 2)] * 4 + [(32, 2, 2)] * 2
@@ -266,6 +268,22 @@ def test_given_validation_speech_is_used_whole_and_no_training_speech_is_held_ou
     assert of(reports, distill.Validated)
 
 
+def test_speech_that_is_held_out_within_the_data_is_not_trained_on(settings, tmp_path):
+    whole = write_speech(tmp_path / "whole")
+    write_speech(whole / "dev", (0.5, 0.8))
+    (whole / "dev/broken.wav").write_text("no audio")
+    linked = tmp_path / "link"
+    linked.symlink_to(whole / "dev")
+    reports = run(settings(data=(str(whole),), valid=(str(linked),)))
+    started = of(reports, distill.Started)[0]
+    assert (started.utterances, started.valid_utterances) == (len(SECONDS), 2)
+    assert started.skipped == {"held out": 2, "unreadable": 2}
+    listed = (Path(started.config.out) / "skipped.tsv").read_text()
+    assert f"{whole / 'dev/0.wav'}\theld out\n" in listed
+    with pytest.raises(ArmhubertError, match=r"no usable audio is left of 2 files \(1 unreadable, 1 held out"):
+        run(settings(out=str(tmp_path / "other"), data=(str(whole / "0.wav"),), valid=(str(whole),)))
+
+
 def test_training_lowers_the_loss(settings):
     reports = run(settings(steps=30, learning_rate=5e-3, hold_out=0.2, validate_every=30, log_every=10, dropout=0.0))
     assert losses(reports)[-1] < 0.8 * losses(reports)[0]
@@ -489,6 +507,62 @@ def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(settings, tmp_path, monkeypatch):
+    read, signalled = distill.batches, []
+
+    def ended(utterances, plan, **how):
+        if how["workers"] == 1 and not signalled:  # the validation's, where training has two
+            signalled.append(True)
+            raise ReaderDied("gone")
+        yield from read(utterances, plan, **{**how, "workers": 0})
+
+    monkeypatch.setattr(distill, "batches", ended)
+    config = settings(steps=4, hold_out=0.3, validate_every=2, workers=2)
+    stopped = run(config, should_stop=lambda: bool(signalled))
+    assert (stopped[-1].reason, stopped[-1].step, of(stopped, distill.Validated)) == ("stopped", 2, [])
+    resumed = run(config, resume=True)
+    assert (resumed[-1].reason, len(of(resumed, distill.Validated))) == ("done", 1)
+    signalled.clear()
+    with pytest.raises(ReaderDied):
+        run(dataclasses.replace(config, out=str(tmp_path / "other")))
+
+
+def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_after, tmp_path, speech, teacher):
+    def moved(folder: Path, name: str) -> str:
+        return str(shutil.copytree(folder, tmp_path / name))
+
+    config = settings(steps=4, hold_out=0.3)
+    run(config, should_stop=stop_after(2))
+    changes = {"data": (moved(speech, "speech"),), "teacher": moved(teacher, "teacher")}
+    assert run(distill.load_run_config(Path(config.out), changes), resume=True)[-1].reason == "done"
+    other = dataclasses.replace(config, out=str(tmp_path / "other"))
+    run(other)
+    same_state(Path(config.out), Path(other.out))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRET, reason="the kernels run here")
+def test_kernels_that_do_not_run_here_are_refused_before_anything_is_written(settings):
+    config = settings(impl="triton")
+    with pytest.raises(ArmhubertError, match="impl='triton' needs"):
+        run(config)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "mask probability 0.8, "),
+        ({"mask_prob": 0.4, "mask_prob_end": 0.6}, "mask probability 0.4 to 0.6, "),
+        ({"loss": "plain"}, None),
+    ],
+)
+def test_the_model_card_tells_the_masking_that_was_used(settings, changes, says):
+    config = settings(steps=1, **changes)
+    run(config)
+    card = (Path(config.out) / "README.md").read_text()
+    assert says in card if says else "mask probability" not in card
+
+
 @pytest.mark.parametrize("asked", [1, 2, 3])
 def test_a_run_that_is_stopped_while_its_audio_is_examined_has_not_begun(settings, tmp_path, monkeypatch, asked):
     held = write_speech(tmp_path / "held", (0.5, 0.8))
@@ -666,12 +740,12 @@ def held_out_losses(monkeypatch):
     def replace(*values: float) -> None:
         scripted, weighted = iter(values), distill.Run.validate
 
-        def validate(self):
+        def validate(self, should_stop):
             weights, value = self.layer_weights, next(scripted, None)
             if value is not None:
                 self.layer_weights = weights * value
             try:
-                return weighted(self)
+                return weighted(self, should_stop)
             finally:
                 self.layer_weights = weights
 
@@ -719,7 +793,9 @@ def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact
 
     monkeypatch.setattr(distill, "teacher_targets", broken)
     reports = []
-    with pytest.raises(ArmhubertError, match=r"in a row .* not finite.* lower the learning rate") as caught:
+    with pytest.raises(
+        ArmhubertError, match=r"in a row .* not finite.* start a new run with a learning rate below"
+    ) as caught:
         reports.extend(distill.distill(config))
     assert "\n" not in str(caught.value)
     saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
@@ -751,7 +827,7 @@ def test_gradients_that_no_scale_brings_into_fp16_are_a_run_that_diverged(settin
 
 
 def test_a_ruinous_learning_rate_ends_in_one_clear_error(settings):
-    with pytest.raises(ArmhubertError, match="lower the learning rate"):
+    with pytest.raises(ArmhubertError, match="start a new run with a learning rate below"):
         run(settings(steps=100, learning_rate=1e30, warmup=0.0))
 
 

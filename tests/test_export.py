@@ -131,8 +131,7 @@ def test_without_a_compiler_nothing_is_compiled_ahead(student, tmp_path, monkeyp
 def test_a_profiled_program_has_no_file(student, tmp_path, monkeypatch):
     (tmp_path / "unnamed.onnx").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    program, size = module.onnx_program(ARMHuBERT.from_pretrained(student, heads=False))
-    assert size > 0
+    program = module.OnnxProgram(module.onnx_file(ARMHuBERT.from_pretrained(student, heads=False)))
     assert [x.shape[1:] for x in program(torch.zeros(1, 16_000), torch.tensor([16_000]))] == [(49, 64), ()]
     assert [path.name for path in tmp_path.iterdir()] == ["unnamed.onnx"]
 
@@ -171,10 +170,12 @@ def test_a_program_that_differs_is_not_written(student, tmp_path, monkeypatch):
             output = model(waveforms, lengths)
         return output.last_hidden_state + 2e-4, output.lengths
 
-    monkeypatch.setattr(module, "_open", lambda *_: slightly_wrong)
+    monkeypatch.setattr(module, "open_program", lambda *_: slightly_wrong)
     with pytest.raises(ArmhubertError, match=r"differs from the model by 2\.\de-04 at \d x \d+ samples.*not written"):
         list(export(ExportConfig(str(student), str(tmp_path / "m.pt2"), format="torch")))
-    monkeypatch.setattr(module, "_open", lambda *_: lambda w, n: (model(w, n)[0] * float("nan"), model(w, n).lengths))
+    monkeypatch.setattr(
+        module, "open_program", lambda *_: lambda w, n: (model(w, n)[0] * float("nan"), model(w, n).lengths)
+    )
     with pytest.raises(ArmhubertError, match="differs from the model by inf"):
         list(export(ExportConfig(str(student), str(tmp_path / "m.pt2"), format="torch")))
     assert not list(tmp_path.iterdir())
@@ -186,7 +187,7 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_
         pytest.importorskip("torchao", reason="needs armhubert[int8]")
     path, _ = onnx_file if kind == "onnx" else torch_file
     data = path.read_bytes()
-    reference = module._open(data, kind)
+    reference = module.open_program(data, kind)
     if kind == "onnx":
         small = module._quantise_onnx(data)
     else:
@@ -197,7 +198,7 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_
         assert len(matrices) == 4 * 2  # of each layer: qkv or value, output, up, down
     if kind == "onnx":  # a program's own text outweighs the tensors of a model this small
         assert len(small) < len(data)
-    found = module._compare(reference, module._open(small, kind), len(data))
+    found = module._compare(reference, module.open_program(small, kind), len(data))
     assert 0 < found.error < 0.05
     assert found.padding < (0.05 if kind == "onnx" else found.error)
     assert found.time.low <= found.time.median <= found.time.high

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import resource
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,6 +317,67 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(student,
     assert "cannot write to" in capsys.readouterr().err
 
 
+def test_what_was_measured_is_written_although_its_quality_cannot_be_compared(student, tmp_path, monkeypatch, capsys):
+    def refuse(result, results):
+        raise ArmhubertError("two results of one model")
+
+    monkeypatch.setattr(quality, "read_results", lambda paths: ["a result"])
+    monkeypatch.setattr(quality, "compare", refuse)
+    argv = [
+        "profile",
+        str(student),
+        "--baseline",
+        "released",
+        "--seconds",
+        "0.2",
+        "--batch-sizes",
+        "",
+        "--repeats",
+        "1",
+    ]
+    argv += ["--no-memory", "--device", "cpu", "--quality", "runs", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["armhubert", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "two results of one model" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/profile.json").read_text())["models"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--training", "--mode", "bf16", "--ragged"], "times steps, not features, got --mode, --ragged as well"),
+        (["--training", "--repeats", "0"], "repeats must be at least 1 and warmup at least 0, got 0 and 1"),
+        (["--training", "--warmup", "-1"], "got 5 and -1"),
+        (["--config", "run.yaml"], "--config belongs to --training"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(student, monkeypatch, capsys, argv, says):
+    monkeypatch.setattr(sys, "argv", ["armhubert", "profile", str(student), *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_training_profile_runs_on_the_device_of_its_settings(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(config, **how):
+        seen.append(config.device)
+        raise ArmhubertError("no such device")
+
+    monkeypatch.setattr("armhubert.training_profile.profile_training", measure)
+    (tmp_path / "run.yaml").write_text("device: cuda:7\n")
+    for argv in ([], ["--device", "cpu"]):
+        argv = ["profile", "mini", "--training", "--config", str(tmp_path / "run.yaml"), *argv]
+        monkeypatch.setattr(sys, "argv", ["armhubert", *argv])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert seen == ["cuda:7", "cpu"]
+
+
 def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**40))  # survives an exec
     if Path("/proc/self/status").is_file():
@@ -334,6 +396,8 @@ def test_memory_is_that_of_a_process_of_its_own(student):
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
     large = profile.peak_memory(config, student, "eager", 8, 10.0)
     assert 0 < small < large
+    if find_spec("onnxscript") is not None:  # which takes hundreds of MB to export, not counted
+        assert 0 < profile.peak_memory(config, student, "onnx", 1, 1.0) < 64 << 20
 
 
 @pytest.mark.parametrize(
