@@ -89,9 +89,9 @@ def profile(
     ui.set_threads(threads)
     ui.silence_libraries()
     if training:
-        others = {"--baseline": baseline, "--mode": mode, "--heads": heads, "--ragged": ragged, "--quality": quality}
-        others |= {"--trace": trace}
-        if given := [option for option, value in others.items() if value]:
+        options = ("--baseline", "--mode", "--heads", "--ragged", "--quality", "--trace")
+        values = (baseline, mode, heads, ragged, quality, trace)
+        if given := [option for option, value in zip(options, values, strict=True) if value]:
             raise ArmhubertError(f"--training times steps, not features, got {', '.join(given)} as well: leave it out")
         _training(model, config, device, repeats, warmup, out)
         return
