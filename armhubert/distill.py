@@ -56,8 +56,8 @@ from armhubert.teacher import TeacherTargets, fingerprint, layer_mapping, load_t
 
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 MAX_SKIPPED_IN_A_ROW = 10
-R = TypeVar("R")
 STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
+R = TypeVar("R")
 
 
 # ---- reports ---------------------------------------------------------------

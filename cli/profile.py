@@ -125,16 +125,15 @@ def profile(
             elif isinstance(report, Profile):
                 result = report
     render(result)
-    if out is not None:  # before anything that may fail: the figures took long
-        written = write(result, out)
-    if results:
-        comparison = compare(result, results)
-        _quality(result, comparison, caution(comparison, heads))
+    comparison = None
+    try:
+        if results:
+            comparison = compare(result, results)
+            _quality(result, comparison, caution(comparison, heads))
+    finally:  # the figures took long, and do not depend on what they are compared with
         if out is not None:
-            written = write(result, out, comparison)
-    if out is not None:
-        for path in written:
-            ui.say(f"wrote {path}")
+            for path in write(result, out, comparison):
+                ui.say(f"wrote {path}")
     if trace is not None:
         write_trace(settings, trace)
         ui.say(f"wrote {trace}")

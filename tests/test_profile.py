@@ -323,20 +323,9 @@ def test_what_was_measured_is_written_although_its_quality_cannot_be_compared(st
 
     monkeypatch.setattr(quality, "read_results", lambda paths: ["a result"])
     monkeypatch.setattr(quality, "compare", refuse)
-    argv = [
-        "profile",
-        str(student),
-        "--baseline",
-        "released",
-        "--seconds",
-        "0.2",
-        "--batch-sizes",
-        "",
-        "--repeats",
-        "1",
-    ]
-    argv += ["--no-memory", "--device", "cpu", "--quality", "runs", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["armhubert", *argv])
+    options = "--baseline released --seconds 0.2 --batch-sizes= --repeats 1 --no-memory --device cpu --quality runs"
+    argv = ["armhubert", "profile", str(student), *options.split(), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
