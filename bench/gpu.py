@@ -80,7 +80,8 @@ def _label(job: Any) -> str:
     if isinstance(job, gpu_check.Job):
         return job.label
     if isinstance(job, gpu_model.Job):
-        return f"{job.kind} {job.way} B{job.B}" if job.B else job.kind
+        words = (job.kind, job.way, f"B{job.B}", job.against) if job.B else (job.kind,)
+        return " ".join(word for word in words if word)
     return " ".join(str(value) for value in job)
 
 
@@ -102,7 +103,7 @@ def main() -> None:
         print(gpu_report.adopt(options.result))
         return
     if options.stage == "report":
-        sys.exit(gpu_report.failures(gpu_report.report(options.out, options.result)) > 0)
+        sys.exit(gpu_report.exit_code(gpu_report.report(options.out, options.result)))
     device = pick_device(options.device)
     if device.type == "cpu":
         Console().print(REHEARSAL, style="bold red")

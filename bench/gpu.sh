@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command and under nine minutes: correctness of every kernel, times against
-# baselines, the student end to end, the choice of variants. From a bare checkout; needs torch, triton, einops, rich,
-# safetensors, huggingface_hub, pyyaml and (for one baseline) transformers. Without a GPU: a rehearsal on the CPU.
+# baselines, the student end to end, the choice of variants. From a bare checkout; needs torch, triton, numpy, einops,
+# rich, safetensors, huggingface_hub, pyyaml and (for one baseline) transformers. Without a GPU: a rehearsal on the CPU.
 #
 #   bench/gpu.sh                             check micro model variants compiled report, the most important first
 #   bench/gpu.sh check model report          some of them, which share the time
@@ -18,7 +18,8 @@
 #
 # OUT: where results go (bench/results); PYTHON: the interpreter (python3); LIMIT: seconds for everything (520); a
 # stage that will not end, and the report, may exceed it by half a minute.
-# EARLIER: a report of the same GPU whose other stages the new one takes over.
+# EARLIER: a report of the same GPU from which the new one takes what was not reached or not run again.
+# Ends with 0 where every check passed, with 3 where those reached did but some were not, else with another code.
 set -u
 [[ ${1:-} == --help ]] && { sed -n '2,/^set -u/{/^#/s/^# \?//p}' "${BASH_SOURCE[0]}"; exit 0; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,6 +28,7 @@ limit=${LIMIT:-520}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 EARLIER=${EARLIER:+$(realpath "$EARLIER")}
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}" >&2; exit 1; }
+[[ $python == /* ]] || python=$PWD/$python # not by realpath: what a virtual environment links to has not its packages
 
 # The import names armhubert.kernels, .cli and .bench without an installation: a folder of links.
 package=$(mktemp -d)
@@ -43,9 +45,14 @@ export PYTHONPATH="$package" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VE
 unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 cd "$package" || exit 1
 
-if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+probe='import einops, huggingface_hub, numpy, rich, safetensors, torch, triton, yaml; print(torch.cuda.is_available())'
+found=$("$python" -c "$probe") || { echo "$python must import what the head of this file lists, see above" >&2; exit 1; }
+if [[ $found == True ]]; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
     options=(--device cuda)
+elif [[ -n ${CUDA_VISIBLE_DEVICES-all} ]] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    echo "nvidia-smi lists a GPU that PyTorch cannot use: install a build for it, or rehearse: CUDA_VISIBLE_DEVICES=" >&2
+    exit 1
 else
     echo "=== no CUDA device: rehearsal, nothing here is a GPU figure ==="
     options=(--device cpu --quick)
@@ -80,7 +87,8 @@ for index in "${!stages[@]}"; do
     name=${stages[index]}
     case $name in
         report)
-            timeout -k 5 60 "$python" -m armhubert.bench gpu report --out "$out" ${EARLIER:+--result "$EARLIER"} || status=1 ;;
+            timeout -k 5 60 "$python" -m armhubert.bench gpu report --out "$out" ${EARLIER:+--result "$EARLIER"} ||
+                { code=$?; ((status)) || status=$code; } ;;
         *)
             seconds=$(share "${stages[@]:index}")
             ((seconds < 10)) && { echo "=== $name: no time left ==="; continue; }

@@ -711,6 +711,12 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "graph", {"dtype": dtype, "op": "exact"}
     for op in ("exact", "resoftmax", "loss", "conv"):
         yield "compile", {"op": op}
+    for dtype in ("bf16", "fp16"):
+        yield "autocast", {"dtype": dtype}
+    yield "checkpointing", {}
+    yield "tf32", {}
+    for op in ("attention", "loss"):
+        yield "large", {"op": op}
     for dtype in ("bf16", "fp32", "fp16"):
         for op in ("resoftmax", "dropout", "loss", "conv"):
             yield "graph", {"dtype": dtype, "op": op}
@@ -737,15 +743,9 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "loss", {"dtype": dtype, "distance": "mse", "L": 2, "B": 2, "T": 90, "D": 64, "Dt": 80, "views": 1}
         yield "dropout", {"dtype": dtype, "B": 2, "T": 70, "H": 2, "d": 64, "p": 0.5}
         yield "attention", {"dtype": dtype, "setting": "exact", **full, "pad": False, "heads_first": True}
-    for dtype in ("bf16", "fp16"):
-        yield "autocast", {"dtype": dtype}
-    yield "checkpointing", {}
-    yield "tf32", {}
     for mode in ("exact", "resoftmax"):
         for dtype in ("bf16", "fp32"):
             yield "student", {"name": "armhubert", "mode": mode, "dtype": dtype, "seconds": 6.0}
-    for op in ("attention", "loss"):
-        yield "large", {"op": op}
     for dtype in ("bf16", "fp32"):
         for T, B in ((1500, 2), (6000, 1)):
             shape = {"B": B, "T": T, "H": 2, "d": 40, "D": 80}

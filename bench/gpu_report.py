@@ -28,8 +28,8 @@ def write_stage(name: str, rows: list[Row], device: torch.device, out: Path) -> 
 def report(out: Path, addition: Path | None = None) -> Path:
     """DIR/<gpu>-<date>.json from the stages' files, which it replaces; tables; pictures where matplotlib is there.
 
-    Needs no GPU. Stages that were not run again keep their rows of a report of that name that is there already, or of
-    `addition`, another report of the same GPU.
+    Needs no GPU. What was not run again, or not reached, keeps its rows of `addition`, another report of the same GPU,
+    or of a report of that name that is there already.
 
     Raises:
         ArmhubertError: no stage has left a file, or what is to be merged is of several devices.
@@ -54,9 +54,12 @@ def report(out: Path, addition: Path | None = None) -> Path:
     return path
 
 
-def failures(path: Path) -> int:
-    """Checks of a report that were reached and did not pass."""
-    return len(_failed(json.loads(path.read_text("utf-8"))["check"]))
+def exit_code(path: Path) -> int:
+    """Of a report's checks: 1 where one failed, 3 where some were not reached, else 0."""
+    checks = json.loads(path.read_text("utf-8"))["check"]
+    if _failed(checks):
+        return 1
+    return 3 if any(row.get("unreached") for row in checks) else 0
 
 
 def _failed(checks: list[Row]) -> list[Row]:
@@ -96,12 +99,20 @@ def merge(out: Path, addition: Path | None = None) -> tuple[str, dict[str, Any]]
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     content: dict[str, Any] = {"conditions": told[0]}
     for stage in STAGES:
-        rows = parts[stage]["rows"] if stage in parts else None
-        content[stage] = rows or other.get(stage) or before.get(stage) or []
+        rows = parts[stage]["rows"] if stage in parts else []
+        for earlier in (other, before):
+            rows = _completed(rows, earlier.get(stage, []))
+        content[stage] = rows
     content["ceilings"] = next((row for row in content["model"] if row.get("kind") == "ceilings"), {"error": "none"})
     grid = [row for row in content["variants"] if "error" not in row]
     content["choices"] = variants.table(grid) if grid else {}
     return name, content
+
+
+def _completed(rows: list[Row], earlier: list[Row]) -> list[Row]:
+    """The rows, or the earlier ones where there are none; one not reached is the earlier one of the same job."""
+    known = {row["job"]: row for row in earlier}
+    return [known.get(row["job"], row) if row.get("unreached") else row for row in rows] or earlier
 
 
 def _versions(device: torch.device) -> dict[str, Any]:
@@ -173,6 +184,12 @@ def measured(content: dict[str, Any]) -> list[Row]:
     return list(rows.values())
 
 
+def over_ours(row: Row, name: str) -> float:
+    """A candidate's time end to end over that of ours in the same run."""
+    times = [candidate["median"] for candidate in row["candidates"].values()]
+    return float(row["candidates"][name]["median"] / times[0])
+
+
 def host_bound(row: Row) -> list[str]:
     """Candidates whose time, as compared, may be the host's: it did not queue most rounds in time."""
     late = (
@@ -217,7 +234,8 @@ def summary(content: dict[str, Any]) -> list[str]:
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             host = f", of it the host's {c['host'] * 1e3:.2f} ms" if c.get("host") else ""
-            lines.append(f"{row['kind']} B {row['batch']}, {name}: {c['median'] * 1e3:.2f} ms{host}")
+            times = f"{c['median'] * 1e3:.2f} ms, {over_ours(row, name):.2f}x ours"
+            lines.append(f"{row['kind']} B {row['batch']}, {name}: {times}{host}")
     return lines
 
 
@@ -251,12 +269,12 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
             _megabytes(other.peak_extra_bytes) if other else "",
         )
     yield shown
-    whole = Table("end to end", "batch", "candidate", "ms", "host ms", "hours of audio a second", "steps a second",
-                  "peak MB", title=title)  # fmt: skip
+    whole = Table("end to end", "batch", "candidate", "ms", "over ours", "host ms", "hours of audio a second",
+                  "steps a second", "peak MB", title=title)  # fmt: skip
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             whole.add_row(
-                row["kind"], str(row["batch"]), name, f"{c['median'] * 1e3:.2f}",
+                row["kind"], str(row["batch"]), name, f"{c['median'] * 1e3:.2f}", f"{over_ours(row, name):.2f}",
                 f"{c['host'] * 1e3:.2f}" if c.get("host") else "",
                 f"{c['hours_of_audio_per_second']:.3f}",
                 f"{c['steps_per_second']:.2f}" if "steps_per_second" in c else "", _megabytes(c["peak_extra_bytes"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from armhubert.bench.compare_runs import last_common_step
-from armhubert.bench.gpu_report import baselines, best, best_baseline, measured
+from armhubert.bench.gpu_report import baselines, best, best_baseline, measured, over_ours
 from armhubert.files import write_atomic
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -340,10 +340,10 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
         f"replayed as CUDA graphs where little is moved ({_conditions(content)}). Ours is behind the best baseline in "
         f"{behind} of {len(rows)} rows."
     )
-    whole = ["| end to end | batch | way | time | hours of audio a second |", "|---|---|---|---|---|"]
+    whole = ["| end to end | batch | way | time | over ours | hours of audio a second |", "|---|---|---|---|---|---|"]
     whole += [
         f"| {row['kind']} | {row['batch']} x {row['seconds_each']:g} s | {name} | {c['median'] * 1e3:.2f} ms | "
-        f"{c['hours_of_audio_per_second']:.3f} |"
+        f"{over_ours(row, name):.2f}x | {c['hours_of_audio_per_second']:.3f} |"
         for row in content["model"]
         for name, c in row.get("candidates", {}).items()
     ]

@@ -370,14 +370,22 @@ def measured(tmp_path):
     )
     gpu_report.write_stage("micro", [row("fast", 1e-5, 3e-5, 5e-6), row("slow", 2e-5, 1e-5, 5e-6)], cpu, tmp_path)
     grid = [
-        {"B": 1, "T": T, "inside_s": inside, "outside_s": 2.0, "stored_s": 1.2, "storing_s": 0.6}
+        {"job": f"1 {T}", "B": 1, "T": T, "inside_s": inside, "outside_s": 2.0, "stored_s": 1.2, "storing_s": 0.6}
         for T, inside in ((50, 1.0), (100, 1.5), (200, 3.0))
     ]
     gpu_report.write_stage("variants", grid, cpu, tmp_path)
     whole = {"median": 0.01, "low": 0.01, "high": 0.01, "hours_of_audio_per_second": 4.4, "peak_extra_bytes": None}
     gpu_report.write_stage(
         "model",
-        [{"kind": "inference", "batch": 16, "seconds_each": 10.0, "candidates": {"ours": whole}}],
+        [
+            {
+                "job": "inference",
+                "kind": "inference",
+                "batch": 16,
+                "seconds_each": 10.0,
+                "candidates": {"ours": whole, "released way": {**whole, "median": 0.025}},
+            }
+        ],
         cpu,
         tmp_path,
     )
@@ -411,6 +419,7 @@ def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
     assert "**Runs** on Some GPU: 1 of 2 checks against float64 on the device pass" in text
     assert "Not passed: b." in text
     assert "behind the best baseline in 1 of 2 rows" in text
+    assert "| inference | 16 x 10 s | released way | 25.00 ms | 2.50x |" in text
     text = report.details(measured)
     assert "| fast | forward | 10.0 us | 2.00 | released, 30.0 us | 3.00x | 3.00x | 1.0 MB |" in text
     monkeypatch.setattr(variants, "FILE", measured / "variants.json")
@@ -432,6 +441,10 @@ def test_what_was_not_tried_has_not_passed_and_a_failure_ends_the_run_so(measure
         gpu.main()
     assert end.value.code == 0
     assert "1 passed, 0 FAILED, 1 not tried" in capsys.readouterr().out
+    gpu_report.write_stage("check", [*rows, {"job": "d", "unreached": True}], torch.device("cpu"), measured)
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 3, "what was not reached has not passed"
 
 
 def test_graphs_are_compared_where_every_candidate_has_one():
@@ -463,6 +476,11 @@ def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
     after = json.loads(gpu_report.report(measured).read_text())
     assert len(after["check"]) == 1
     assert after["micro"] == before["micro"]
+    unreached = {"error": "not reached", "unreached": True}
+    rows = [{**after["micro"][0], "pass": "again"}, {"job": "slow", **unreached}, {"job": "new", **unreached}]
+    gpu_report.write_stage("micro", rows, torch.device("cpu"), measured)
+    after = json.loads(gpu_report.report(measured).read_text())
+    assert after["micro"] == [rows[0], before["micro"][1], rows[2]], "what was not reached keeps its earlier row"
     elsewhere = tmp_path_factory.mktemp("other")
     with pytest.raises(ArmhubertError, match="found none"):
         gpu_report.report(elsewhere)
@@ -534,31 +552,71 @@ def test_jobs_of_a_gpu_are_many_and_picklable():
     assert {job.arguments.get("dtype") for job in gpu_check.jobs("cuda", False)} >= {"fp32", "fp16", "bf16"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
-def test_the_script_shares_its_time_among_the_stages(tmp_path):
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f'#!/bin/sh\necho "$TORCHINDUCTOR_COMPILE_THREADS $*" >>{tmp_path}/calls\n')
-    stand_in.chmod(0o755)
-    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stand_in), "OUT": str(tmp_path), "LIMIT": "480"}
+@pytest.fixture
+def script(tmp_path):
+    """Run bench/gpu.sh with a stand-in of Python that writes down its calls -> exit status, errors, calls of stages."""
+    if sys.platform == "win32":
+        pytest.skip("a shell script")
+    (tmp_path / "python").write_text(
+        f"""#!/bin/sh
+echo "$TORCHINDUCTOR_COMPILE_THREADS $*" >>{tmp_path}/calls
+case "$1 $*" in -c*) echo "$CUDA" ;; *report*) exit "${{REPORT:-0}}" ;; esac
+exit "${{STATUS:-0}}"
+"""
+    )
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "GPU 0: one that PyTorch cannot use"\n')
+    for name in ("python", "nvidia-smi"):
+        (tmp_path / name).chmod(0o755)
 
-    def run(*stages: str) -> list[list[str]]:
-        done = subprocess.run(["bash", ROOT / "bench/gpu.sh", *stages], env=environment, timeout=60, check=False)
-        assert done.returncode == (2 if "no-such" in stages else 0)
+    def run(*stages: str, **settings: str) -> tuple[int, str, list[list[str]]]:
+        environment = {
+            "PATH": os.environ["PATH"], "PYTHON": "./python", "OUT": "out", "LIMIT": "480", "CUDA": "True", **settings
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", ROOT / "bench/gpu.sh", *stages], env=environment, cwd=tmp_path, timeout=60, text=True,
+            stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
         calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
         (tmp_path / "calls").unlink()
-        return [call[call.index("gpu") + 1 :] + call[:1] for call in calls if "gpu" in call]
+        return (
+            done.returncode,
+            done.stderr,
+            [call[call.index("gpu") + 1 :] + call[:1] for call in calls if "gpu" in call],
+        )
 
+    return run
+
+
+def test_the_script_shares_its_time_among_the_stages(script, tmp_path):
     stages = ("check", "micro", "model", "variants")
-    calls = run(*stages, "report")
+    status, _, calls = script(*stages, "report")
+    assert status == 0
     assert [call[0] for call in calls] == [*stages, "report"]
-    assert all(call[call.index("--out") + 1] == str(tmp_path) for call in calls)
+    assert all(call[call.index("--out") + 1] == str(tmp_path / "out") for call in calls)
+    assert all(call[call.index("--device") + 1] == "cuda" for call in calls[:4])
     assert [call[-1] for call in calls[:4]] == ["1", "12", "12", "12"]
     budgets = [int(call[call.index("--budget") + 1]) for call in calls[:4]]
     assert 100 < budgets[0] < 200
     assert budgets == sorted(budgets)
     assert 440 <= budgets[-1] <= 450
-    assert [call[0] for call in run()] == [*stages, "compiled", "report"]
-    assert run("no-such") == []
+    assert [call[0] for call in script()[2]] == [*stages, "compiled", "report"]
+    assert script("no-such")[::2] == (2, [])
+
+
+def test_the_script_rehearses_only_where_there_is_no_gpu(script, tmp_path):
+    _, _, calls = script("check", CUDA="False", CUDA_VISIBLE_DEVICES="")
+    assert calls[0][1:4] == ["--device", "cpu", "--quick"]
+    status, errors, calls = script("check", CUDA="False", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (status, calls) == (1, [])
+    assert "a GPU that PyTorch cannot use" in errors
+    status, errors, calls = script("check", STATUS="1")
+    assert (status, calls) == (1, [])
+    assert "must import" in errors
+
+
+def test_the_script_tells_what_was_not_reached_from_what_failed(script):
+    assert script("check", "report", REPORT="3")[0] == 3
+    assert script("check", "report", REPORT="1")[0] == 1
 
 
 def test_gpu_stages_need_no_audio_library():
