@@ -567,20 +567,31 @@ def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Co
 
 
 def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
-    """True float32 has no tensor cores: operands live in registers, so tiles are small and warps are many."""
+    """True float32 has no tensor cores: operands live in registers, so tiles are small and warps are many.
+
+    Wide heads keep to the 99 KiB of shared memory that a program has on sm_86, sm_89 and sm_120.
+    """
     small = Config(32, 16, 8, 1)
     if kernel == "attend":
-        return Config(64, 32, 8, 2) if d <= 64 else Config(32, 32, 8, 1)
+        return Config(64, 32, 8, 2) if d <= 64 else Config(32, 16, 8, 2)
     if kernel in ("reattend", "reattend_kept"):
-        return small if d > 64 else Config(64, 32, 8, 1 if crowded and d <= 48 else 2)
+        if d > 64:
+            return small
+        if crowded and d <= 48:
+            return Config(64, 16, 8, 2) if kernel == "reattend" else Config(64, 32, 8, 1)
+        return Config(64, 32, 8, 2)
     if kernel == "reattend_fused":
         if d > 64 or (crowded and d <= 48):
             return small
         return Config(32, 32, 8, 2) if d > 48 else Config(64, 32, 8, 2)
     if kernel == "backward_q":
-        return Config(32, 32, 8, 1) if crowded and 48 < d <= 64 else Config(64, 32, 8, 2)
-    if d > 64:
-        return small if crowded else Config(64, 32, 8, 1)
+        if d > 64:
+            return Config(32, 16, 8, 2)
+        if crowded:
+            return Config(32, 32, 8, 1) if d > 48 else Config(64, 32, 8, 3)
+        return Config(64, 32, 8, 2)
+    if d > 64 and crowded:
+        return small
     return Config(16, 32, 8, 1) if crowded and d > 48 else Config(32, 32, 8, 1)
 
 
