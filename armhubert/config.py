@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from armhubert.errors import ArmhubertError, nearest
+from armhubert.errors import ArmhubertError, nearest, shown
 
 ConvLayer = tuple[int, int, int]
 """(output channels, kernel, stride) of one waveform convolution."""
@@ -76,7 +75,7 @@ class EncoderConfig:
     position_max_distance: int = 800
     """Distance in frames beyond which all positions share WavLM's last bucket."""
     norm_eps: float = 1e-5
-    """Epsilon of every normalisation."""
+    """Epsilon of every normalisation but the convolutions', which have PyTorch's own in every model of this family."""
     dropout: float = 0.0
     """On each block's output before it joins the residual stream, and after the positional embedding."""
     attention_dropout: float = 0.0
@@ -151,10 +150,10 @@ class EncoderConfig:
         for kept in self.layer_heads or ():
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.heads):
                 raise ArmhubertError(
-                    f"layer_heads must be ascending lists of heads 0..{self.heads - 1}, got {reprlib.repr(kept)}"
+                    f"layer_heads must be ascending lists of heads 0..{self.heads - 1}, got {shown(kept)}"
                 )
         if self.layer_ffn is not None and not all(0 <= width <= self.ffn for width in self.layer_ffn):
-            raise ArmhubertError(f"layer_ffn must lie in 0..{self.ffn}, the ffn, got {reprlib.repr(self.layer_ffn)}")
+            raise ArmhubertError(f"layer_ffn must lie in 0..{self.ffn}, the ffn, got {shown(self.layer_ffn)}")
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by name, for files; those that only pruned models have are left out elsewhere."""
@@ -236,8 +235,7 @@ def parse_pattern(pattern: str, layers: int) -> str:
         letters = text.replace("compute", "C").replace("reuse", "R").replace(",", "").replace(" ", "").upper()
         if set(letters) - {"C", "R"}:
             raise ArmhubertError(
-                f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, "
-                f"got {reprlib.repr(pattern)}"
+                f"pattern must be made of C (compute) and R (reuse), one letter a layer, or NbyM, got {shown(pattern)}"
             )
     if len(letters) != layers:
         raise ArmhubertError(
@@ -382,7 +380,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
         data = json.loads(text) if kind == "JSON" else yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors raise KeyError, IndexError and more for a value of a wrong kind
         raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(data, dict):
         raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
@@ -400,13 +398,7 @@ def build(cls: type[_T], data: Mapping[str, Any], source: str) -> _T:
     Raises:
         ArmhubertError: naming the key, the rule, the value and, for an unknown key, the nearest known one.
     """
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            raise ArmhubertError(f"unknown key {key!r} in {source}{nearest(str(key), known)}")
-        values[key] = _coerce(value, hints[key], f"{key} in {source}")
+    values = coerced(cls, data, source)
     required = {
         field.name
         for field in dataclasses.fields(typing.cast(Any, cls))
@@ -415,6 +407,18 @@ def build(cls: type[_T], data: Mapping[str, Any], source: str) -> _T:
     if missing := sorted(required - values.keys()):
         raise ArmhubertError(f"{source} lacks {', '.join(missing)}")
     return cls(**values)
+
+
+def coerced(cls: type, data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Some of a dataclass' fields, checked and converted as by `build`."""
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            raise ArmhubertError(f"unknown key {key!r} in {source}{nearest(str(key), known)}")
+        values[key] = _coerce(value, hints[key], f"{key} in {source}")
+    return values
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -427,7 +431,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {reprlib.repr(value)}")
+        raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {shown(value)}")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             if len(args) == 2 and args[1] is Ellipsis:
@@ -435,7 +439,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             if len(value) == len(args):
                 return tuple(_coerce(item, arg, name) for item, arg in zip(value, args, strict=True))
         raise ArmhubertError(
-            f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {reprlib.repr(value)}"
+            f"{name} must be a list{f' of {len(args)}' if Ellipsis not in args else ''}, got {shown(value)}"
         )
     if hint is bool or hint is str:
         if isinstance(value, hint):
@@ -448,4 +452,4 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         except (ValueError, OverflowError):
             pass  # no number, or none that fits
     kind = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[hint]
-    raise ArmhubertError(f"{name} must be {kind}, got {reprlib.repr(value)}")
+    raise ArmhubertError(f"{name} must be {kind}, got {shown(value)}")

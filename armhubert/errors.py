@@ -1,7 +1,9 @@
 """What a user can get wrong, as one line each."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ArmhubertError(ValueError):
@@ -9,6 +11,16 @@ class ArmhubertError(ValueError):
 
     The command line prints it and exits with 2; anything else that escapes is a defect of ours.
     """
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: of what a file nests, or makes long, the first 100 characters."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

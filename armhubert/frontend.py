@@ -30,10 +30,10 @@ def normalize_waveform(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 class ChannelNormConv(nn.Module):
     """Parameters of the first convolution and its group norm (one group a channel); a bias would cancel."""
 
-    def __init__(self, channels: int, kernel: int, stride: int, *, bias: bool, eps: float) -> None:
+    def __init__(self, channels: int, kernel: int, stride: int, *, bias: bool) -> None:
         super().__init__()
         self.conv = nn.Conv1d(1, channels, kernel, stride, bias=bias)
-        self.norm = nn.GroupNorm(channels, channels, eps=eps)
+        self.norm = nn.GroupNorm(channels, channels)
 
 
 class ConvLayer(nn.Module):
@@ -42,7 +42,7 @@ class ConvLayer(nn.Module):
     def __init__(self, inputs: int, channels: int, kernel: int, stride: int, config: EncoderConfig) -> None:
         super().__init__()
         self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=config.conv_bias)
-        self.norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.conv_norm == "layer" else None
+        self.norm = nn.LayerNorm(channels) if config.conv_norm == "layer" else None
 
 
 class FrontEnd(nn.Module):
@@ -57,7 +57,7 @@ class FrontEnd(nn.Module):
         (channels, kernel, stride), *rest = config.conv_layers
         self.first: ChannelNormConv | ConvLayer
         if config.conv_norm == "group":
-            self.first = ChannelNormConv(channels, kernel, stride, bias=config.conv_bias, eps=config.norm_eps)
+            self.first = ChannelNormConv(channels, kernel, stride, bias=config.conv_bias)
         else:
             self.first = ConvLayer(1, channels, kernel, stride, config)
         self.rest = nn.ModuleList()

@@ -57,12 +57,14 @@ class UpstreamExpert(nn.Module):
 
         Returns:
             `hidden_states`, the input of layer 0 and every layer's output, L + 1 tensors [B, T, D] padded to the
-            longest; `last_hidden_state` [B, T, D]; and where the student has heads `projections`, L tensors
-            [B, T, D_t], on which the authors' released students were evaluated (s3prl: `-s projections`).
+            longest, the last after the final norm of a model that has one, as s3prl takes it; `last_hidden_state`
+            [B, T, D]; and where the student has heads `projections`, L tensors [B, T, D_t], on which the authors'
+            released students were evaluated (s3prl: `-s projections`).
         """
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         output = self.model(pad_sequence(wavs, batch_first=True), lengths)
-        features = {"hidden_states": list(output.hidden_states), "last_hidden_state": output.last_hidden_state}
+        hidden_states = [*output.hidden_states[:-1], output.last_hidden_state]
+        features = {"hidden_states": hidden_states, "last_hidden_state": output.last_hidden_state}
         return features if output.projections is None else features | {"projections": list(output.projections)}
 
 

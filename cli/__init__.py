@@ -3,16 +3,25 @@
 import errno
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Sequence
 
 import typer
 
 from armhubert.cli.app import app
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 
 __all__ = ["main"]
+
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EACCES: "check its permissions and those of the folders above it",
+    errno.EPERM: "check its permissions and those of the folders above it",
+    errno.EROFS: "choose another folder",
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+}
+"""What a user can do where the system refuses a file."""
 
 
 def main() -> None:
@@ -31,9 +40,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in _REMEDIES or error.strerror is None:
             raise
-        ui.error(f"file name too long: {reprlib.repr(error.filename)}: give a shorter one")
+        at = f" {shown(error.filename)}:" if error.filename is not None else ""
+        ui.error(f"{error.strerror.lower()}:{at} {_REMEDIES[error.errno]}")
         sys.exit(2)
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -766,3 +767,18 @@ def test_a_disk_that_fills_up_during_a_resumed_run_keeps_the_last_checkpoint(cal
     assert (old_run / "checkpoint.pt").read_bytes() == good
     assert [path.name for path in old_run.glob(".*")] == [".armhubert-scan.json"]
     assert call("distill", "--resume", old_run, "--steps", 5)[0] == 0
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_system_refuses_is_one_line(code, monkeypatch, capsys):
+    def refused() -> None:
+        raise OSError(code, os.strerror(code), "/data/model")
+
+    monkeypatch.setattr(cli, "app", refused)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert os.strerror(code).lower() in message
+    assert "'/data/model'" in message

@@ -66,7 +66,7 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
 # Hugging Face
 
 
-@pytest.mark.parametrize("settings", [{}, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("settings", [{}, LARGE, {"layer_norm_eps": 1e-2}], ids=["base", "large", "epsilon"])
 @pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
 def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
     theirs = transformers_model(kind, **settings)

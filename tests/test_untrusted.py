@@ -1,6 +1,7 @@
 """Files of strangers: whatever they hold, they load or are one line; nothing runs, hangs, or takes memory."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -119,8 +120,10 @@ def test_a_compressed_archive_is_refused_unread(tmp_path):
     refused(tmp_path / "m.pt", "compressed or encrypted")
 
 
-def tensor_file(path: Path, *, numel: int, size: tuple, stride: tuple, offset: int = 0, held: int = 64) -> Path:
-    """A pickle that declares one tensor over `held` bytes."""
+def tensor_file(
+    path: Path, *, numel: int, size: tuple, stride: tuple, offset: int = 0, held: int = 64, names: str = "x"
+) -> Path:
+    """A pickle that declares a tensor over `held` bytes under each of these letters."""
 
     class Declares(pickle.Pickler):
         def persistent_id(self, obj: object) -> object:
@@ -131,7 +134,7 @@ def tensor_file(path: Path, *, numel: int, size: tuple, stride: tuple, offset: i
             return torch._utils._rebuild_tensor_v2, ("the storage", offset, size, stride, False, None)
 
     buffer = io.BytesIO()
-    Declares(buffer, 2).dump({"x": Tensor()})
+    Declares(buffer, 2).dump({name: Tensor() for name in names})
     path.write_bytes(archive(buffer.getvalue(), data_0=b"\0" * held))
     return path
 
@@ -167,6 +170,52 @@ def test_a_thousand_names_for_one_storage_are_refused(tmp_path):
     state = fuzz.fairseq_state() | {f"encoder.x{i}": shared for i in range(1000)}
     torch.save({"cfg": {"model": fuzz._FAIRSEQ}, "model": state}, tmp_path / "m.pt")
     refused(tmp_path / "m.pt", "its tensors take")
+    shared = torch.zeros(100_000)
+    torch.save({f"encoder.x{i}": shared[i:] for i in range(100)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(fuzz._CONFIG))
+    refused(tmp_path, "its tensors take")
+
+
+def test_copies_of_what_is_not_aligned_are_counted(tmp_path):
+    told = []
+    for names in ("abcdefgh", "abcdefghi", "abcdefghij", "abcdefghijk"):  # which moves what follows
+        path = tensor_file(tmp_path / "m.pt", numel=10**5, size=(10**5,), stride=(1,), held=4 * 10**5, names=names)
+        with contextlib.suppress(ArmhubertError):
+            read_pickle(path)
+            told.append(names)
+    assert len(told) <= 2
+
+
+def test_a_width_that_only_the_settings_claim_takes_no_memory(seeds):
+    seed = seeds["config.json"]
+    seed.file.write_text(json.dumps({**fuzz._CONFIG, "hidden_size": 2**20}))
+    refused(seed.source, r"must have shape \[1048576")
+
+
+def wide() -> list:
+    """Ten times itself, forty times over: a few hundred bytes that no memory can write out."""
+    value: list = []
+    for _ in range(40):
+        value = [value] * 10
+    return value
+
+
+def test_what_is_refused_is_shown_in_short(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fuzz._CONFIG))
+    torch.save({"x": wide()}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "under 'x'")
+    deep = b"}X\1\0\0\0x" + b"]" * 3000 + b"a" * 2999 + b"s"
+    (tmp_path / "pytorch_model.bin").write_bytes(archive(b"\x80\x04" + deep + b"."))
+    refused(tmp_path, "under 'x'")
+    torch.save({"x": 10**5000}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "an instruction that no checkpoint uses")
+
+
+@pytest.mark.parametrize("name", ["conv_feature_layers", "extractor_mode", "layer_type", "conv_pos", "pos_conv_depth"])
+@pytest.mark.parametrize("value", [wide(), torch.ones(3)], ids=["wide", "tensor"])
+def test_settings_that_no_checkpoint_has_are_one_line(name, value, tmp_path):
+    torch.save({"cfg": {"model": {**fuzz._FAIRSEQ, name: value}}, "model": fuzz.fairseq_state()}, tmp_path / "m.pt")
+    refused(tmp_path / "m.pt", " must be ")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +257,9 @@ def test_a_shard_outside_its_folder_is_refused(seeds, name):
         ("a: " + "[" * 100_000, "valid YAML"),
         ("a: !!python/object/apply:os.system ['touch executed']", "valid YAML"),
         ("a: " + "x" * 2**18, "at most 262144 bytes"),
+        ("a: !!bool maybe", "valid YAML"),
+        ("a: !!int ''", "valid YAML"),
+        ("a: !!timestamp x", "valid YAML"),
         ("- a\n", "must hold a mapping"),
     ],
 )  # fmt: skip

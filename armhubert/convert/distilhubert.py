@@ -15,7 +15,7 @@ from torch import Tensor
 from armhubert.config import EncoderConfig, build
 from armhubert.convert import fairseq
 from armhubert.convert.tensors import complete, tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.weights import Weights
 
 _HEADS = ("output_layer.", "task_embedding.")
@@ -52,7 +52,7 @@ def _settings(section: Mapping[str, Any], encoder: Mapping[str, Tensor], path: P
         ("task_emb_type", ("expand-last", "self-hidden", "none")),
     ):
         if (value := section.get(key, supported[0])) not in supported:
-            raise ArmhubertError(f"{path}: {key} must be {' or '.join(map(repr, supported))}, got {value!r:.100}")
+            raise ArmhubertError(f"{path}: {key} must be {' or '.join(map(repr, supported))}, got {shown(value)}")
     theirs = {"encoder_layers": 1, **section}
     if "extractor_conv_feature_layers" in section:
         theirs["conv_feature_layers"] = section["extractor_conv_feature_layers"]

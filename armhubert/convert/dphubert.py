@@ -7,7 +7,6 @@ Source: Peng et al., DPHuBERT (arXiv 2305.17651); the format is that of its repo
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 from armhubert.config import MAX_LAYERS, ConvLayer, EncoderConfig, build
 from armhubert.convert import huggingface
 from armhubert.convert.tensors import complete, tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.weights import Weights
 
 _SCALE = "feature_extractor.dummy_weight"
@@ -76,6 +75,11 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
         raise ArmhubertError(f"{path} is not pruned yet (it has {unpruned}): run DPHuBERT's prune.py on it first")
     known = {field.name for field in dataclasses.fields(_Settings)}
     source = f"config in {path}"
+    kept = content["config"].get("encoder_remaining_heads", ())
+    if isinstance(kept, (list, tuple)) and sum(len(heads) for heads in kept if isinstance(heads, (list, tuple))) > (
+        MAX_LAYERS * _MAX_HEADS
+    ):  # before it is copied: one list may stand in many places
+        raise ArmhubertError(f"{source}: encoder_remaining_heads must be at most {_MAX_HEADS} heads a layer")
     theirs = build(_Settings, {k: v for k, v in content["config"].items() if k in known}, source)
     settings = _settings(theirs, source) | {"feature_scale": _scales(tensors.get(_SCALE), theirs)}
     config = build(EncoderConfig, settings, source)
@@ -116,7 +120,7 @@ def _kept_heads(theirs: _Settings, source: str) -> tuple[tuple[tuple[int, ...], 
         if not all(0 <= count <= min(heads, _MAX_HEADS) for count in theirs.encoder_num_heads):
             raise ArmhubertError(
                 f"{source}: encoder_num_heads must lie in 0..{min(heads, _MAX_HEADS)}, "
-                f"got {reprlib.repr(theirs.encoder_num_heads)}"
+                f"got {shown(theirs.encoder_num_heads)}"
             )
         kept = [range(count) for count in theirs.encoder_num_heads]
     return tuple(tuple(k) if used else () for k, used in zip(kept, theirs.encoder_use_attention, strict=True)), heads

@@ -15,7 +15,7 @@ from armhubert.config import EncoderConfig, build, parse_conv_layers
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.pickles import fields, scalar
 from armhubert.convert.tensors import complete, renamed, tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.weights import Weights
 
 _CONV_LAYERS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
@@ -67,8 +67,9 @@ def load_s3prl(content: Mapping[str, Any], path: Path) -> Weights:
 
 
 def _load(tensors: Any, model: Mapping[str, Any], task: Mapping[str, Any], path: Path, others: list[str]) -> Weights:
-    kind = str(scalar(model.get("_name", model.get("arch", ""))))
-    if "data2vec" in kind or (isinstance(tensors, Mapping) and "encoder.pos_conv.0.0.weight" in tensors):
+    kind = scalar(model.get("_name", model.get("arch")))
+    deep = isinstance(tensors, Mapping) and "encoder.pos_conv.0.0.weight" in tensors
+    if deep or (isinstance(kind, str) and "data2vec" in kind):
         raise ArmhubertError(
             f"{path} is a data2vec model, whose positional convolutions are another architecture: "
             "supported are HuBERT, wav2vec 2.0 and WavLM"
@@ -140,13 +141,16 @@ def settings_of(section: Mapping[str, Any], encoder: Mapping[str, Tensor], sourc
         ("pos_enc_type", "abs"),
         ("crop_seq_to_multiple", 1),
     ):
-        if section.get(key, needed) not in (needed, None):
-            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r:.100}")
+        value = section.get(key, needed)
+        if isinstance(value, Tensor) or value not in (needed, None):
+            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {shown(value)}")
     mode = section.get("extractor_mode", "default")
     if mode not in ("default", "layer_norm"):
-        raise ArmhubertError(f"{source}: extractor_mode must be 'default' or 'layer_norm', got {mode!r:.100}")
+        raise ArmhubertError(f"{source}: extractor_mode must be 'default' or 'layer_norm', got {shown(mode)}")
+    if not isinstance(layers := section.get("conv_feature_layers", _CONV_LAYERS), str):
+        raise ArmhubertError(f"{source}: conv_feature_layers must be text, got {shown(layers)}")
     return {
-        "conv_layers": parse_conv_layers(str(section.get("conv_feature_layers", _CONV_LAYERS))),
+        "conv_layers": parse_conv_layers(layers),
         "width": section.get("encoder_embed_dim", 768),
         "layers": section.get("encoder_layers", 12),
         "heads": section.get("encoder_attention_heads", 12),

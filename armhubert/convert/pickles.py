@@ -191,6 +191,7 @@ class _Machine(pickle._Unpickler):
     def __init__(self, file: _Bytes, data: mmap.mmap, storages: Mapping[str, tuple[int, int]] | None) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
         self.data, self.storages = data, storages
+        self.copied = 0
         self.foreign: list[str] = []
         self.declared: dict[str, tuple[torch.dtype, int]] = {}
         self.content: Any = None
@@ -261,8 +262,11 @@ class _Machine(pickle._Unpickler):
         itemsize = storage.dtype.itemsize
         start, stop = storage.start + offset * itemsize, storage.start + (last + 1) * itemsize
         view = torch.frombuffer(self.data, dtype=torch.uint8, offset=start, count=stop - start)
-        if start % itemsize:
-            view = view.clone()  # a legacy file aligns nothing
+        if start % itemsize:  # a legacy file aligns nothing
+            self.copied += stop - start
+            if self.copied > 4 * len(self.data):
+                raise pickle.UnpicklingError("tensors that share memory out of step")
+            view = view.clone()
         return view.view(storage.dtype).as_strided(size, stride)
 
     @staticmethod
@@ -367,7 +371,7 @@ _INSTRUCTIONS = (
     (pickle.APPENDS, _Machine._append_many),
     (pickle.ADDITEMS, _Machine._add_items),
     (pickle.FROZENSET, _Machine._frozenset),
-    *((code, _Machine._refuse) for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4)),
+    *((code, _Machine._refuse) for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.LONG4)),
     *((code, _Machine._refuse) for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)),
 )
 for _code, _method in _INSTRUCTIONS:

@@ -16,7 +16,7 @@ from torch import Tensor
 from armhubert.config import EncoderConfig, build, read_mapping
 from armhubert.convert import fairseq
 from armhubert.convert.tensors import complete, tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.weights import Weights
 
 _PREFIX = "student_model."
@@ -62,8 +62,9 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
 def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """EncoderConfig's fields from the `distiller` section."""
     for key, needed in (("enable_tr_layer", False), ("pred_head_inter_dim", 0)):
-        if section.get(key, needed) != needed:
-            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {section[key]!r:.100}")
+        value = section.get(key, needed)
+        if isinstance(value, Tensor) or value != needed:
+            raise ArmhubertError(f"{source}: {key} must be {needed!r}, got {shown(value)}")
     heads = [name for name in student if re.fullmatch(r"proj_head\.\d+\.lin_proj\.weight", name)]
     if heads and student[heads[0]].ndim != 2:
         raise ArmhubertError(f"{heads[0]} must be a matrix, got shape {list(student[heads[0]].shape)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from armhubert.config import read_mapping
+from armhubert.config import EncoderConfig, coerced, read_mapping
 from armhubert.errors import ArmhubertError
 
 _STRIDES: dict[tuple[int, ...], tuple[int, ...]] = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}
@@ -75,7 +75,8 @@ _LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.")
 def _beside(path: Path) -> dict[str, Any]:
     for suffix in (".yaml", ".json"):
         if path.with_suffix(suffix).is_file() and path.suffix != suffix:
-            return read_mapping(path.with_suffix(suffix))
+            settings = path.with_suffix(suffix)
+            return coerced(EncoderConfig, read_mapping(settings), str(settings))
     return {}
 
 

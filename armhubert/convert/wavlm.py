@@ -10,7 +10,7 @@ from typing import Any
 from armhubert.convert import fairseq
 from armhubert.convert.pickles import fields, scalar
 from armhubert.convert.tensors import tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.weights import Weights
 
 
@@ -28,7 +28,9 @@ def load(content: Mapping[str, Any], path: Path) -> Weights:
     section = {key: scalar(value) for key, value in fields(content["cfg"]).items()}
     for key in ("relative_position_embedding", "gru_rel_pos"):
         if section.get(key, False) is not True:
-            raise ArmhubertError(f"{path}: {key} must be true, as in every published WavLM, got {section.get(key)!r}")
+            raise ArmhubertError(
+                f"{path}: {key} must be true, as in every published WavLM, got {shown(section.get(key))}"
+            )
     encoder = fairseq.find_encoder(tensors_of(content["model"], path), path)
     settings = fairseq.settings_of(section, encoder.tensors, str(path)) | {
         "position_buckets": section.get("num_buckets", 320),

@@ -113,7 +113,9 @@ class EncoderUpstream(Upstream):
         self.width = (config.head_width or 0) if features == "heads" else config.width
         self.hop = config.hop
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.identity = _digest(fingerprint(model), dataclasses.asdict(config), features)
+        self.final_norm = config.norm_first and features == "hidden"
+        more = ("after the final norm",) if self.final_norm else ()
+        self.identity = _digest(fingerprint(model), dataclasses.asdict(config), features, *more)
 
     def frames(self, samples: int) -> int:
         """By the convolutions' arithmetic."""
@@ -128,6 +130,8 @@ class EncoderUpstream(Upstream):
         whole = bool((lengths == waveforms.shape[1]).all())
         output = self.model(waveforms, None if whole else lengths)
         layers = torch.stack(output.projections if self.features == "heads" else output.hidden_states)
+        if self.final_norm:  # s3prl takes what leaves the encoder
+            layers[-1] = output.last_hidden_state
         return _masked(layers.float(), output.lengths)
 
 

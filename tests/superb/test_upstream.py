@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from test_runner import UPSTREAM  # type: ignore[import-not-found]
 
 from armhubert.config import mini
 from armhubert.errors import ArmhubertError
+from armhubert.s3prl import UpstreamExpert
 from armhubert.student import ARMHuBERT
 from armhubert.superb.upstream import load_upstream
 
@@ -69,6 +72,23 @@ def test_a_students_heads_or_hidden_states(student):
         expected = model(wave)
     torch.testing.assert_close(heads(wave, torch.tensor([8_000])).layers, torch.stack(expected.projections))
     torch.testing.assert_close(hidden(wave, torch.tensor([8_000])).layers, torch.stack(expected.hidden_states))
+
+
+def test_the_last_layer_is_what_leaves_the_encoder(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ARMHuBERT(dataclasses.replace(mini(), norm_first=True)).eval()
+    model.save_pretrained(tmp_path)
+    wave = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(wave)
+    for layers in (
+        load_upstream(str(tmp_path), features="hidden")(wave, torch.tensor([8_000])).layers,
+        UpstreamExpert(tmp_path)([wave[0]])["hidden_states"],
+    ):
+        torch.testing.assert_close(layers[-1], expected.last_hidden_state)
+        torch.testing.assert_close(layers[-2], expected.hidden_states[-2])
+    assert not torch.allclose(expected.last_hidden_state, expected.hidden_states[-1])
 
 
 def test_what_cannot_be_an_upstream(tmp_path, student):
