@@ -187,12 +187,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(total, total - heads)
 
 
-def model_card(model: ARMHuBERT, training: str = "", source: str = "this-folder", *, converted: str = "") -> str:
+def model_card(
+    model: ARMHuBERT, training: str = "", source: str = "this-folder", *, converted: str | None = None
+) -> str:
     """Markdown that a model folder carries: what the model is, how to load it from `source`, and `training`, how it
-    came to be; `converted` is the name of somebody else's model that it was.
+    came to be; `converted` is the name of somebody else's model that it was, None: it is a student of ours.
     """
     config, count = model.config, count_parameters(model)
-    ours = not converted
+    ours = converted is None
     heads = "" if model.heads is None else f", {count.without_heads:,} without the distillation heads"
     return f"""---
 library_name: armhubert

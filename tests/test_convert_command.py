@@ -50,6 +50,17 @@ def test_a_checkpoint_becomes_a_folder_with_the_same_tensors(checkpoint, tmp_pat
     assert "licence" in (folder / "README.md").read_text()
 
 
+def test_the_card_names_what_was_given_and_never_claims_its_licence(checkpoint, tmp_path, monkeypatch):
+    convert(checkpoint, tmp_path / "theirs")
+    monkeypatch.setattr("armhubert.convert.huggingface.download", lambda _: tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path / "theirs")
+    for source, name in ((".", "theirs"), ("someone/hubert", "someone/hubert"), ("mini", "mini")):
+        convert(source, tmp_path / "out", force=True)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"# {name}, converted\n" in card
+        assert "license: other\n" in card
+
+
 def test_a_folder_that_holds_something_is_left_alone_unless_forced(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

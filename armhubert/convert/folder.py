@@ -72,6 +72,8 @@ def convert(
             "\nSettings that the source does not state, taken from published models of this size: "
             f"{', '.join(weights.inferred)}.\n"
         )
+    # not weights.source: of a hub id that is a folder in the cache, named by a commit
+    name = os.path.basename(os.path.abspath(source)) if os.path.exists(source) else str(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -80,7 +82,7 @@ def convert(
     try:
         # mkdtemp's folders are private; a model is not
         temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        model.save_pretrained(temporary, card=model_card(model, assumed, converted=Path(weights.source).name))
+        model.save_pretrained(temporary, card=model_card(model, assumed, converted=name))
         _check(temporary, model)
         if taken:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
