@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchaudio
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
@@ -105,6 +107,23 @@ def test_pickles_are_fetched_where_the_hub_has_nothing_else(hubert, tmp_path, mo
     weights = load_weights("someone/hubert")
     assert sorted(fetched) == ["config.json", min(offered)]
     assert torch.equal(weights.state["mask_embedding"], load_weights(hubert).state["mask_embedding"])
+
+
+@pytest.mark.parametrize(
+    ("error", "rule"),
+    [
+        (HTTPError("Proxy\nrefused"), r"\(Proxy\): check the path, or the id and the network"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space, or set HF_HOME"),
+    ],
+)
+def test_a_download_that_fails_is_one_line_with_the_remedy(monkeypatch, error, rule):
+    def snapshot_download(hub_id, *, allow_patterns):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ArmhubertError, match=rule) as caught:
+        load_weights("someone/hubert")
+    assert "'someone/hubert'" in one_line(caught)
 
 
 def test_a_model_with_a_ctc_head_and_old_weight_norm_names_and_a_pickle(hubert, tmp_path):

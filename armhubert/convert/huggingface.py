@@ -1,5 +1,6 @@
 """Hugging Face folders and hub ids: hubert, wav2vec2 and wavlm models of transformers, without transformers."""
 
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,22 +18,29 @@ SUPPORTED = ("hubert", "wav2vec2", "wavlm")
 _SETTINGS = ["config.json", "preprocessor_config.json"]
 _WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
 """By preference: pickles are fetched where there is nothing else."""
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def download(hub_id: str) -> Path:
     """The local copy of a hub model, fetched by huggingface_hub where it is not cached.
 
     Raises:
-        ArmhubertError: no such model, or no network and not cached.
+        ArmhubertError: no such model, no network and not cached, or a cache that cannot be written.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         for weights in _WEIGHTS:
             folder = Path(snapshot_download(hub_id, allow_patterns=[*_SETTINGS, *weights]))
             if any(folder.glob("model.safetensors*")):
                 break
-    except (OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise ArmhubertError(
+                f"cannot keep {hub_id!r} in the hub's cache: {error.strerror}; "
+                "free space, or set HF_HOME to another folder"
+            ) from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArmhubertError(
             f"{hub_id!r} is no folder or file here, and the hub does not give it either "
