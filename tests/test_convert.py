@@ -87,13 +87,16 @@ def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
             torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("offered", [{"model.safetensors", "pytorch_model.bin"}, {"pytorch_model.bin"}])
-def test_pickles_are_fetched_where_the_hub_has_nothing_else(hubert, tmp_path, monkeypatch, offered):
+@pytest.fixture
+def hub(hubert, tmp_path, monkeypatch):
+    """A folder that serves as the hub's, and the names fetched from it."""
     (hub, cache), fetched = (tmp_path / "hub", tmp_path / "cache"), []
     hub.mkdir()
     cache.mkdir()
-    for name in {"config.json", "pytorch_model.msgpack", "tf_model.h5"} | offered:
-        (hub / name).write_bytes((hubert / name).read_bytes() if (hubert / name).is_file() else b"")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(hubert / name, hub)
+    for name in ("pytorch_model.msgpack", "tf_model.h5", "adapter.deu.safetensors"):
+        (hub / name).touch()
     torch.save(load_file(hubert / "model.safetensors"), hub / "pytorch_model.bin")
 
     def snapshot_download(hub_id, *, allow_patterns):
@@ -104,9 +107,28 @@ def test_pickles_are_fetched_where_the_hub_has_nothing_else(hubert, tmp_path, mo
         return str(cache)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return hub, fetched
+
+
+@pytest.mark.parametrize("offered", ["model.safetensors", "pytorch_model.bin"])
+def test_pickles_are_fetched_where_the_hub_has_nothing_else(hubert, hub, offered):
+    folder, fetched = hub
+    if offered == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
     weights = load_weights("someone/hubert")
-    assert sorted(fetched) == ["config.json", min(offered)]
+    assert fetched == ["config.json", offered]
     assert torch.equal(weights.state["mask_embedding"], load_weights(hubert).state["mask_embedding"])
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "bert"}, {"hidden_act": "relu"}, None])
+def test_of_a_model_that_is_not_supported_no_weights_are_fetched(hub, changes):
+    folder, fetched = hub
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes)) if changes else path.unlink()
+    with pytest.raises(ArmhubertError) as caught:
+        load_weights("someone/other")
+    one_line(caught)
+    assert fetched == (["config.json"] if changes else [])
 
 
 @pytest.mark.parametrize(

@@ -16,25 +16,40 @@ from armhubert.weights import Weights
 SUPPORTED = ("hubert", "wav2vec2", "wavlm")
 
 _SETTINGS = ["config.json", "preprocessor_config.json"]
-_WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+_WEIGHTS = (
+    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],  # not the adapters beside them
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+)
 """By preference: pickles are fetched where there is nothing else."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def download(hub_id: str) -> Path:
-    """The local copy of a hub model, fetched by huggingface_hub where it is not cached.
+    """The local copy of a hub model, fetched by huggingface_hub where it is not cached: settings first, then weights.
 
     Raises:
-        ArmhubertError: no such model, no network and not cached, or a cache that cannot be written.
+        ArmhubertError: no such model, no network and not cached, a cache that cannot be written, or a model that is not
+            supported, of which no weights are fetched.
     """
+    folder = _fetch(hub_id, _SETTINGS)
+    if not (folder / "config.json").is_file():
+        return folder
+    config = read_mapping(folder / "config.json")
+    if config.get("model_type") != "armhubert":
+        _settings(folder, config)
+    for weights in _WEIGHTS:
+        folder = _fetch(hub_id, [*_SETTINGS, *weights])
+        if any(folder.glob("model.safetensors*")):
+            break
+    return folder
+
+
+def _fetch(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
     try:
-        for weights in _WEIGHTS:
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SETTINGS, *weights]))
-            if any(folder.glob("model.safetensors*")):
-                break
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise ArmhubertError(
@@ -46,16 +61,12 @@ def download(hub_id: str) -> Path:
             f"{hub_id!r} is no folder or file here, and the hub does not give it either "
             f"({first.removeprefix('Got: ').rstrip('. ')}): check the path, or the id and the network"
         ) from None
-    return folder
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> Weights:
     """A folder's config.json (already read), weights, and preprocessor_config.json where there is one."""
-    kind = config.get("model_type")
-    if kind not in SUPPORTED:
-        raise ArmhubertError(f"{folder} is a {kind!r} model; supported: {', '.join(SUPPORTED)} and armhubert students")
-    encoder, ignored = _encoder_names(read_folder(folder))
     settings = _settings(folder, config)
+    encoder, ignored = _encoder_names(read_folder(folder))
     # transformers leaves the embedding out where a fine-tuned model was trained without masking
     settings["mask_embedding"] = "masked_spec_embed" in encoder
     source = str(folder / "config.json")
@@ -67,6 +78,9 @@ def load(folder: Path, config: Mapping[str, Any]) -> Weights:
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """EncoderConfig's fields from a transformers configuration; absent keys have transformers' defaults."""
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        raise ArmhubertError(f"{folder} is a {kind!r} model; supported: {', '.join(SUPPORTED)} and armhubert students")
     for key, needed in (("hidden_act", "gelu"), ("feat_extract_activation", "gelu")):
         if config.get(key, needed) != needed:
             raise ArmhubertError(f"{folder} has {key} {config[key]!r}; only {needed!r} is supported")
@@ -84,7 +98,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     preprocessor = folder / "preprocessor_config.json"
     # Where nothing says otherwise: layer-norm models were trained on normalised input, group-norm models were not.
     normalize = read_mapping(preprocessor).get("do_normalize") if preprocessor.is_file() else None
-    buckets = config.get("num_buckets", 320) if config.get("model_type") == "wavlm" else 0
+    buckets = config.get("num_buckets", 320) if kind == "wavlm" else 0
     return {
         "conv_layers": list(zip(*stack, strict=True)),
         "width": config.get("hidden_size", 768),
