@@ -87,6 +87,30 @@ def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
             torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_what_trains_on_drops_as_much_in_the_same_places(kind, settings, tmp_path, monkeypatch):
+    dropouts = {"hidden_dropout": 0.1, "activation_dropout": 0.2, "feat_proj_dropout": 0.3, "attention_dropout": 0.4}
+    theirs = transformers_model(kind, **settings, **dropouts, layerdrop=0.0, apply_spec_augment=False)
+    theirs.save_pretrained(tmp_path)
+    ours = SpeechEncoder.from_weights(load_weights(tmp_path))
+
+    def places(model: torch.nn.Module) -> list[tuple]:
+        seen = []
+
+        def dropout(x: torch.Tensor, p: float, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            seen.append((p, x.shape) if training else None)
+            return x
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "dropout", dropout)
+            model.train()(torch.zeros(1, 2000))
+        return [place for place in seen if place[0] != 0.4]  # attention's is inside PyTorch's products
+
+    assert ours.config.attention_dropout == 0.4
+    assert places(ours) == places(theirs)
+
+
 @pytest.fixture
 def hub(hubert, tmp_path, monkeypatch):
     """A folder that serves as the hub's, and the names fetched from it."""

@@ -130,6 +130,8 @@ def model_settings(*, large: bool, **changes) -> dict:
         "conv_pos": 16,
         "conv_pos_groups": 4,
         "dropout": 0.1,
+        "activation_dropout": 0.05,
+        "dropout_input": 0.2,
     } | changes
 
 
@@ -212,7 +214,10 @@ def test_fairseq_checkpoints_give_every_hidden_state(kind, large, style, legacy,
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     fairseq.forget()
     weights = load_weights(path)
-    assert weights.config.normalize_input == large
+    config = weights.config
+    assert config.normalize_input == large
+    assert (config.dropout, config.activation_dropout, config.input_dropout) == (0.1, 0.05, 0.2)
+    assert config.attention_dropout == 0.1  # fairseq's default
     assert set(head) | {"criterion", "task_state", "extra_state"} <= set(weights.ignored)
     assert weights.inferred == ()
     same_hidden_states(encoder(path, padding="independent" if large else "as_trained"), theirs)

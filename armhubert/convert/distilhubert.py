@@ -58,7 +58,5 @@ def _settings(section: Mapping[str, Any], encoder: Mapping[str, Tensor], path: P
         theirs["conv_feature_layers"] = section["extractor_conv_feature_layers"]
     return fairseq.settings_of(theirs, encoder, str(path)) | {
         "feature_norm": False,
-        "dropout": section.get("dropout", 0.1),
-        "attention_dropout": section.get("attention_dropout", 0.1),
         "activation_dropout": section.get("activation_dropout", 0.1),
     }

@@ -162,6 +162,10 @@ def settings_of(section: Mapping[str, Any], encoder: Mapping[str, Tensor], sourc
         "norm_first": section.get("layer_norm_first", False),
         "position_kernel": section.get("conv_pos", 128),
         "position_groups": section.get("conv_pos_groups", 16),
+        "dropout": section.get("dropout", 0.1),
+        "attention_dropout": section.get("attention_dropout", 0.1),
+        "activation_dropout": section.get("activation_dropout", 0.0),
+        "input_dropout": section.get("dropout_input", 0.0),
     }
 
 

@@ -115,6 +115,10 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "position_buckets": buckets,
         "position_max_distance": config.get("max_bucket_distance", 800),
         "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "dropout": config.get("hidden_dropout", 0.1),
+        "attention_dropout": config.get("attention_dropout", 0.1),
+        "activation_dropout": config.get("activation_dropout", 0.1),
+        "input_dropout": config.get("feat_proj_dropout", 0.0),
         "normalize_input": norm == "layer" if normalize is None else normalize,
     }
 

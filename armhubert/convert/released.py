@@ -74,10 +74,6 @@ def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source:
         "attention_mode": "resoftmax" if "R" in pattern else "exact",
         "head_width": student[heads[0]].shape[0] if heads else None,
         "scale_layer_gradients": section.get("layer_grad_scale", False),
-        "dropout": section.get("dropout", 0.1),
-        "attention_dropout": section.get("attention_dropout", 0.1),
-        "activation_dropout": section.get("activation_dropout", 0.0),
-        "input_dropout": section.get("dropout_input", 0.0),
     }
 
 
