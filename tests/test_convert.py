@@ -277,11 +277,28 @@ def test_impossible_settings_of_a_model_are_one_line(hubert, tmp_path, changes):
 def test_input_normalisation_follows_the_preprocessor_and_else_the_kind_of_norm(hubert, tmp_path):
     assert not load_weights(hubert).config.normalize_input
     folder = copy(hubert, tmp_path / "a")
-    (folder / "preprocessor_config.json").write_text('{"do_normalize": true}')
-    assert load_weights(folder).config.normalize_input
+    for text, normalize in (('{"do_normalize": false}', False), ("{}", True), ('{"do_normalize": true}', True)):
+        (folder / "preprocessor_config.json").write_text(text)
+        assert load_weights(folder).config.normalize_input == normalize
     large = tmp_path / "large"
     transformers_model("Hubert", **LARGE).save_pretrained(large)
     assert load_weights(large).config.normalize_input
+
+
+def test_input_normalisation_is_read_from_a_processor(hubert, tmp_path):
+    import transformers
+
+    folder = copy(hubert, tmp_path / "a")
+    (tmp_path / "vocab.json").write_text('{"<pad>": 0, "<unk>": 1, "|": 2}')
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json")
+    for normalize in (True, False):
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize)
+        transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists()
+        assert load_weights(folder).config.normalize_input == normalize
+    (folder / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    (folder / "processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
+    assert load_weights(folder).config.normalize_input
 
 
 @pytest.mark.parametrize("kind", ["data2vec-audio", "wav2vec2-conformer", "bert", None])

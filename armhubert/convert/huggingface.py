@@ -15,7 +15,7 @@ from armhubert.weights import Weights
 
 SUPPORTED = ("hubert", "wav2vec2", "wavlm")
 
-_SETTINGS = ["config.json", "preprocessor_config.json"]
+_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _WEIGHTS = (
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],  # not the adapters beside them
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
@@ -64,7 +64,7 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> Weights:
-    """A folder's config.json (already read), weights, and preprocessor_config.json where there is one."""
+    """A folder's config.json (already read), weights, and what the feature extractor does where that is told."""
     settings = _settings(folder, config)
     encoder, ignored = _encoder_names(read_folder(folder))
     # transformers leaves the embedding out where a fine-tuned model was trained without masking
@@ -95,9 +95,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(part, (list, tuple)) and len(part) == len(stack[0]) for part in stack):
         raise ArmhubertError(f"{folder}: conv_dim, conv_kernel and conv_stride must be lists of one length")
     norm = config.get("feat_extract_norm", "group")
-    preprocessor = folder / "preprocessor_config.json"
-    # Where nothing says otherwise: layer-norm models were trained on normalised input, group-norm models were not.
-    normalize = read_mapping(preprocessor).get("do_normalize") if preprocessor.is_file() else None
+    extractor = _feature_extractor(folder)
     buckets = config.get("num_buckets", 320) if kind == "wavlm" else 0
     return {
         "conv_layers": list(zip(*stack, strict=True)),
@@ -119,8 +117,17 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_dropout": config.get("attention_dropout", 0.1),
         "activation_dropout": config.get("activation_dropout", 0.1),
         "input_dropout": config.get("feat_proj_dropout", 0.0),
-        "normalize_input": norm == "layer" if normalize is None else normalize,
+        # Where nothing says otherwise: layer-norm models were trained on normalised input, group-norm models were not.
+        "normalize_input": norm == "layer" if extractor is None else extractor.get("do_normalize", True),
     }
+
+
+def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
+    """Its settings from where transformers looks, in that order: a processor's part, a file of its own."""
+    processor, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if processor.is_file() and isinstance(inside := read_mapping(processor).get("feature_extractor"), dict):
+        return inside
+    return read_mapping(alone) if alone.is_file() else None
 
 
 def _encoder_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
