@@ -31,7 +31,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -72,7 +72,8 @@ def append_lines(path: Path) -> BinaryIO:
     return file
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that this process takes from new files and folders."""
     # The umask can only be read by setting it; /proc tells it without touching the process.
     try:
         with open("/proc/self/status") as status:

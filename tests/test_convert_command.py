@@ -61,6 +61,16 @@ def test_the_card_names_what_was_given_and_never_claims_its_licence(checkpoint, 
         assert "license: other\n" in card
 
 
+def test_a_new_folder_is_open_to_whom_the_umask_lets(checkpoint, tmp_path):
+    tmp_path.chmod(0o777)
+    before = os.umask(0o027)
+    try:
+        convert(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_folder_that_holds_something_is_left_alone_unless_forced(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -11,6 +11,7 @@ import torch
 from armhubert.config import AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.errors import ArmhubertError
+from armhubert.files import umask
 from armhubert.student import ARMHuBERT, ParameterCount, count_parameters, model_card
 
 
@@ -81,7 +82,7 @@ def convert(
         raise ArmhubertError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     try:
         # mkdtemp's folders are private; a model is not
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
+        temporary.chmod(0o777 & ~umask())
         model.save_pretrained(temporary, card=model_card(model, assumed, converted=name))
         _check(temporary, model)
         if taken:
