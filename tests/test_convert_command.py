@@ -13,6 +13,7 @@ from armhubert.cli.app import app
 from armhubert.convert import load_weights
 from armhubert.convert.folder import convert
 
+WRITTEN = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:armhubert")
 
 
@@ -39,7 +40,7 @@ def test_a_checkpoint_becomes_a_folder_with_the_same_tensors(checkpoint, tmp_pat
     assert "ignored 1: final_proj.weight" in out
     assert "read back equal" in out
     folder = tmp_path / "a" / "b"
-    assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert {file.name for file in folder.iterdir()} == WRITTEN
     assert os.listdir(tmp_path / "a") == ["b"]
     before, after = load_weights(checkpoint), load_weights(folder)
     assert before.config == after.config
@@ -69,6 +70,21 @@ def test_a_new_folder_is_open_to_whom_the_umask_lets(checkpoint, tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_an_existing_folder_is_filled_where_it_stands(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    before = (tmp_path / "here").stat()
+    for out in (".", tmp_path / "link"):
+        convert(checkpoint, out)
+        after = (tmp_path / "here").stat()
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+        assert {file.name for file in (tmp_path / "here").iterdir()} == WRITTEN
+        assert {file.name for file in tmp_path.iterdir()} == {"here", "link"}
+        for name in WRITTEN:
+            (tmp_path / "here" / name).unlink()
 
 
 def test_a_folder_that_holds_something_is_left_alone_unless_forced(checkpoint, tmp_path):
@@ -108,6 +124,9 @@ def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ArmhubertError, match="No space left"):
         convert(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ArmhubertError, match="No space left"):
+        convert(checkpoint, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

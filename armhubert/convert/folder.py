@@ -40,8 +40,9 @@ def convert(
 ) -> Converted:
     """Write `source` as a folder that `ARMHuBERT.from_pretrained` and `load_teacher` read, and read it back.
 
-    The folder is written under a temporary name beside `out` and renamed when it is complete and checked. Where `out`
-    exists (`force`), the files of ours in it are replaced one by one and no other is touched.
+    A new folder is written under a temporary name beside `out` and renamed when it is complete and checked. Where `out`
+    exists, empty or not (`force`), the temporary folder lies in it; its files, complete and checked, then replace those
+    of the same names one by one, config.json last, and no other file is touched.
 
     Args:
         source: as for `armhubert.convert.load_weights`.
@@ -51,15 +52,16 @@ def convert(
         force: replace our files in a folder that holds something.
 
     Raises:
-        ArmhubertError: nothing usable at `source`, `out` is taken or cannot be written; `out` is as it was.
+        ArmhubertError: nothing usable at `source`, `out` is taken or cannot be written; `out` is as it was, unless one
+            of the last moves failed.
     """
     folder = Path(out)
-    if os.path.exists(folder) and not folder.is_dir():  # False, unlike Path's, for names that no file system takes
+    exists = os.path.exists(folder)  # False, unlike Path's, for names that no file system takes
+    if exists and not folder.is_dir():
         raise ArmhubertError(f"{folder} is a file: give a folder")
-    if os.path.exists(folder) and os.path.exists(source) and folder.samefile(source):
+    if exists and os.path.exists(source) and folder.samefile(source):
         raise ArmhubertError(f"{folder} is the source itself: give another folder")
-    taken = os.path.exists(folder) and any(folder.iterdir())
-    if taken and not force:
+    if exists and any(folder.iterdir()) and not force:
         raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
     weights = load_weights(source)
     if attention_mode is not None:
@@ -77,7 +79,8 @@ def convert(
     name = os.path.basename(os.path.abspath(source)) if os.path.exists(source) else str(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        # inside, as an existing folder may be a mount point, a link or the current one, which no rename replaces
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder if exists else folder.parent))
     except OSError as error:
         raise ArmhubertError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     try:
@@ -85,7 +88,7 @@ def convert(
         temporary.chmod(0o777 & ~umask())
         model.save_pretrained(temporary, card=model_card(model, assumed, converted=name))
         _check(temporary, model)
-        if taken:
+        if exists:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, folder / file.name)
         else:
