@@ -85,11 +85,9 @@ def read_audio(path: str | Path, start: int = 0, count: int | None = None) -> Te
         with _open(path) as file:
             wave = _read(file, start, count)
     except FileNotFoundError:
-        raise ArmhubertError(
-            f"audio file {str(path)!r} does not exist: check the path, or scan the data again"
-        ) from None
+        raise ArmhubertError(f"audio file {str(path)!r} does not exist: check the path") from None
     except EOFError:
-        raise ArmhubertError(f"audio file {str(path)!r} is empty: remove it, or scan the data again") from None
+        raise ArmhubertError(f"audio file {str(path)!r} is empty: leave it out") from None
     except _DECODE_ERRORS as error:
         raise ArmhubertError(
             f"audio file {str(path)!r} cannot be read ({_why(error)}): convert it to wav or flac, or remove it"

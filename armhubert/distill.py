@@ -671,7 +671,11 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
         changes = {**changes, "epochs": None}
     elif changes.get("epochs") is not None:
         changes = {**changes, "steps": None}
-    return dataclasses.replace(config, **{**changes, "out": str(out)})
+    resumed = dataclasses.replace(config, **{**changes, "out": str(out)})
+    for source in (*resumed.data, *resumed.valid):
+        if not Path(source).exists():
+            raise ArmhubertError(f"{source} is no longer there: name the run's data anew beside --resume {out}")
+    return resumed
 
 
 def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:

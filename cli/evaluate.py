@@ -389,7 +389,8 @@ def similarity(
                 bar("compare", report.done, report.total)
     assert not isinstance(report, Comparing)
     ui.draw(similarity_table(report))
-    ui.say(f"{report.utterances} utterances, {report.frames} frames")
+    skipped = f"; {report.skipped} files could not be read" if report.skipped else ""
+    ui.say(f"{report.utterances} utterances, {report.frames} frames{skipped}")
     for path in write(report, config):
         ui.say(f"wrote {path}")
 

@@ -77,6 +77,8 @@ class Similarity(NamedTuple):
     """The teacher layer of each student layer."""
     frames: int
     utterances: int
+    skipped: int
+    """Files that could not be read, others having been drawn instead."""
 
 
 class _Sample(NamedTuple):
@@ -126,15 +128,17 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
     mapping = layer_mapping(student.config.layers, teacher.config.layers)
     draw = np.random.default_rng(config.seed)
     paths = discover(config.data)
-    chosen = [paths[place] for place in draw.permutation(len(paths))[: config.utterances]]
-    if len(chosen) < 2:
-        raise ArmhubertError(f"similarity needs at least 2 utterances, {', '.join(config.data)} has {len(chosen)}")
     ours: list[list[Tensor]] = []
     theirs: list[list[Tensor]] = []
     predictions: list[list[Tensor]] = []
     overlaps: list[list[float | None]] = []
-    for done, path in enumerate(chosen, start=1):
-        waveform = read_audio(path)[: int(config.max_seconds * SAMPLE_RATE)]
+    skipped = 0
+    for place in draw.permutation(len(paths)):
+        try:
+            waveform = read_audio(paths[place])[: int(config.max_seconds * SAMPLE_RATE)]
+        except ArmhubertError:
+            skipped += 1
+            continue
         waveform = F.pad(waveform, (0, max(0, student.config.receptive_field - len(waveform)))).to(device)
         mine, its = look(student, waveform), look(teacher, waveform)
         kept = torch.from_numpy(np.sort(draw.permutation(len(mine.hidden[0]))[:FRAMES_EACH]))
@@ -142,7 +146,13 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
         theirs.append([h[kept].float().cpu() for h in its.hidden])
         predictions.append([p[kept].float().cpu() for p in mine.projections])
         overlaps.append([_overlap(a, its.maps[layer - 1]) for a, layer in zip(mine.maps, mapping, strict=True)])
-        yield Comparing(done, len(chosen))
+        yield Comparing(len(ours), min(config.utterances, len(paths) - skipped))
+        if len(ours) == config.utterances:
+            break
+    if len(ours) < 2:
+        raise ArmhubertError(
+            f"similarity needs at least 2 utterances, {', '.join(config.data)} has {len(ours)} that can be read"
+        )
     x = [torch.cat(layers) for layers in zip(*ours, strict=True)]
     y = [torch.cat(layers) for layers in zip(*theirs, strict=True)]
     if student.heads is not None and student.config.head_width == teacher.config.width:
@@ -158,7 +168,8 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
         tuple(_mean([row[i] for row in overlaps]) for i in range(len(mapping))),
         mapping,
         len(x[0]),
-        len(chosen),
+        len(ours),
+        skipped,
     )
 
 

@@ -43,6 +43,11 @@ def test_a_model_is_like_itself(waves, tmp_path):
     assert all(result.cka[layer][layer] == pytest.approx(1) for layer in range(7))
     assert all(overlap == pytest.approx(1, abs=1e-4) for overlap in result.maps)
     assert result.mapping == (1, 2, 3, 4, 5, 6)
+    (folder / "d.wav").touch()
+    (folder / "e.wav").write_text("no audio")
+    again = result_of(SimilarityConfig("mini", "mini", (str(folder),)))
+    assert (again.utterances, again.skipped) == (3, 2)
+    assert all(again.cka[layer][layer] == pytest.approx(1) for layer in range(7))
 
 
 def test_a_random_student_is_not_like_its_teacher(waves, tmp_path):
