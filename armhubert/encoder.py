@@ -231,17 +231,16 @@ class PositionalConv(nn.Module):
         super().__init__()
         kernel = config.position_kernel
         conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
-        if (shape := conv.weight.shape) and conv.weight.is_meta:
-            # a norm on meta is traced in Python, for which PyTorch imports its compiler, a second: one number stands in
+        shape, meta = conv.weight.shape, conv.weight.is_meta
+        if meta:  # where a norm is traced in Python, for which PyTorch imports its compiler, a second: a number stands in
             conv.weight = nn.Parameter(torch.ones(1, 1, 1, device="cpu"))
-            normed = weight_norm(conv, dim=2).parametrizations.weight
-            normed.original0 = nn.Parameter(torch.empty(1, 1, kernel, device="meta"))
-            normed.original1 = nn.Parameter(torch.empty(shape, device="meta"))
         else:
             nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            weight_norm(conv, dim=2)
-        self.conv = conv
+        self.conv = weight_norm(conv, dim=2)
+        if meta:
+            self.conv.parametrizations.weight.original0 = nn.Parameter(torch.empty(1, 1, kernel, device="meta"))
+            self.conv.parametrizations.weight.original1 = nn.Parameter(torch.empty(shape, device="meta"))
         self._spectrum: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

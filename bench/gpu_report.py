@@ -234,8 +234,8 @@ def summary(content: dict[str, Any]) -> list[str]:
     for row in content["model"]:
         for name, c in row.get("candidates", {}).items():
             host = f", of it the host's {c['host'] * 1e3:.2f} ms" if c.get("host") else ""
-            times = f"{c['median'] * 1e3:.2f} ms, {over_ours(row, name):.2f}x ours"
-            lines.append(f"{row['kind']} B {row['batch']}, {name}: {times}{host}")
+            time = f"{c['median'] * 1e3:.2f} ms, {over_ours(row, name):.2f}x ours"
+            lines.append(f"{row['kind']} B {row['batch']}, {name}: {time}{host}")
     return lines
 
 
