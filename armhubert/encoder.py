@@ -232,7 +232,7 @@ class PositionalConv(nn.Module):
         kernel = config.position_kernel
         conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
         shape, meta = conv.weight.shape, conv.weight.is_meta
-        if meta:  # where a norm is traced in Python, for which PyTorch imports its compiler, a second: a number stands in
+        if meta:  # on which norms are traced in Python, for which PyTorch imports its compiler: one number stands in
             conv.weight = nn.Parameter(torch.ones(1, 1, 1, device="cpu"))
         else:
             nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.width)))
