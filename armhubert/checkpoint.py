@@ -36,6 +36,8 @@ class TrainingState:
     best_loss: float = float("inf")
     """Lowest validation loss."""
     validations_without_gain: int = 0
+    validation_due: bool = False
+    """A signal ended the validation of this step, which a resumed run begins with."""
     train_seconds: float = 0.0
     """Wall time spent in training so far."""
     window: list[tuple[float, list[float], float, float, float]] = dataclasses.field(default_factory=list)

@@ -117,11 +117,15 @@ def _lines(manifest: Path) -> list[tuple[int, str]]:
 
 
 def _entry(manifest: Path, number: int, folder: Path, value: object) -> Path:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    try:
+        sound = isinstance(value, str) and bool(value.strip()) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half a character, as JSON can write it
+        sound = False
+    if not sound:
         raise ArmhubertError(
             f"{manifest}:{number}: the path must be a text that is not empty, not {value!r}: correct it"
         )
-    return folder / value
+    return folder / str(value)
 
 
 def _read_jsonl(manifest: Path) -> Iterator[Path]:
@@ -530,7 +534,7 @@ def batches(
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not any(words in str(error) for words in ("exited unexpectedly", "is killed by signal")):
                     raise
                 died = " ".join(str(error).split())
             if died:  # raised out here, where no traceback keeps the iterator and its other workers alive
@@ -556,7 +560,11 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
 
     def __getitem__(self, place: int) -> AudioBatch | ArmhubertError:
         crops = self.plan[place]
-        waveforms = torch.zeros(len(crops), max(crop.count for crop in crops))
+        shape = len(crops), max(crop.count for crop in crops)
+        try:
+            waveforms = torch.zeros(shape)
+        except RuntimeError:
+            return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower --batch-seconds")
         try:
             for row, crop in zip(waveforms, crops, strict=True):
                 row[: crop.count] = read_audio(self.paths[crop.index], crop.start, crop.count)

@@ -46,7 +46,7 @@ from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distributed import World, chance, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import make_folder, write_atomic
+from armhubert.files import held, make_folder, write_atomic
 from armhubert.forecast import high_water_mark
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.losses import Objective
@@ -175,9 +175,13 @@ def distill(
     out = Path(config.out)
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
-    with world(pick_device(config.device)) as processes:
+    with world(pick_device(config.device)) as processes, contextlib.ExitStack() as stack:
         teacher, student, copied = load_models(config, processes.device)
-        data = yield from _prepare_data(config, out, student.config.receptive_field, processes, should_stop)
+        sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
+        if processes.leads:
+            make_folder(out)
+            stack.enter_context(held(out))
+        data = yield from _prepare_data(config, sources, student.config.receptive_field, processes, should_stop)
         if data is None:
             state, reason = (saved.state, "stopped") if saved is not None else (TrainingState(), "not begun")
             yield _finished(state, reason, processes, out)
@@ -185,7 +189,7 @@ def distill(
         identity = _identity(config, teacher, student, data, processes)
         run = Run(config, processes, teacher, student, data)
         if saved is not None:
-            _check_identity(saved.identity, identity, out)
+            _check_identity(saved.identity, identity, out, data)
             run.restore(saved)
         started = _started(run, copied, out)
         if processes.leads:
@@ -231,7 +235,36 @@ def _train(
             log.draw()
         return Saved(state.step, out / CHECKPOINT_FILE)
 
-    for group in _while_read(run.groups(), should_stop):
+    def validation() -> Generator[Report, None, str]:
+        """Validate; returns why training is to end, if it is."""
+        state.validation_due = True
+        validated = run.validate(should_stop)
+        if validated is None:
+            return "stopped"
+        state.validation_due = False
+        if log is not None:
+            log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
+        if validated.best:
+            run.export(out)
+        yield validated
+        return "early stop" if config.patience and state.validations_without_gain >= config.patience else ""
+
+    reason = ""
+    if state.validation_due:
+        reason = yield from validation()
+        yield save()
+    groups = _while_read(run.groups(), should_stop)
+    while not reason:
+        try:
+            group = next(groups, None)
+        except ArmhubertError:  # a file has gone, or a reader: what was learned is kept
+            yield save()
+            raise
+        if run.world.any(group is None) or group is None:  # no step is left, or a signal ended a process' readers
+            reason = "done" if state.step >= run.steps else "stopped"
+            if reason == "stopped":
+                yield save()
+            break
         outcome = run.step(group)
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
@@ -254,24 +287,9 @@ def _train(
             yield progress
         reason = "done" if last else "stopped" if run.world.any(should_stop()) else ""
         if run.data.valid and (last or state.step % validate_every == 0):
-            validated = run.validate(should_stop)
-            if validated is None:
-                reason = reason or "stopped"
-            else:
-                if log is not None:
-                    log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
-                if validated.best:
-                    run.export(out)
-                yield validated
-                if config.patience is not None and state.validations_without_gain >= config.patience and not last:
-                    reason = "early stop"
+            ended = yield from validation()
+            reason = ended if ended == "stopped" else reason or ended
         if reason or state.step % save_every == 0:
-            yield save()
-        if reason:
-            break
-    else:  # no step was left, or its readers were ended with it
-        reason = "done" if state.step >= run.steps else "stopped"
-        if reason == "stopped":
             yield save()
     run.world.wait()
     if state.validations_without_gain and state.best_loss == float("inf"):
@@ -643,6 +661,8 @@ def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> N
     for source in map(Path, (*config.data, *config.valid)):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise ArmhubertError(f"the run's folder {out} lies inside the data {source}: nothing is written there")
+    if Path(config.teacher).exists() and Path(config.teacher).resolve().is_relative_to(out.resolve()):
+        raise ArmhubertError(f"the run's folder {out} holds the teacher {config.teacher}: choose another folder")
     if force or not out.is_dir() or all(path.name == SCAN_CACHE for path in out.iterdir()):
         return
     if (out / CHECKPOINT_FILE).is_file():
@@ -736,19 +756,22 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
 
 
 def _prepare_data(
-    config: DistillConfig, out: Path, min_samples: int, processes: World, should_stop: Callable[[], bool]
+    config: DistillConfig,
+    sources: Sequence[Sequence[Path]],
+    min_samples: int,
+    processes: World,
+    should_stop: Callable[[], bool],
 ) -> Generator[Report, None, Data | None]:
-    """Find, examine and split the speech; the lead process does the work, the others read its cache. None: stopped."""
-    sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
+    """Examine and split the speech; the lead process does the work, the others read its cache. None: stopped."""
     scans: list[Scan] = []
+    cache = Path(config.out) / SCAN_CACHE
     if processes.leads:
-        make_folder(out)
-        scans = yield from _scan(sources, min_samples, out / SCAN_CACHE, config.workers, should_stop)
+        scans = yield from _scan(sources, min_samples, cache, config.workers, should_stop)
     processes.wait_for_lead()
     if processes.any(should_stop()):
         return None
     if not processes.leads:
-        scans = yield from _scan(sources, min_samples, out / SCAN_CACHE, config.workers)
+        scans = yield from _scan(sources, min_samples, cache, config.workers)
     for part in scans:
         part.require_utterances()
     found = scans[0]
@@ -803,13 +826,19 @@ def _identity(
     }
 
 
-def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path, data: Data) -> None:
     for name, value in now.items():
         if saved.get(name) != value:
             detail = ""
             if name == "student" and isinstance(saved.get(name), dict):
                 changed = [k for k in value if saved[name].get(k) != value[k]]
                 detail = f" ({', '.join(changed)})"
+            if name == "data":
+                skipped = data.scan.skipped
+                first = (
+                    f", the first of {len(skipped)} skipped {skipped[0].path} ({skipped[0].reason})" if skipped else ""
+                )
+                detail = f" ({len(data.train)} utterances now{first})"
             if name == "batches in a step":
                 detail = f": {saved.get(name)} then, {value} now (accumulate times processes)"
             raise ArmhubertError(

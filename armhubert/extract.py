@@ -275,6 +275,8 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     width = model.config.head_width if config.heads and model.config.head_width else model.config.width
     settings = _settings(config, model, selection, width)
     known = {} if config.force else _earlier(out, settings)
+    if not known:  # before the settings are this run's, lest another run's features be taken for it
+        (out / _INDEX).unlink(missing_ok=True)
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     shortest = model.config.receptive_field
@@ -307,8 +309,6 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     run = _Run(config, model, device, selection, width, out, names)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
-    if not known:  # nothing of another run's
-        (out / _INDEX).unlink(missing_ok=True)
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(append_lines(out / _INDEX))
@@ -378,7 +378,13 @@ class _Run:
         """Recordings that are too long for one pass, one after the other, written window by window."""
         for utterance in utterances:
             written: Future[_Row] = Future()
-            written.set_result(self._write_long(utterance))
+            try:
+                written.set_result(self._write_long(utterance))
+            except torch.OutOfMemoryError:
+                raise ArmhubertError(
+                    f"a window of {self.config.chunk_seconds:g} s does not fit the GPU's memory: lower "
+                    "--chunk-seconds; what is finished is kept"
+                ) from None
             yield [written]
 
     def _compute(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

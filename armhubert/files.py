@@ -9,6 +9,11 @@ from typing import BinaryIO
 
 from armhubert.errors import ArmhubertError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename: a reader sees the old file or the new one.
@@ -70,6 +75,31 @@ def append_lines(path: Path) -> BinaryIO:
         if file.read() != b"\n":
             file.write(b"\n")
     return file
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask the same; nothing is held where the system has no such locks.
+
+    Raises:
+        ArmhubertError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArmhubertError(
+                f"another process is at work in {folder}: wait for its end, or choose another folder"
+            ) from None
+        except OSError:
+            pass  # some network drives have none
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def umask() -> int:

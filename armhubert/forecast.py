@@ -157,10 +157,12 @@ def free_memory(device: torch.device) -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     try:
-        most, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        most, used, more = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
     except OSError:
         return free
-    return free if most == "max" else min(free, int(most) - int(used))
+    # files that were read count as used, and are given up when memory is asked for
+    cached = next((int(line.split()[1]) for line in more.splitlines() if line.startswith("inactive_file ")), 0)
+    return free if most == "max" else min(free, int(most) - int(used) + cached)
 
 
 def refusal(cost: Cost, device: torch.device, limit_seconds: float) -> str:

@@ -279,6 +279,13 @@ class Measuring(NamedTuple):
     what: str
 
 
+class MemoryUnknown(NamedTuple):
+    """A candidate's process ended before its memory was measured."""
+
+    name: str
+    why: str
+
+
 class Cell(NamedTuple):
     """The candidates on batches of one shape, timed in turn."""
 
@@ -332,7 +339,7 @@ class Profile(NamedTuple):
     """Batch and seconds at which peak memory was measured: the largest cell that all candidates ran; None: nowhere."""
 
 
-Report = Building | Measuring | Profile
+Report = Building | Measuring | MemoryUnknown | Profile
 
 
 def profile(config: ProfileConfig) -> Iterator[Report]:
@@ -380,7 +387,12 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     if memory_shape is not None:
         for number, model in enumerate(models):
             yield Measuring(len(cells) + config.ragged + number, steps, f"memory of {model.name}")
-            models[number] = model._replace(peak_memory=peak_memory(config, model.source, model.mode, *memory_shape))
+            try:
+                peak = peak_memory(config, model.source, model.mode, *memory_shape)
+            except ArmhubertError as error:  # the figures that there are took long
+                yield MemoryUnknown(model.name, str(error))
+            else:
+                models[number] = model._replace(peak_memory=peak)
     yield Profile(
         {
             **conditions(device),

@@ -1,6 +1,7 @@
 """The command line: the only place that knows typer and rich. One command a file; `ui` renders."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -28,6 +29,8 @@ def main() -> None:
     """Run a command: bad input is one line and exit code 2, Ctrl-C 130; the rest is a defect, with its traceback."""
     from armhubert.cli import ui
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are no UTF-8 are shown, not a defect
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except ArmhubertError as error:

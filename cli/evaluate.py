@@ -139,6 +139,9 @@ def evaluate(
     if "rates" in given:
         given["rates"] = numbers(given["rates"], float, "--rates")
     if task == "similarity" and suite is None:
+        options = {"--config": config, "--resume": resume, "--force": force}
+        if unfit := [name for name, value in options.items() if value]:
+            raise ArmhubertError(f"similarity takes no {unfit[0]}: leave it out")
         similarity(model or [], against, data or [], out, utterances, given)
         return
     if against is not None:

@@ -53,8 +53,6 @@ def plan(
                 show(f"size: {report.kind}", 0, None)
             else:
                 proposals = report
-    if choose > len(proposals):
-        raise ArmhubertError(f"--choose must be at most {len(proposals)}, the proposals found, got {choose}")
     table = Table("", "student", "width", "FFN", "layers", "pattern", "without heads", "GMACs 10 s", "10 s takes")
     for number, p in enumerate(proposals, start=1):
         s = p.student
@@ -68,6 +66,8 @@ def plan(
         ui.note(f"{teacher} has no mask embedding, so no masked view: the proposals distil with the plain loss")
     if any(map(budget.missed, proposals)):
         ui.note(f"* above {text} in this last measurement: ask for less, or measure again on a quieter machine")
+    if choose > len(proposals):
+        raise ArmhubertError(f"--choose must be at most {len(proposals)}, the proposals found, got {choose}")
     if out is not None:
         write(proposals[choose - 1], out)
         ui.say(f"wrote {out}: armhubert distill DATA --config {out}")

@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from armhubert.quality import Comparison
 
 N = TypeVar("N", int, float)
+_FEATURES = (
+    "--baseline", "--mode", "--seconds", "--batch-sizes", "--batch-seconds", "--heads", "--limit", "--ragged",
+    "--quality", "--memory", "--trace",
+)  # fmt: skip
+"""Options that --training has no use for."""
 
 
 @app.command()
 def profile(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="A student's folder, a released .ckpt, or any model; with --training the teacher."),
@@ -80,7 +86,7 @@ def profile(
     """Measure latency, throughput, memory and size of a model against baselines, timed in turn in one run."""
     from armhubert.baselines import default_baselines
     from armhubert.convert import load_weights
-    from armhubert.profile import Building, Measuring, Profile, ProfileConfig
+    from armhubert.profile import Building, Measuring, MemoryUnknown, Profile, ProfileConfig
     from armhubert.profile import profile as measure
     from armhubert.profile import trace as write_trace
     from armhubert.profile_report import write
@@ -89,9 +95,9 @@ def profile(
     ui.set_threads(threads)
     ui.silence_libraries()
     if training:
-        options = ("--baseline", "--mode", "--heads", "--ragged", "--quality", "--trace")
-        values = (baseline, mode, heads, ragged, quality, trace)
-        if given := [option for option, value in zip(options, values, strict=True) if value]:
+        sources = {p.opts[0]: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+        given = [option for option in _FEATURES if (source := sources[option]) and source.name != "DEFAULT"]
+        if given:
             raise ArmhubertError(f"--training times steps, not features, got {', '.join(given)} as well: leave it out")
         _training(model, config, device, repeats, warmup, out)
         return
@@ -122,6 +128,8 @@ def profile(
                 show(f"load {report.name}", 0, None)
             elif isinstance(report, Measuring):
                 show(f"measure {report.what}", report.done, report.total)
+            elif isinstance(report, MemoryUnknown):
+                ui.note(f"the peak memory of {report.name} is not known: {report.why}")
             elif isinstance(report, Profile):
                 result = report
     render(result)

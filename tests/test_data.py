@@ -98,6 +98,7 @@ def test_manifests(tmp_path):
         ("a.tsv", "\nid\tpath\n1\ta.wav\tmore\n", 3, "2 columns of the header, not 3"),
         ("a.tsv", "id\tpath\n1\t\n", 2, "not empty"),
         ("a.jsonl", '{"path": "a.wav"}\n{"path": \n', 2, "JSON object"),
+        ("a.jsonl", '{"path": "\\ud800.wav"}\n', 1, "correct it"),
         ("a.jsonl", '"a.wav"\n', 1, "audio_filepath, path or audio"),
         ("a.jsonl", '{"file": "a.wav"}\n', 1, "audio_filepath, path or audio"),
         ("a.jsonl", '{"path": {"bytes": 1}}\n', 1, "must be a text"),

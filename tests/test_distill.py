@@ -521,7 +521,10 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
     stopped = run(config, should_stop=lambda: bool(signalled))
     assert (stopped[-1].reason, stopped[-1].step, of(stopped, distill.Validated)) == ("stopped", 2, [])
     resumed = run(config, resume=True)
-    assert (resumed[-1].reason, len(of(resumed, distill.Validated))) == ("done", 1)
+    assert (resumed[-1].reason, [r.step for r in of(resumed, distill.Validated)]) == ("done", [2, 4])
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    run(whole)
+    same_state(Path(config.out), Path(whole.out))
     signalled.clear()
     with pytest.raises(ReaderDied):
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
@@ -877,6 +880,42 @@ def test_input_that_shows_its_fault_in_the_audio_leaves_what_was_examined_to_the
     assert [path.name for path in Path(config.out).iterdir()] == [".armhubert-scan.json"]
     monkeypatch.setattr(data, "measure", lambda path: pytest.fail("decoded again"))
     assert run(dataclasses.replace(config, hold_out=0.0))[-1].reason == "done"
+
+
+def test_a_recording_that_goes_away_costs_nothing_that_was_learned(settings, speech, tmp_path):
+    moving = Path(shutil.copytree(speech, tmp_path / "moving"))
+    config = settings(data=(str(moving),), hold_out=0.0, steps=100, workers=0)
+    reports = distill.distill(config)
+    for report in reports:
+        if isinstance(report, distill.Progress) and report.step == 2:
+            (moving / "3.wav").unlink()
+            break
+    with pytest.raises(ArmhubertError, match=r"3\.wav"):
+        list(reports)
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
+    assert saved.state.step >= 2
+    with pytest.raises(ArmhubertError, match=r"made with another data \(5 utterances now"):
+        run(config, resume=True)
+    shutil.copy(speech / "3.wav", moving)
+    assert run(dataclasses.replace(config, steps=saved.state.step + 1), resume=True)[-1].reason == "done"
+
+
+def test_two_runs_do_not_share_a_folder(settings):
+    config = settings()
+    first = distill.distill(config)
+    next(first)
+    with pytest.raises(ArmhubertError, match="another process is at work"):
+        run(config, force=True)
+    first.close()
+    assert run(config, force=True)[-1].reason == "done"
+
+
+def test_the_teacher_is_not_in_the_way_of_its_student(settings, teacher, tmp_path):
+    own = shutil.copytree(teacher, tmp_path / "own")
+    for out in (own, tmp_path):
+        with pytest.raises(ArmhubertError, match="holds the teacher"):
+            run(settings(teacher=str(own), out=str(out)), force=True)
+    assert (own / "config.json").is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_audio_is_examined(settings, tmp_path, monkeypatch):

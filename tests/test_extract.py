@@ -211,6 +211,12 @@ def test_another_model_never_mixes_with_what_is_there(student, speech, tmp_path)
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ArmhubertError, match=r"features of another model or other weights .*student.*other.*--force"):
         run(tmp_path / "other", speech, tmp_path / "out")
+    interrupted = extract(
+        ExtractConfig(str(tmp_path / "other"), (str(speech),), str(tmp_path / "out"), workers=0, force=True)
+    )
+    next(interrupted)
+    interrupted.close()
+    assert run(tmp_path / "other", speech, tmp_path / "out")[-1].recordings == 4
 
 
 def test_other_recordings_never_take_a_files_name(student, speech, tmp_path):

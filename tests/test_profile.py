@@ -333,10 +333,40 @@ def test_what_was_measured_is_written_although_its_quality_cannot_be_compared(st
     assert json.loads((tmp_path / "out/profile.json").read_text())["models"]
 
 
+def test_a_memory_that_cannot_be_measured_costs_no_time_that_was(student, monkeypatch):
+    def refuse(function: str, arguments: dict) -> str:
+        raise ArmhubertError("killed")
+
+    monkeypatch.setattr(profile, "_in_a_process", refuse)
+    config = profile.ProfileConfig(str(student), ("released",), seconds=(0.2,), batch_sizes=(), repeats=1, device="cpu")
+    *reports, result = profile.profile(config)
+    unknown = [report for report in reports if isinstance(report, profile.MemoryUnknown)]
+    assert [report.why for report in unknown] == ["killed", "killed"]
+    assert all(model.peak_memory is None for model in result.models)
+    assert len(result.cells) == 1
+
+
+def test_files_that_were_read_are_memory_to_be_had(tmp_path, monkeypatch):
+    groups = tmp_path / "sys/fs/cgroup"
+    groups.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {2**30} kB\n")
+    for name, text in (
+        ("max", str(16 * 2**30)),
+        ("current", str(14 * 2**30)),
+        ("stat", f"anon 5\ninactive_file {9 * 2**30}\n"),
+    ):
+        (groups / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(forecast, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert forecast.free_memory(torch.device("cpu")) == 11 * 2**30
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--training", "--mode", "bf16", "--ragged"], "times steps, not features, got --mode, --ragged as well"),
+        (["--training", "--batch-seconds", "220"], "got --batch-seconds as well"),
+        (["--training", "--no-memory"], "got --memory as well"),
         (["--training", "--repeats", "0"], "repeats must be at least 1 and warmup at least 0, got 0 and 1"),
         (["--training", "--warmup", "-1"], "got 5 and -1"),
         (["--config", "run.yaml"], "--config belongs to --training"),

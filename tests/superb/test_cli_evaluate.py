@@ -102,6 +102,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_audio_is_read(cal
         (["--suite", "superb"], "--suite superb needs a model"),
         (["fbank", "mini", "--task", "ks"], "give one model"),
         (["--task", "similarity"], "give both"),
+        (["mini", "--task", "similarity", "--against", "mini", "--force"], "similarity takes no --force"),
         (["--task", "ks", "--against", "mini"], "--against is for --task similarity"),
         (["--resume", "nowhere"], "nowhere has no evaluate.json"),
         (["no-such-model", "--task", "ks", "--data", "keywords"], "no model at 'no-such-model'"),
