@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from armhubert.errors import ArmhubertError
-from armhubert.files import append_lines, write_atomic
+from armhubert.files import append_lines, held, write_atomic
 from armhubert.superb.upstream import Upstream
 
 FORMAT = 1
@@ -112,7 +112,7 @@ class FeatureCache:
     @contextlib.contextmanager
     def writer(self) -> Iterator["_Writer"]:
         """Adds items; one process at a time."""
-        with _lock(self.folder / "lock"):
+        with held(self.folder):
             self._index = self._read_index()  # another process may have added to it
             writer = _Writer(self)
             try:
@@ -209,20 +209,3 @@ def _open(path: Path, way: Callable[[Path], Any]) -> Any:
         return way(path)
     except OSError as error:
         raise ArmhubertError(f"cannot write {path}: {error.strerror}; choose another folder with --cache") from None
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with _open(path, partial(open, mode="w")) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArmhubertError(
-                f"another process writes features into {path.parent}: wait for it, or name another folder with --cache"
-            ) from None
-        yield
