@@ -246,6 +246,8 @@ class _Record(NamedTuple):
 
 
 _CACHE_FORMAT = "armhubert scan 1"  # raise the number when decoding or measuring changes
+MAX_WORKERS = 256
+"""Reading processes, each of hundreds of megabytes: a slip of the keyboard would take the machine down."""
 _CHUNK = 16  # files a task: enough to hide what a task costs, few enough for a lively progress bar
 
 

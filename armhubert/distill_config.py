@@ -8,6 +8,7 @@ from typing import Literal
 from armhubert.audio import SAMPLE_RATE
 from armhubert.bundled import TRAINING_SPEECH
 from armhubert.config import AttentionMode, EncoderConfig, parse_conv_layers, preset
+from armhubert.data import MAX_WORKERS
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
 from armhubert.losses import parse_loss
@@ -136,6 +137,8 @@ class DistillConfig:
         for name in ("layer_weight", "weight_decay", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise ArmhubertError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.workers > MAX_WORKERS:
+            raise ArmhubertError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
         if self.seed >= 2**63:
             raise ArmhubertError(f"seed must be below 2**63, got {self.seed}")
         for name in ("batch_seconds", "max_seconds"):

@@ -34,7 +34,18 @@ from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.config import EncoderConfig, read_mapping
-from armhubert.data import Crop, Scanning, Utterance, batches, discover, padding_waste, plan_epoch, scan, write_skipped
+from armhubert.data import (
+    MAX_WORKERS,
+    Crop,
+    Scanning,
+    Utterance,
+    batches,
+    discover,
+    padding_waste,
+    plan_epoch,
+    scan,
+    write_skipped,
+)
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
@@ -97,8 +108,8 @@ class ExtractConfig:
             raise ArmhubertError("npy has no bf16: write --format safetensors, or --dtype fp16 or fp32")
         if not 0 < self.batch_seconds < float("inf"):
             raise ArmhubertError(f"batch_seconds must be above 0, got {self.batch_seconds}")
-        if self.workers is not None and self.workers < 0:
-            raise ArmhubertError(f"workers must be 0 or more, got {self.workers}")
+        if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
+            raise ArmhubertError(f"workers must be within 0 and {MAX_WORKERS}, got {self.workers}")
         check_windows(self.chunk_seconds, self.context_seconds)
 
 
