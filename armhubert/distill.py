@@ -180,7 +180,7 @@ def distill(
         sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
         if processes.leads:
             make_folder(out)
-            stack.enter_context(held(out))
+            stack.enter_context(held(out, strict=False))
         data = yield from _prepare_data(config, sources, student.config.receptive_field, processes, should_stop)
         if data is None:
             state, reason = (saved.state, "stopped") if saved is not None else (TrainingState(), "not begun")
@@ -247,7 +247,8 @@ def _train(
         if validated.best:
             run.export(out)
         yield validated
-        return "early stop" if config.patience and state.validations_without_gain >= config.patience else ""
+        given_up = config.patience is not None and state.validations_without_gain >= config.patience
+        return "early stop" if given_up and state.step < run.steps else ""
 
     reason = ""
     if state.validation_due:
@@ -287,8 +288,7 @@ def _train(
             yield progress
         reason = "done" if last else "stopped" if run.world.any(should_stop()) else ""
         if run.data.valid and (last or state.step % validate_every == 0):
-            ended = yield from validation()
-            reason = ended if ended == "stopped" else reason or ended
+            reason = (yield from validation()) or reason
         if reason or state.step % save_every == 0:
             yield save()
     run.world.wait()

@@ -526,6 +526,12 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
     run(whole)
     same_state(Path(config.out), Path(whole.out))
     signalled.clear()
+    short = dataclasses.replace(config, steps=2, patience=1, learning_rate=1e-30, out=str(tmp_path / "short"))
+    stopped = run(short, should_stop=lambda: bool(signalled))
+    assert (stopped[-1].reason, stopped[-1].step) == ("stopped", 2), "its last validation is owed"
+    resumed = run(short, resume=True)
+    assert (resumed[-1].reason, [r.step for r in of(resumed, distill.Validated)]) == ("done", [2])
+    signalled.clear()
     with pytest.raises(ReaderDied):
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
