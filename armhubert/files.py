@@ -78,11 +78,11 @@ def append_lines(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes that ask the same; nothing is held where the system has no such locks.
+def held(folder: Path, *, strict: bool = True) -> Iterator[None]:
+    """Hold a folder against other processes that ask the same; on Windows, nothing is held.
 
     Raises:
-        ArmhubertError: another process holds it.
+        ArmhubertError: another process holds it; its drive has no locks (`strict`: else nothing is held there).
     """
     if fcntl is None:
         yield
@@ -95,8 +95,11 @@ def held(folder: Path) -> Iterator[None]:
             raise ArmhubertError(
                 f"another process is at work in {folder}: wait for its end, or choose another folder"
             ) from None
-        except OSError:
-            pass  # some network drives have none
+        except OSError as error:
+            if strict:
+                raise ArmhubertError(
+                    f"{folder} cannot be locked ({error.strerror}): choose a folder on another drive"
+                ) from None
         yield
     finally:
         os.close(descriptor)

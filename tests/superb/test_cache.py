@@ -1,9 +1,12 @@
+import contextlib
+import errno
 import json
 
 import pytest
 import torch
 
 from armhubert.errors import ArmhubertError
+from armhubert.files import held
 from armhubert.superb import cache as cache_module
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.upstream import load_upstream
@@ -82,3 +85,16 @@ def test_features_beyond_fp16_are_refused(tmp_path, upstream):
     cache = FeatureCache(tmp_path, upstream)
     with cache.writer() as writer, pytest.raises(ArmhubertError, match="beyond the 65504 of fp16"):
         writer.add("big", torch.full((1, 3, 39), 1e6))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_drive_without_locks(strict, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    expected = pytest.raises(ArmhubertError, match="cannot be locked") if strict else contextlib.nullcontext()
+    with expected, held(tmp_path, strict=strict):
+        assert not strict
