@@ -246,8 +246,6 @@ class _Record(NamedTuple):
 
 
 _CACHE_FORMAT = "armhubert scan 1"  # raise the number when decoding or measuring changes
-MAX_WORKERS = 256
-"""Reading processes, each of hundreds of megabytes: a slip of the keyboard would take the machine down."""
 _CHUNK = 16  # files a task: enough to hide what a task costs, few enough for a lively progress bar
 
 
@@ -498,6 +496,10 @@ class AudioBatch(NamedTuple):
     """int64 [B], in samples."""
     indices: Tensor
     """int64 [B], into the utterances that were planned."""
+
+
+MAX_WORKERS = 256
+"""Reading processes, each of hundreds of megabytes: a slip of the keyboard would take the machine down."""
 
 
 class ReaderDied(ArmhubertError):

@@ -74,15 +74,15 @@ def run_stage(name: str, device: torch.device, *, quick: bool, budget: float, ou
 
 
 def _label(job: Any) -> str:
-    if isinstance(job, gpu_micro.Job):
-        words = [job.cell.label, "forward+backward" if job.backward else "forward", job.baseline]
-        return " ".join(word for word in words if word)
     if isinstance(job, gpu_check.Job):
         return job.label
-    if isinstance(job, gpu_model.Job):
+    if isinstance(job, gpu_micro.Job):
+        words = [job.cell.label, "forward+backward" if job.backward else "forward", job.baseline]
+    elif isinstance(job, gpu_model.Job):
         words = [job.kind, job.way, f"B{job.B}", job.against] if job.B else [job.kind]
-        return " ".join(word for word in words if word)
-    return " ".join(str(value) for value in job)
+    else:
+        words = [str(value) for value in job]
+    return " ".join(word for word in words if word)
 
 
 def main() -> None:

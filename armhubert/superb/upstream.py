@@ -113,8 +113,7 @@ class EncoderUpstream(Upstream):
         self.width = (config.head_width or 0) if features == "heads" else config.width
         self.hop = config.hop
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.final_norm = config.norm_first and features == "hidden"
-        more = ("after the final norm",) if self.final_norm else ()
+        more = ("after the final norm",) if config.norm_first and features == "hidden" else ()
         self.identity = _digest(fingerprint(model), dataclasses.asdict(config), features, *more)
 
     def frames(self, samples: int) -> int:
@@ -129,9 +128,11 @@ class EncoderUpstream(Upstream):
         lengths = lengths.clamp(min=least)
         whole = bool((lengths == waveforms.shape[1]).all())
         output = self.model(waveforms, None if whole else lengths)
-        layers = torch.stack(output.projections if self.features == "heads" else output.hidden_states)
-        if self.final_norm:  # s3prl takes what leaves the encoder
-            layers[-1] = output.last_hidden_state
+        hidden = (
+            *output.hidden_states[:-1],
+            output.last_hidden_state,
+        )  # of the last, s3prl takes what leaves the encoder
+        layers = torch.stack(output.projections if self.features == "heads" else hidden)
         return _masked(layers.float(), output.lengths)
 
 
