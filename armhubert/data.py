@@ -218,14 +218,15 @@ class Scan:
         """Skipped files counted by kind ("silent", "too short", ...), the most frequent first."""
         return dict(Counter(skipped.reason.partition(":")[0] for skipped in self.skipped).most_common())
 
-    def require_utterances(self, report: Path | None = None) -> None:
-        """Raise ArmhubertError where every file was skipped; `report` is where `write_skipped` has listed them."""
+    def require_utterances(self, report: Path | None = None, *, what: str = "data") -> None:
+        """Raise ArmhubertError where every file of `what` was skipped; `write_skipped` has listed them in `report`."""
         if not self.utterances:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped_by_kind.items()) or "there were none"
             first = f", first {str(self.skipped[0].path)!r}" if self.skipped else ""
             where = f"; see {str(report)!r}" if report else ""
             raise ArmhubertError(
-                f"no usable audio is left of {len(self.skipped)} files ({kinds}{first}): name other data{where}"
+                f"{what} must hold usable audio, got {len(self.skipped)} files of which none can be used "
+                f"({kinds}{first}): name others{where}"
             )
 
 

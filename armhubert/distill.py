@@ -48,6 +48,7 @@ from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import held, make_folder, write_atomic
 from armhubert.forecast import high_water_mark
+from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.losses import Objective
 from armhubert.masking import batch_mask, scheduled_probability, span_mask
@@ -83,6 +84,8 @@ class Started(NamedTuple):
     first_step: int
     processes: int
     device: str
+    notes: tuple[str, ...]
+    """What the user may not have meant."""
 
 
 class Progress(NamedTuple):
@@ -772,8 +775,8 @@ def _prepare_data(
         return None
     if not processes.leads:
         scans = yield from _scan(sources, min_samples, cache, config.workers)
-    for part in scans:
-        part.require_utterances()
+    for part, what in zip(scans, ("data", "valid"), strict=False):
+        part.require_utterances(what=what)
     found = scans[0]
     if config.valid:
         found = leave_out(found, scans[1])
@@ -867,7 +870,20 @@ def _started(run: Run, copied: int, out: Path) -> Started:
         first_step=run.state.step,
         processes=run.world.size,
         device=device_name(run.world.device),
+        notes=tuple(_notes(run)),
     )
+
+
+def _notes(run: Run) -> Iterator[str]:
+    config = run.config
+    if run.world.device.type == "cpu" and run.dtype is not None and emulated(run.dtype):
+        yield f"this processor has no instructions for {config.precision}: fp32 is much faster on it"
+    longest = [min(u.samples / SAMPLE_RATE, config.max_seconds) for u in run.data.train]
+    if alone := sum(seconds > config.batch_seconds for seconds in longest):
+        yield (
+            f"{alone} of {len(longest)} utterances are longer than batch_seconds {config.batch_seconds:g}: each is a "
+            f"batch of its own, of up to {max(longest):.1f} s (max_seconds crops them)"
+        )
 
 
 def _training_section(run: Run) -> str:

@@ -1,6 +1,7 @@
 """What a user can get wrong, as one line each."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -24,7 +25,11 @@ def shown(value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or the list of them where none is near."""
+    """`; did you mean 'x'?` for the known word nearest to `word`, or the list of them where none is near.
+
+    Initials are as near as can be: lr is learning_rate.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = [name for name in known if word == "".join(part[:1] for part in re.split("[_-]", name)) != name]
+    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -291,7 +291,7 @@ def _require(*packages: str, extra: str) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ArmhubertError(f'this export needs {" and ".join(missing)}: pip install "armhubert[{extra}]"')
+        raise ArmhubertError(f'{" and ".join(missing)} must be installed for this: pip install "armhubert[{extra}]"')
 
 
 # ---- programs --------------------------------------------------------------

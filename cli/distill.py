@@ -172,6 +172,8 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     settings = read_mapping(file) if file else {}
     if options.keys() & {"steps", "epochs"}:  # one on the command line replaces the other in the file
         settings = {name: value for name, value in settings.items() if name not in ("steps", "epochs")}
+    if "valid" in options and options.get("hold_out"):
+        raise ArmhubertError("--valid is the held-out speech, and --hold-out takes some of DATA: give one of them")
     settings |= options
     source = "the options" if file is None else f"{file} and the options" if options else str(file)
     if resume is not None:

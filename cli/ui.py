@@ -1,5 +1,6 @@
 """How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -117,7 +118,12 @@ def show(reports: "Iterator[Report]") -> "Finished":
         for report in reports:
             if leads and (line := format_line(report)):
                 print(line, flush=True)
+            if leads and isinstance(report, distill.Started):
+                for text in report.notes:
+                    note(f"note: {text}")
     assert isinstance(report, distill.Finished)
+    if leads and report.reason == "not begun":
+        note("Stopped before the first step; the same command starts anew, with the audio examined so far.")
     return report
 
 
@@ -137,6 +143,7 @@ def format_line(report: "Report") -> str:
             f"without_heads={report.student_parameters_without_heads} "
             f"pattern={report.student.pattern} utterances={report.utterances} seconds={report.seconds:.1f} "
             f"valid_utterances={report.valid_utterances} valid_seconds={report.valid_seconds:.1f} skipped={skipped} "
+            f"{f'listed={shlex.quote(str(report.skipped_report))} ' if report.skipped_report else ''}"
             f"padding={report.padding_waste:.3f} steps={report.steps} first_step={report.first_step} "
             f"processes={report.processes} out={shlex.quote(report.config.out)}"
         )
@@ -157,8 +164,9 @@ def format_line(report: "Report") -> str:
         return f"skipped step={report.step} in_a_row={report.in_a_row}"
     out = shlex.quote(str(report.out))
     resume = f" resume={shlex.quote(f'armhubert distill --resume {out}')}" if report.reason == "stopped" else ""
+    best = f" best_loss={report.best_loss:.5f}" if math.isfinite(report.best_loss) else ""
     return (
-        f"finished reason={report.reason.replace(' ', '-')} step={report.step} best_loss={report.best_loss:.5f} "
+        f"finished reason={report.reason.replace(' ', '-')} step={report.step}{best} "
         f"train_seconds={report.seconds:.1f} audio_seconds={report.audio_seconds:.1f} "
         f"peak_memory_mib={report.peak_memory / 2**20:.0f} out={out}{resume}"
     )
@@ -190,6 +198,8 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
                 if scanning is not None:
                     bar.remove_task(scanning)
                 bar.console.print(_start_table(report))
+                for text in report.notes:
+                    bar.console.print(f"note: {text}", style="yellow")
                 training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
             elif isinstance(report, distill.Progress) and training is not None:
                 detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"
@@ -242,9 +252,8 @@ def _start_table(report: "Started") -> Table:
 
 def _show_end(report: "Finished") -> None:
     if report.reason == "not begun":
-        _out.print("Stopped before the first step. The same command starts anew, with the audio examined so far.")
         return
-    held_out = f", lowest held-out loss {report.best_loss:.4f}" if report.best_loss < float("inf") else ""
+    held_out = f", lowest held-out loss {report.best_loss:.4f}" if math.isfinite(report.best_loss) else ""
     _out.print(
         f"{report.reason.capitalize()} at step {report.step}{held_out}; {_duration(report.seconds)} of training, "
         f"{_duration(report.audio_seconds)} of audio, peak memory {report.peak_memory / 2**30:.2f} GiB."

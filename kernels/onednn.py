@@ -27,9 +27,18 @@ def _fused(name: str) -> Any:
 
 _linear_pointwise = _fused("_linear_pointwise")
 _convolution_pointwise = _fused("_convolution_pointwise")
-_bfloat16_supported = _fused("_is_mkldnn_bf16_supported")
-DTYPES = (torch.float32, torch.bfloat16) if _bfloat16_supported and _bfloat16_supported() else (torch.float32,)
-"""That oneDNN computes in on this processor."""
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether this processor has no instructions for products of `dtype`, which then take many times float32's time."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    supported = _fused(f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported")
+    return supported is None or not supported()
+
+
+DTYPES = (torch.float32,) if emulated(torch.bfloat16) else (torch.float32, torch.bfloat16)
+"""That oneDNN computes in here."""
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 """Whether the processor has it: without, oneDNN gains nothing."""

@@ -145,12 +145,12 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         "--lr", "1e-4", "--warmup", 0.2, "--weight-decay", 0, "--clip", 2, "--precision", "bf16",
         "--beta1", 0.8, "--beta2", 0.95, "--epsilon", "1e-8",
         "--gradient-checkpointing", "--impl", "torch", "--device", "cpu", "--workers", 0, "--seed", 9,
-        "--log-every", 2, "--validate-every", 3, "--save-every", 4, "--patience", 5, "--hold-out", 0.25,
+        "--log-every", 2, "--validate-every", 3, "--save-every", 4, "--patience", 5,
     )  # fmt: skip
     assert (code, err) == (0, "")
     ((config, how),) = handed_over
     assert config == DistillConfig(
-        out="run", data=("a", "b"), valid=("v1", "v2"), hold_out=0.25, teacher="HUBERT_BASE", preset="maskhubert",
+        out="run", data=("a", "b"), valid=("v1", "v2"), teacher="HUBERT_BASE", preset="maskhubert",
         width=96, layers=4, heads=3, ffn=64, pattern="CRRC", conv_layers="[(96, 10, 5)]", attention_mode="resoftmax",
         dropout=0.3, init="teacher", loss="star=2", distance="l1", layer_weight=0.5, mask_prob=0.4, mask_prob_end=0.9,
         mask_length=7, epochs=1.5, batch_seconds=12.0, accumulate=3, max_seconds=8.0, learning_rate=1e-4, warmup=0.2,
@@ -158,6 +158,8 @@ def test_every_option_reaches_the_configuration(call, handed_over):
         beta1=0.8, beta2=0.95, epsilon=1e-8, workers=0, seed=9, log_every=2, validate_every=3, save_every=4, patience=5,
     )  # fmt: skip
     assert how["force"] is True
+    assert call("distill", "--hold-out", 0.25)[0] == 0
+    assert handed_over[-1][0] == DistillConfig(hold_out=0.25)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -321,7 +323,8 @@ def test_ctrl_c_while_the_audio_is_examined_ends_the_run_before_its_first_step(
         code, out, err = call(*argv)
     assert code == 130
     assert "Stopping as soon as" in err
-    assert ("Stopped before the first step." if terminal else "finished reason=not-begun step=0 ") in out
+    assert "Stopped before the first step; the same command starts anew" in err
+    assert terminal or "finished reason=not-begun step=0 train_seconds=" in out
     assert "--resume" not in out
     assert os.listdir(tmp_path / "run") == [".armhubert-scan.json"]
     assert call(*argv)[0] == 0
@@ -381,12 +384,24 @@ def test_data_in_which_nothing_is_usable(rejected, tmp_path):
     soundfile.write(folder / "silent.wav", torch.zeros(16_000).numpy(), 16_000)
     soundfile.write(folder / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
     before = digests(folder)
-    rejected(data=folder, says=r"no usable audio is left of 4 files \(.*, first '.*broken.wav'\)")
+    rejected(
+        data=folder,
+        says=r"data must hold usable audio, got 4 files of which none can be used \(.*, first '.*broken.wav'\)",
+    )
     assert digests(folder) == before
 
 
 def test_missing_validation_speech(rejected, tmp_path):
     rejected("--valid", tmp_path / "absent", says="does not exist")
+
+
+def test_validation_speech_of_which_nothing_is_usable_is_named_as_such(rejected, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
+    rejected("--valid", tmp_path / "broken.wav", says="error: --valid must hold usable audio, got 1 files")
+
+
+def test_validation_speech_and_a_share_to_hold_out(rejected, speech):
+    rejected("--valid", speech, "--hold-out", "0.1", says="--valid .* --hold-out .* give one of them")
 
 
 # bad input: teachers

@@ -129,6 +129,8 @@ def test_a_configuration_survives_json():
     ("change", "message"),
     [
         ({"widht": 3}, r"unknown key 'widht' in file; did you mean 'width'\?"),
+        ({"ff": 3}, r"did you mean 'ffn'"),
+        ({"ad": 0.5}, r"did you mean 'activation_dropout'"),
         ({"width": "wide"}, "width in file must be a whole number, got 'wide'"),
         ({"width": 1.5}, "whole number"),
         ({"width": True}, "whole number"),

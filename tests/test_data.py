@@ -282,7 +282,7 @@ def test_nothing_left_is_an_error(tmp_path):
         (), (Skipped("a", "silent"), Skipped("b", "too short: 3 samples, at least 400"), Skipped("c", "silent"))
     )
     with pytest.raises(
-        ArmhubertError, match=r"of 3 files \(2 silent, 1 too short, first 'a'\).*skipped\.tsv"
+        ArmhubertError, match=r"^data must .* 3 files .* \(2 silent, 1 too short, first 'a'\).*skipped\.tsv"
     ) as caught:
         nothing.require_utterances(tmp_path / "skipped.tsv")
     message(caught)

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,22 @@ def test_without_holding_out_the_last_student_is_exported_and_nothing_validated(
     assert all(torch.equal(exported[name], value) for name, value in last.items())
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"batch_seconds": 1.0, "max_seconds": 1.5},
+            r"2 of 6 utterances are longer than batch_seconds 1: .* up to 1\.3 s",
+        ),
+        ({"precision": "fp16"}, "no instructions for fp16: fp32 is much faster"),
+    ],
+)
+def test_settings_that_work_otherwise_than_they_look_are_noted(settings, monkeypatch, changes, says):
+    monkeypatch.setattr(distill, "emulated", lambda dtype: True)
+    (notes,) = (started.notes for started in of(run(settings(hold_out=0.0, **changes)), distill.Started))
+    assert re.search(says, *notes)
+
+
 def test_given_validation_speech_is_used_whole_and_no_training_speech_is_held_out(settings, tmp_path):
     held = write_speech(tmp_path / "held", (0.5, 0.8))
     reports = run(settings(valid=(str(held),), hold_out=0.5))
@@ -280,7 +297,10 @@ def test_speech_that_is_held_out_within_the_data_is_not_trained_on(settings, tmp
     assert started.skipped == {"held out": 2, "unreadable": 2}
     listed = (Path(started.config.out) / "skipped.tsv").read_text()
     assert f"{whole / 'dev/0.wav'}\theld out\n" in listed
-    with pytest.raises(ArmhubertError, match=r"no usable audio is left of 2 files \(1 unreadable, 1 held out"):
+    with pytest.raises(
+        ArmhubertError,
+        match=r"data must hold usable audio, got 2 files of which none can be used \(1 unreadable, 1 held out",
+    ):
         run(settings(out=str(tmp_path / "other"), data=(str(whole / "0.wav"),), valid=(str(whole),)))
 
 
