@@ -1,7 +1,7 @@
 """Render bench/results/*.json: what a user chooses by into the README, between its markers, the rest into docs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,10 @@ def _overview(machines: list[Path]) -> list[str]:
         names = {_title(model): model["name"] for model in content["models"]}
         for cell in (cell for cell in content["cells"] if cell["seconds"] == 10):
             titles.append(f"{_short(content['conditions'])}, {cell['batch']} x 10 s")
+            seconds = {name: timing["median"] for name, timing in cell["timings"].items()}
+            fastest = min(seconds, key=seconds.__getitem__)
             for title, row in rows.items():
-                row.append(_time(cell["timings"], names.get(title, ""), _REFERENCE))
+                row.append(_ratio(seconds, names.get(title, ""), fastest))
     for title, key, shown in _MEASURES:
         titles.append(title)
         for name, row in rows.items():
@@ -98,11 +100,13 @@ def _overview(machines: list[Path]) -> list[str]:
         for content in profiles
     )
     return [
-        "`armhubert profile` on CPUs: milliseconds, and times faster than transformers' HuBERT Base (sdpa, fp32) in "
-        f"the same run; medians of {profiles[0]['conditions']['repeats']} interleaved runs, random weights, no heads. "
-        "Memory is what loading and the largest batch add to a process; it and the feature error are the largest of "
-        f"all machines. {runs}.",
-        "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows.values())),
+        "`armhubert profile` on CPUs: how many times faster a student (preset armhubert) is than transformers' HuBERT "
+        "Base (sdpa, fp32), whose own time its row tells; the fastest in bold.",
+        _table(titles, rows.values()),
+        f"Medians of {profiles[0]['conditions']['repeats']} interleaved runs, random weights, no heads. Where a "
+        "processor has no instructions for bf16 and int8 (AVX2 alone), these modes are emulated. Memory is what "
+        "loading and the largest batch add to a process; it and the feature error are the largest of all machines. "
+        f"{runs}.",
         f"![profile](bench/results/{machines[0].name}/profile/profile.png)",
     ]
 
@@ -140,7 +144,13 @@ def _timings(models: list[dict[str, Any]], cells: list[dict[str, Any]]) -> str:
             titles.append(title)
             for row, model in zip(rows, models, strict=True):
                 row.append("" if model[key] is None else shown(model[key]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows))
+    return _table(titles, rows)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Names to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, rule, *rows))
 
 
 _REFERENCE = "hubert-base (eager)"
@@ -154,7 +164,7 @@ _MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 def _title(model: dict[str, Any]) -> str:
     """What the tables call a profiled model."""
     mode = "" if model["mode"] == "eager" else f", {model['mode']}"
-    return _BASELINES.get(model["source"], "student, preset armhubert") + mode
+    return _BASELINES.get(model["source"], "student") + mode
 
 
 def _unequal(content: dict[str, Any], folder: Path) -> list[str]:
@@ -181,6 +191,16 @@ def _short(conditions: dict[str, Any]) -> str:
     """Its name and its widest extension, for a column's title."""
     extension = conditions.get("extensions", "").split(" ")[0]
     return " ".join(filter(None, (conditions["processor"].replace("(R)", "").removesuffix(" Processor"), extension)))
+
+
+def _ratio(seconds: Mapping[str, float], name: str, fastest: str) -> str:
+    """Times faster than the reference; the reference's own time."""
+    if name not in seconds:
+        return "-"
+    if name == _REFERENCE:
+        return f"{seconds[name] * 1e3:.0f} ms"
+    ratio = f"{seconds[_REFERENCE] / seconds[name]:.1f}x"
+    return f"**{ratio}**" if name == fastest else ratio
 
 
 def _time(timings: dict[str, Any], name: str, reference: str) -> str:
