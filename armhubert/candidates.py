@@ -71,7 +71,8 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
         try:
             resolve_impl("triton", torch.empty(0, device=device))
         except ValueError as error:
-            raise ArmhubertError(f"mode triton: {error}") from None
+            why = str(error).replace("impl='triton'", "mode triton").partition(";")[0]
+            raise ArmhubertError(f"{why}: choose another mode") from None
     module.requires_grad_(False).to(device)
     encoder = module.student if isinstance(module, ReleasedWay) else module
     count = count_parameters(module)

@@ -22,9 +22,10 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write: config.json, model.safetensors, README.md.")],
     attention_mode: Annotated[
-        str | None, typer.Option(help="Read the maps of a released student as exact, for fine-tuning. [as recorded]")
+        str | None,
+        typer.Option(help="Read the maps of a released student as exact, for fine-tuning.", show_default="as recorded"),
     ] = None,
-    heads: Annotated[bool, typer.Option("--heads/--no-heads", help="Keep the distillation heads. [heads]")] = True,
+    heads: Annotated[bool, typer.Option("--heads/--no-heads", help="Keep the distillation heads.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace our files in OUT although it is not empty.")] = False,
 ) -> None:
     """Convert weights of another project into a folder that from_pretrained reads; the format is recognised."""

@@ -25,7 +25,8 @@ def distill(
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="Folder of the run. [runs/distill]", rich_help_panel=RUN)
+        str | None,
+        typer.Option("--out", "-o", help="Folder of the run.", show_default="runs/distill", rich_help_panel=RUN),
     ] = None,
     config: Annotated[
         Path | None,
@@ -42,19 +43,23 @@ def distill(
     ] = None,
     hold_out: Annotated[
         float | None,
-        typer.Option(help="Share of DATA held out without --valid; 0: no validation. [0.05]", rich_help_panel=RUN),
+        typer.Option(
+            help="Share of DATA held out without --valid; 0: no validation.", show_default="0.05", rich_help_panel=RUN
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="mini (bundled), a folder, a checkpoint file, a hub id, or a torchaudio pipeline. [mini]",
+            help="mini (bundled), a folder, a checkpoint file, a hub id, or a torchaudio pipeline.",
+            show_default="mini",
             rich_help_panel=MODEL,
         ),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="armhubert, armhubert-s, armwavlm-s, maskhubert, mini. [mini for the bundled teacher, else armhubert]",
+            help="armhubert, armhubert-s, armwavlm-s, maskhubert, mini.",
+            show_default="mini for the bundled teacher, else armhubert",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -76,79 +81,104 @@ def distill(
         str | None, typer.Option(help="Conv stack: '[(128, 10, 5)] + [(256, 3, 2)] * 4'.", rich_help_panel=MODEL)
     ] = None,
     attention_mode: Annotated[
-        str | None, typer.Option(help="exact or resoftmax. [exact]", rich_help_panel=MODEL)
+        str | None, typer.Option(help="exact or resoftmax.", show_default="exact", rich_help_panel=MODEL)
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Instead of the preset's.", rich_help_panel=MODEL)] = None,
     init: Annotated[
-        str | None, typer.Option(help="random, or teacher where shapes allow. [random]", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="random, or teacher where shapes allow.", show_default="random", rich_help_panel=MODEL),
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(help="masking, plain, star, or weighted: masking=1,star=0.5. [masking]", rich_help_panel=LOSS),
+        typer.Option(
+            help="masking, plain, star, or weighted: masking=1,star=0.5.", show_default="masking", rich_help_panel=LOSS
+        ),
     ] = None,
-    distance: Annotated[str | None, typer.Option(help="mse or l1. [mse]", rich_help_panel=LOSS)] = None,
+    distance: Annotated[str | None, typer.Option(help="mse or l1.", show_default="mse", rich_help_panel=LOSS)] = None,
     layer_weight: Annotated[
-        float | None, typer.Option(help="Weight of every layer but the last. [0.1]", rich_help_panel=LOSS)
+        float | None, typer.Option(help="Weight of every layer but the last.", show_default="0.1", rich_help_panel=LOSS)
     ] = None,
-    mask_prob: Annotated[float | None, typer.Option(help="p of the span mask. [0.8]", rich_help_panel=LOSS)] = None,
+    mask_prob: Annotated[
+        float | None, typer.Option(help="p of the span mask.", show_default="0.8", rich_help_panel=LOSS)
+    ] = None,
     mask_prob_end: Annotated[
         float | None, typer.Option(help="Change p linearly to this over the run.", rich_help_panel=LOSS)
     ] = None,
     mask_length: Annotated[
-        int | None, typer.Option(help="Mean span length in frames. [10]", rich_help_panel=LOSS)
+        int | None, typer.Option(help="Mean span length in frames.", show_default="10", rich_help_panel=LOSS)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data, without --steps. [200]", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Passes over the data, without --steps.", show_default="200", rich_help_panel=TRAINING),
     ] = None,
     batch_seconds: Annotated[
-        float | None, typer.Option(help="Padded audio of a batch of one process. [96]", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Padded audio of a batch of one process.", show_default="96", rich_help_panel=TRAINING),
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Batches in a step of one process. [1]", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Batches in a step of one process.", show_default="1", rich_help_panel=TRAINING)
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Crop longer utterances at random. [20]", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Crop longer utterances at random.", show_default="20", rich_help_panel=TRAINING),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Peak rate. [5e-3]", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Peak rate.", show_default="5e-3", rich_help_panel=TRAINING),
     ] = None,
     warmup: Annotated[
-        float | None, typer.Option(help="Share of the steps with rising rate. [0.05]", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Share of the steps with rising rate.", show_default="0.05", rich_help_panel=TRAINING),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's. [0.01]", rich_help_panel=TRAINING)] = None,
-    beta1: Annotated[float | None, typer.Option(help="AdamW's. [0.9]", rich_help_panel=TRAINING)] = None,
-    beta2: Annotated[float | None, typer.Option(help="AdamW's. [0.98]", rich_help_panel=TRAINING)] = None,
-    epsilon: Annotated[float | None, typer.Option(help="AdamW's. [1e-6]", rich_help_panel=TRAINING)] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm. [none]", rich_help_panel=TRAINING)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [fp32]", rich_help_panel=TRAINING)] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="AdamW's.", show_default="0.01", rich_help_panel=TRAINING)
+    ] = None,
+    beta1: Annotated[float | None, typer.Option(help="AdamW's.", show_default="0.9", rich_help_panel=TRAINING)] = None,
+    beta2: Annotated[float | None, typer.Option(help="AdamW's.", show_default="0.98", rich_help_panel=TRAINING)] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="AdamW's.", show_default="1e-6", rich_help_panel=TRAINING)
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest gradient norm.", show_default="none", rich_help_panel=TRAINING)
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="fp32", rich_help_panel=TRAINING)
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Less memory, more time. [no]",
+            help="Less memory, more time.",
+            show_default="no",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     impl: Annotated[
-        str | None, typer.Option(help="Kernels: auto, triton or torch. [auto]", rich_help_panel=TRAINING)
+        str | None, typer.Option(help="Kernels: auto, triton or torch.", show_default="auto", rich_help_panel=TRAINING)
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]", rich_help_panel=TRAINING)
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=TRAINING)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read audio. [2]", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Processes that read audio.", show_default="2", rich_help_panel=TRAINING)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. [0]", rich_help_panel=TRAINING)] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between reports. [10]", rich_help_panel=RUN)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything that is drawn.", show_default="0", rich_help_panel=TRAINING)
+    ] = None,
+    log_every: Annotated[
+        int | None, typer.Option(help="Steps between reports.", show_default="10", rich_help_panel=RUN)
+    ] = None,
     validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validations. [steps / 20, at least 10]", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Steps between validations.", show_default="steps / 20, at least 10", rich_help_panel=RUN),
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints. [at validations]", rich_help_panel=RUN)
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="at validations", rich_help_panel=RUN)
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many validations without gain. [never]", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Stop after so many validations without gain.", show_default="never", rich_help_panel=RUN),
     ] = None,
 ) -> None:
     """Distil a teacher into an ARMHuBERT student.

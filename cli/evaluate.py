@@ -32,13 +32,15 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             help="A student, any teacher as for distill, fbank, fbank_no_cmvn, mfcc, module:function or "
-            "file.py:function; several with --suite. [mini; with --suite mini: fbank and mini]"
+            "file.py:function; several with --suite.",
+            show_default="mini; with --suite mini: fbank and mini",
         ),
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="pr, asr, ks, qbe, sid, asv, sd, ic, sf, er, or similarity; with --suite several, as pr,asr. [pr]",
+            help="pr, asr, ks, qbe, sid, asv, sd, ic, sf, er, or similarity; with --suite several, as pr,asr.",
+            show_default="pr",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -49,11 +51,19 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", help="Root of the data.", rich_help_panel=DATA)
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Root of the data; similarity: as distill's DATA, or the bundled test speech.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="Folder of the run. [runs/evaluate/MODEL/TASK]", rich_help_panel=RUN),
+        typer.Option(
+            "--out", "-o", help="Folder of the run.", show_default="runs/evaluate/MODEL/TASK", rich_help_panel=RUN
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -76,12 +86,21 @@ def evaluate(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="hidden, heads, or auto: a student's heads where it has them. [auto]", rich_help_panel=RUN),
+        typer.Option(
+            help="hidden, heads, or auto: a student's heads where it has them.",
+            show_default="auto",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]", rich_help_panel=RUN)] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read audio. [2]", rich_help_panel=RUN)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=RUN)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read audio.", show_default="2", rich_help_panel=RUN)
+    ] = None,
     lexicon: Annotated[
-        str | None, typer.Option(help="pr: WORD, tab, phones. [lexicon.txt beside the data]", rich_help_panel=DATA)
+        str | None,
+        typer.Option(help="pr: WORD, tab, phones.", show_default="lexicon.txt beside the data", rich_help_panel=DATA),
     ] = None,
     g2p: Annotated[
         bool | None,
@@ -89,7 +108,9 @@ def evaluate(
     ] = None,
     train: Annotated[
         list[str] | None,
-        typer.Option(help="Subsets to train on; may be repeated. [train-clean-100]", rich_help_panel=DATA),
+        typer.Option(
+            help="Subsets to train on; may be repeated.", show_default="train-clean-100", rich_help_panel=DATA
+        ),
     ] = None,
     dev: Annotated[list[str] | None, typer.Option(help="Subsets to choose on.", rich_help_panel=DATA)] = None,
     test: Annotated[
@@ -98,7 +119,7 @@ def evaluate(
     ] = None,
     fold: Annotated[int | None, typer.Option(help="er: one fold instead of all.", rich_help_panel=DATA)] = None,
     language_model: Annotated[
-        str | None, typer.Option(help="asr: ARPA file for beam search. [greedy]", rich_help_panel=DATA)
+        str | None, typer.Option(help="asr: ARPA file for beam search.", show_default="greedy", rich_help_panel=DATA)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
     learning_rate: Annotated[
@@ -116,7 +137,7 @@ def evaluate(
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=TRAINING)] = None,
     optimizer: Annotated[str | None, typer.Option(help="Adam or AdamW.", rich_help_panel=TRAINING)] = None,
     head_size: Annotated[
-        int | None, typer.Option(help="asr, sf: units of the LSTMs. [1024]", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="asr, sf: units of the LSTMs.", show_default="1024", rich_help_panel=TRAINING)
     ] = None,
     crop_seconds: Annotated[
         float | None, typer.Option(help="Train on random crops; 0: whole utterances.", rich_help_panel=TRAINING)
@@ -128,7 +149,9 @@ def evaluate(
         bool | None,
         typer.Option("--normalize-layers", help="Layer norm before the weighted sum.", rich_help_panel=TRAINING),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. [0]", rich_help_panel=TRAINING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything that is drawn.", show_default="0", rich_help_panel=TRAINING)
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The teacher.", rich_help_panel=SIMILARITY)] = None,
     utterances: Annotated[int, typer.Option(help="How many are compared.", rich_help_panel=SIMILARITY)] = 50,
 ) -> None:
@@ -393,7 +416,8 @@ def similarity(
     assert not isinstance(report, Comparing)
     ui.draw(similarity_table(report))
     skipped = f"; {report.skipped} files could not be read" if report.skipped else ""
-    ui.say(f"{report.utterances} utterances, {report.frames} frames{skipped}")
+    of = ", ".join(data) or "the bundled test speech"
+    ui.say(f"{report.utterances} utterances, {report.frames} frames of {of}{skipped}")
     for path in write(report, config):
         ui.say(f"wrote {path}")
 

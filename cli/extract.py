@@ -34,7 +34,8 @@ def extract(
     context_seconds: Annotated[float, typer.Option(help="Overlap on either side of a window.")] = 5.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read audio. [2 for a GPU, 0 for a CPU]", show_default=False)
+        int | None,
+        typer.Option(help="Processes that read audio.", show_default="2 for a GPU, 0 for a CPU"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compute everything anew, whatever OUT holds.")] = False,
 ) -> None:

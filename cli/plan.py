@@ -20,7 +20,7 @@ def plan(
     macs: Annotated[str | None, typer.Option(help="Most multiply-accumulates for 10 s of audio: 15G.")] = None,
     latency: Annotated[str | None, typer.Option(help="Longest time for 10 s of audio, measured here: 200ms.")] = None,
     device: Annotated[str, typer.Option(help="Where latency is measured: auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each proposal.")] = 5,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a configuration for distill --config here.")

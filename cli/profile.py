@@ -36,12 +36,15 @@ def profile(
         typer.Option(
             help="NAME[:MODE], may be repeated: hubert-base, hubert-base-torchaudio, wavlm-base, distilhubert "
             "(random weights), released (this student as the released code computes it), or a model. "
-            "[hubert-base, distilhubert, released]"
+            "",
+            show_default="hubert-base, distilhubert, released",
         ),
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager, compiled, aot, bf16, int8, triton, onnx, onnx-int8; several: eager,bf16. [eager]"),
+        typer.Option(
+            help="eager, compiled, aot, bf16, int8, triton, onnx, onnx-int8; several: eager,bf16.", show_default="eager"
+        ),
     ] = None,
     seconds: Annotated[
         str, typer.Option(help="Lengths for latency at batch size 1; of four or more, cost against length is drawn.")
@@ -69,8 +72,8 @@ def profile(
             "quality against cost."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and pictures here.")] = None,
     trace: Annotated[
@@ -264,6 +267,8 @@ def _quality(result: "Profile", comparison: "Comparison", caution: str) -> None:
         quality = f"{point.metric} {point.value:g}{point.unit} {'↑' if point.higher_is_better else '↓'}"
         table.add_row(names[point.model], point.task, quality, *cells)
     ui.draw(table)
+    if not all("latency" in point.costs for point in comparison.points):
+        ui.note("- in ms: 1 x 10 s was not timed; --seconds with 10 in it does")
     for name, reason in comparison.without_result.items():
         ui.say(f"not compared: {name}, {reason}")
     for line in comparison.not_profiled:

@@ -13,10 +13,14 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+import typer
+from rich.text import Text
 from test_distill import SHAPE, digests, write_speech, write_teacher
 
 from armhubert import cli, data, distill
+from armhubert.cli.app import app
 from armhubert.distill_config import DistillConfig
+from armhubert.superb.config import EvaluateConfig
 
 STUDENT = [
     "--width", "32", "--layers", "2", "--heads", "2", "--ffn", "32", "--conv-layers", SHAPE["conv_layers"],
@@ -120,6 +124,28 @@ def test_version(call):
     from armhubert import __version__
 
     assert call("--version") == (0, f"armhubert {__version__}\n", "")
+
+
+def commands():
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def test_no_help_is_taken_for_markup_and_lost():
+    texts = [text for c in commands().values() for text in (c.help, *(getattr(p, "help", None) for p in c.params))]
+    assert len(texts) > 100
+    assert [text for text in texts if text and Text.from_markup(text).plain != text] == []
+
+
+def test_the_defaults_that_the_help_tells_are_those_of_the_configurations():
+    for command, config, least in (("distill", DistillConfig(), 20), ("evaluate", EvaluateConfig(data="."), 4)):
+        compared = 0
+        for parameter in commands()[command].params:
+            told, value = parameter.show_default, getattr(config, parameter.name, None)
+            if isinstance(told, str) and value not in (None, ()) and parameter.name not in ("out", "model"):
+                compared += 1
+                shown = ("no", "yes")[value] if isinstance(value, bool) else str(value)
+                assert float(told) == value if isinstance(value, float) else told == shown, parameter.name
+        assert compared >= least
 
 
 def test_without_a_command_the_help_is_shown(call):

@@ -425,7 +425,7 @@ def test_memory_is_that_of_a_process_of_its_own(student):
         ({"modes": ("fast",)}, "mode must be one of"),
         ({"baselines": ("hubert-base:eagr",)}, "mode must be one of .*, got 'eagr'; did you mean 'eager'"),
         ({"baselines": ("hubert",)}, "no model at 'hubert'.*; did you mean 'hubert-base'"),
-        ({"modes": ("triton",), "baselines": ()}, "impl='triton' needs"),
+        ({"modes": ("triton",), "baselines": ()}, "mode triton needs .* choose another mode"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"limit_seconds": 0}, "limit_seconds must be above 0"),
         ({"seconds": (-1.0,)}, "seconds must be finite and above 0"),

@@ -113,7 +113,9 @@ class EvaluateConfig:
             if value is not None and value < 0:
                 raise ArmhubertError(f"{name} must be at least 0, got {value}")
         if not self.data:
-            raise ArmhubertError(f"--data must name the root of {task.name}'s data: {task.data}")
+            raise ArmhubertError(
+                f"--data must name the root of {task.name}'s data: {task.data}; --suite mini is on bundled speech"
+            )
         if not Path(self.data).is_dir():
             raise ArmhubertError(f"data root {self.data!r} must be a folder that exists: {task.data}")
         for name in given_in_vain(task, vars(self)):

@@ -37,6 +37,8 @@ from armhubert.teacher import fingerprint
 CONFIG_FILE, RESULT_FILE = "evaluate.json", "result.json"
 FORMAT = 1
 DRY_ITEMS, DRY_STEPS = 8, 2
+MANY_PASSES = 1000
+"""Over the training speech: several times those of any task on SUPERB's own data."""
 
 
 # ---- the way in ------------------------------------------------------------
@@ -206,9 +208,15 @@ class _Evaluation:
             name: (len(split.items), sum(self.recordings.samples(item) for item in split.items) / SAMPLE_RATE)
             for name, split in self.corpus.splits.items()
         }
+        notes, changed = self.corpus.notes, self.changed()
+        if steps and "steps" not in changed:
+            passes = steps * config.training.batch * config.training.accumulate / splits["train"][0]
+            if passes > MANY_PASSES:
+                notes = (*notes, f"SUPERB's {steps:,} steps are {passes:,.0f} passes over this little training speech: "
+                         "--steps sets fewer")  # fmt: skip
         yield Started(
-            config, self.task, self.upstream, self.fold + 1 if self.task.folds > 1 else 0, splits, self.corpus.notes,
-            self.changed(), parameters, first, steps, device_name(self.device),
+            config, self.task, self.upstream, self.fold + 1 if self.task.folds > 1 else 0, splits, notes, changed,
+            parameters, first, steps, device_name(self.device),
         )  # fmt: skip
         if self.features.cache is not None:
             items = [item for split in self.corpus.splits.values() for item in split.items]

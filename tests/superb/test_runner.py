@@ -75,6 +75,12 @@ def same(one, other):
     return (one["head"], one["metrics"], one["dev"]) == (other["head"], other["metrics"], other["dev"])
 
 
+@pytest.mark.parametrize(("steps", "noted"), [(None, True), (12, False)])
+def test_superbs_steps_on_little_speech_are_noted(config, steps, noted):
+    started = next(r for r in evaluate(replace(config, steps=steps)) if isinstance(r, Started))
+    assert any("200,000 steps are" in note and "--steps sets fewer" in note for note in started.notes) == noted
+
+
 def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     first, reports = run(config)
     second, _ = run(replace(config, out=str(tmp_path / "again")))
