@@ -24,7 +24,7 @@ from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
-from armhubert.kernels.runtime import frame_mask
+from armhubert.kernels.runtime import frame_mask, tracing
 from armhubert.weights import Weights
 
 
@@ -34,7 +34,7 @@ class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor
     """[B, T, D]; of pre-norm models after the final LayerNorm."""
     hidden_states: tuple[Tensor, ...]
-    """Input of layer 0, then each layer's output: L + 1 tensors [B, T, D]."""
+    """Input of layer 0, then each layer's output: L + 1 tensors [B, T, D]; empty where they were not asked for."""
     projections: tuple[Tensor, ...] | None
     """Head outputs, L tensors [B, T, D_t]; None where the model has no heads or they were not asked for."""
     lengths: Tensor
@@ -64,9 +64,18 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 class Linear(nn.Linear):
     """`torch.nn.Linear` through `armhubert.kernels.linear`, which is faster on CPUs."""
 
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        """[..., D] -> [..., D'], with `gelu` the GELU of it."""
-        return linear(x, self.weight, self.bias, gelu=gelu)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D']."""
+        return linear(x, self.weight, self.bias)
+
+
+def _fusible(layer: nn.Module) -> bool:
+    """Whether only `layer`'s weights matter, so that what follows may take them instead of its output.
+
+    An adapter (LoRA) or quantised layer in its place is to be called, and so is one whose output hooks wait for.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is Linear and not any(hooks)
 
 
 # ---- attention -------------------------------------------------------------
@@ -101,8 +110,8 @@ class ReusingAttention(nn.Module):
 
     def forward(self, x: Tensor, attention_map: AttentionMap) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        out = reattend(attention_map, x, self.value.weight, self.value.bias, setting=self.mode, impl=self.impl)
-        return self.output(out)
+        values = (x, self.value.weight, self.value.bias) if _fusible(self.value) else (self.value(x),)
+        return self.output(reattend(attention_map, *values, setting=self.mode, impl=self.impl))
 
 
 class RelativePositions(nn.Module):
@@ -217,8 +226,9 @@ class EncoderLayer(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor | None:
         if self.up is None or self.down is None:
             return None
-        x = F.dropout(self.up(x, gelu=True), self.activation_dropout, self.training)
-        return self._drop(self.down(x))
+        up = self.up
+        x = linear(x, up.weight, up.bias, gelu=True) if _fusible(up) else F.gelu(up(x))
+        return self._drop(self.down(F.dropout(x, self.activation_dropout, self.training)))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -266,13 +276,13 @@ class PositionalConv(nn.Module):
             return F.conv1d(x.float(), weight, bias, 1, conv.padding, 1, conv.groups).to(dtype)
 
     def _kernel(self) -> Tensor:
-        """The kernel's spectrum, made anew when the weights have changed.
+        """The kernel's spectrum, made anew when the weights, in whatever parametrization, have changed.
 
-        Versions tell of changes in place; values of the norm's scale and a few weights, of changes behind `.data`.
+        Versions tell of changes in place; a sample of the values, of changes behind `.data`.
         """
-        scale, direction = (self.conv.parametrizations.weight.original0, self.conv.parametrizations.weight.original1)
-        versions = [None if t.is_inference() else t._version for t in (scale, direction)]
-        sample = torch.cat([scale.flatten(), direction.flatten()[:: direction.shape[-1] + 1]])
+        parameters = list(self.conv.parameters())
+        versions = [None if t.is_inference() else t._version for t in parameters]
+        sample = torch.cat([t.flatten()[:: 1 + t.numel() // 4096] for t in parameters])
         if self._spectrum is None or self._spectrum[0] != versions or not torch.equal(self._spectrum[1], sample):
             self._spectrum = versions, sample, positional_convolution.spectrum(self.conv.weight)
         return self._spectrum[2]
@@ -405,35 +415,47 @@ class SpeechEncoder(nn.Module):
                 x = scale_gradient(x, self._stream_factor(i))
             yield x
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> EncoderOutput:
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        hidden_states: bool = True,
+    ) -> EncoderOutput:
         """Features of a batch of waveforms.
 
         Args:
             waveforms: [B, S] at 16 kHz, float.
             lengths: valid samples of each utterance [B], integer; None: all S.
             mask: [B, T] bool, frames to replace by the mask embedding; None: none.
+            hidden_states: False leaves them out of the output, an empty tuple, which takes less memory.
 
         Raises:
             ArmhubertError: shapes or lengths that do not fit.
         """
         self.check_inputs(waveforms, lengths, mask)
-        if self._works_in_groups(waveforms):
-            return self._in_groups(waveforms, lengths, mask)
-        return self._at_once(waveforms, lengths, mask)
+        lengths = None if lengths is None else lengths.long()
+        run = self._in_groups if self._works_in_groups(waveforms) else self._at_once
+        return run(waveforms, lengths, mask, hidden_states)
 
-    def _at_once(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> EncoderOutput:
+    def _at_once(
+        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, hidden_states: bool
+    ) -> EncoderOutput:
         x, frames = self.embed(waveforms, lengths)
-        x = self.layer_inputs(x, frames, mask)
-        hidden_states = (x, *self.layer_outputs(x, frames))
-        last = hidden_states[-1]
+        inputs = self.layer_inputs(x, frames, mask)
+        kept = [inputs] if hidden_states else []
+        for x in self.layer_outputs(inputs, frames):
+            if hidden_states:
+                kept.append(x)
         if frames is None:
             frames = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
-        return EncoderOutput(self.norm(last) if self.config.norm_first else last, hidden_states, None, frames)
+        return EncoderOutput(self.norm(x) if self.config.norm_first else x, tuple(kept), None, frames)
 
     def _works_in_groups(self, waveforms: Tensor) -> bool:
         """Whether to infer a few utterances at a time: on a CPU a large batch is no faster, and leaves the caches."""
         return (
-            not torch.compiler.is_compiling()  # first: for a compiler the batch would be a constant
+            not tracing()  # first: for a compiler the batch would be a constant
             and waveforms.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not self.training
@@ -441,26 +463,32 @@ class SpeechEncoder(nn.Module):
             and len(waveforms) > 1
         )
 
-    def _in_groups(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None) -> EncoderOutput:
+    def _in_groups(
+        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, hidden_states: bool
+    ) -> EncoderOutput:
         """Groups of utterances of about one length, without the padding of the others: the same features."""
         batch, samples = waveforms.shape
         sizes = [samples] * batch if lengths is None else lengths.tolist()
-        frames = torch.tensor([self.config.frames(size) for size in sizes])
+        frames = torch.tensor([self.config.frames(size) for size in sizes], device=waveforms.device)
         whole: list[Tensor] = []
         for group in similar_lengths(frames.tolist(), FRAMES_A_THREAD * torch.get_num_threads()):
             longest = max(sizes[row] for row in group)
             equal = all(sizes[row] == longest for row in group)
             output = self._at_once(
                 waveforms[group, :longest],
-                None if equal else torch.tensor([sizes[row] for row in group]),
+                None if equal else torch.tensor([sizes[row] for row in group], device=waveforms.device),
                 None if mask is None else mask[group, : self.config.frames(longest)],
+                hidden_states,
             )
-            parts = [output.last_hidden_state, *output.hidden_states]
+            parts = [*output.hidden_states]
+            if self.config.norm_first or not hidden_states:
+                parts.append(output.last_hidden_state)
             if not whole:
                 whole = [part.new_zeros(batch, self.config.frames(samples), part.shape[2]) for part in parts]
             for target, part in zip(whole, parts, strict=True):
                 target[group, : part.shape[1]] = part
-        return EncoderOutput(whole[0] if self.config.norm_first else whole[-1], tuple(whole[1:]), None, frames)
+        states = tuple(whole[: self.config.layers + 1]) if hidden_states else ()
+        return EncoderOutput(whole[-1], states, None, frames)
 
     def _stream_factor(self, layer: int) -> float:
         remaining = self.config.layers - layer
@@ -484,7 +512,7 @@ class SpeechEncoder(nn.Module):
             if lengths.shape != (batch,) or lengths.is_floating_point():
                 raise ArmhubertError(f"lengths must be integers [{batch}], got {lengths.dtype} {list(lengths.shape)}")
             # Reading values would stop a GPU's queue and a compiler's trace; on the CPU it is free.
-            if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            if lengths.device.type == "cpu" and lengths.numel() and not tracing():
                 low, high = int(lengths.min()), int(lengths.max())
                 if low < shortest or high > samples:
                     raise ArmhubertError(f"lengths must lie in {shortest}..{samples} samples, got {low}..{high}")

@@ -151,7 +151,7 @@ class _Model(nn.Module):
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
         """[B, S], [B] -> the outputs."""
-        output = self.encoder(waveforms, lengths, projections=self.heads)
+        output = self.encoder(waveforms, lengths, hidden_states=self.hidden_states, projections=self.heads)
         found = [output.last_hidden_state]
         if self.hidden_states:
             found.append(torch.stack(output.hidden_states))

@@ -7,8 +7,8 @@
 Inputs, outputs and options are those of transformers' HubertModel and HubertForCTC, so that a script for one runs with
 the other. Folders go both ways: what transformers' `save_pretrained` writes, `ARMHuBERT.from_pretrained` reads.
 
-Where HuBERT differs: features do not depend on padding, layers are never dropped (`layerdrop` must be 0), and attention
-maps are not returned.
+Where HuBERT differs: features do not depend on padding, layers are never dropped (`layerdrop` must be 0), attention
+maps are not returned, and parts of the model have names of their own.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from armhubert.config import EncoderConfig, armhubert, build
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Impl
-from armhubert.kernels.runtime import frame_mask
+from armhubert.kernels.runtime import frame_mask, tracing
 from armhubert.student import ARMHuBERT
 
 try:
@@ -161,8 +161,23 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         super().__init__(config)
-        impl: Impl = "torch" if self.config._attn_implementation == "eager" else "auto"
-        self.armhubert = ARMHuBERT(self.config.encoder, impl=impl)
+        self.armhubert = ARMHuBERT(self.config.encoder, impl=self._impl())
+        self._freeze_heads()
+
+    def _freeze_heads(self) -> None:
+        """Train no distillation heads: DistributedDataParallel would wait for gradients that they never get."""
+        if self.armhubert.heads is not None:
+            self.armhubert.heads.requires_grad_(False)
+
+    def _impl(self) -> Impl:
+        return "torch" if self.config._attn_implementation == "eager" else "auto"
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers': `sdpa` or `eager`, from the next call on."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.armhubert.modules():
+            if hasattr(module, "impl"):
+                module.impl = self._impl()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -178,6 +193,7 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
                 f"{model.name_or_path} lacks {len(missing)} tensors of its encoder, such as {missing[0]}: its weights "
                 "do not fit its configuration"
             )
+        model._freeze_heads()  # loading puts new parameters in their places
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,6 +208,10 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
     def _get_feat_extract_output_lengths(self, input_lengths: Any) -> Any:
         """Frames of so many samples, an int or a tensor."""
         return self.armhubert.config.frames(input_lengths)
+
+    def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
+        """Sample-level mask [B, S] -> which of so many frames are valid [B, T], bool: for pooling over time."""
+        return frame_mask(self._get_feat_extract_output_lengths(attention_mask.sum(-1).long()), feature_vector_length)
 
     def _encode(
         self,
@@ -208,8 +228,8 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         model = self.armhubert
         lengths = None if attention_mask is None else _lengths(attention_mask, input_values)
         if not self.training and mask_time_indices is None:
-            output = model(input_values, lengths, projections=False)
-            return BaseModelOutput(output.last_hidden_state, output.hidden_states if output_hidden_states else None)
+            output = model(input_values, lengths, hidden_states=bool(output_hidden_states), projections=False)
+            return BaseModelOutput(output.last_hidden_state, output.hidden_states or None)
         model.check_inputs(input_values, lengths)
         x, frames = model.embed(input_values, lengths)
         x, mask = self._spec_augment(x, frames, mask_time_indices)
@@ -259,7 +279,8 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
 
 
 class ARMHuBERTModel(ARMHuBERTPreTrainedModel):
-    """A student as `AutoModel`. Distillation heads are kept and saved, not run; `head_width=None` leaves them out."""
+    """A student as `AutoModel`. Distillation heads are kept and saved, not run or trained; `head_width=None` leaves
+    them out."""
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         super().__init__(config)
@@ -311,28 +332,29 @@ class ARMHuBERTForCTC(ARMHuBERTPreTrainedModel):
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
         mask_time_indices: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        labels: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, vocabulary] and, with labels, the CTC loss, as HubertForCTC gives them.
 
         Args:
             input_values: as in `ARMHuBERTModel`, like the options.
             attention_mask: likewise.
+            labels: token ids [B, U]; negative ones (-100) and the blank (`pad_token_id`) are padding. The loss is
+                reduced by `ctc_loss_reduction`; `ctc_zero_infinity` drops utterances too short for their labels.
             mask_time_indices: likewise.
             output_attentions: likewise.
             output_hidden_states: likewise.
             return_dict: likewise.
-            labels: token ids [B, U]; negative ones (-100) and the blank (`pad_token_id`) are padding. The loss is
-                reduced by `ctc_loss_reduction`; `ctc_zero_infinity` drops utterances too short for their labels.
 
         Raises:
             ArmhubertError: labels beyond the vocabulary, or inputs that do not fit.
         """
-        if labels is not None and int(labels.max()) >= self.config.vocab_size:
+        if labels is not None and labels.numel() and int(labels.max()) >= self.config.vocab_size:
             raise ArmhubertError(
                 f"labels must be below vocab_size {self.config.vocab_size}, got {int(labels.max())}: load the model "
                 "with vocab_size=len(tokenizer)"
@@ -373,7 +395,7 @@ def _lengths(attention_mask: Tensor, input_values: Tensor) -> Tensor:
         )
     lengths = attention_mask.sum(-1).long()
     # Reading values would stop a GPU's queue and a compiler's trace; on the CPU it is free.
-    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = attention_mask.device.type == "cpu" and not tracing()
     if readable and not torch.equal(frame_mask(lengths, attention_mask.shape[1]), attention_mask.bool()):
         raise ArmhubertError(
             "attention_mask must be 1 on an utterance and 0 on the padding after it, got padding elsewhere: pad right"

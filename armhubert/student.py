@@ -63,13 +63,16 @@ class ARMHuBERT(SpeechEncoder):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        hidden_states: bool = True,
         projections: bool = True,
     ) -> EncoderOutput:
         """As `SpeechEncoder.forward`; `projections=False` leaves the heads out."""
-        output = super().forward(waveforms, lengths, mask)
+        projections = projections and self.heads is not None
+        output = super().forward(waveforms, lengths, mask, hidden_states=hidden_states or projections)
         if self.heads is None or not projections:
             return output
-        return output._replace(projections=self.heads(self.head_inputs(output.hidden_states)))
+        projected = self.heads(self.head_inputs(output.hidden_states))
+        return output._replace(projections=projected, hidden_states=output.hidden_states if hidden_states else ())
 
     @classmethod
     def from_pretrained(

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.kernels import onednn
-from armhubert.kernels.runtime import Impl, autocast, frame_mask, register, resolve_impl
+from armhubert.kernels.runtime import Impl, autocast, frame_mask, register, resolve_impl, tracing
 
 
 class Norm(NamedTuple):
@@ -256,8 +256,8 @@ def frontend_backward(
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
     widest = max(w0.shape[1], *(w.shape[0] for w in weights)) if weights else w0.shape[1]
-    d_w0, d_b0 = (torch.zeros(t.shape, dtype=t.dtype) for t in (w0, b0))
-    d_x = torch.zeros(x.shape if need_x else (0,), dtype=x.dtype)
+    d_w0, d_b0 = (t.new_zeros(t.shape) for t in (w0, b0))
+    d_x = x.new_zeros(x.shape if need_x else (0,))
     d_weights, d_biases, d_norms = ([torch.zeros_like(t) for t in ts] for ts in (weights, biases, norms))
     remaining = iter(kept)
     for b in range(len(x)):
@@ -513,7 +513,7 @@ def _check_lengths(lengths: Tensor | None, waveforms: Tensor, shortest: int) -> 
             f"lengths must be int32 or int64 [{B}] on {waveforms.device}, got {lengths.dtype} {tuple(lengths.shape)} "
             f"on {lengths.device}"
         )
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and lengths.numel() and not tracing():
         low, high = (int(v) for v in lengths.aminmax())
         if low < shortest or high > S:
             raise ValueError(f"lengths must lie in {shortest}..{S} samples, got {lengths.tolist()}")
@@ -634,7 +634,7 @@ def conv_frontend(
     strides = [layer.stride for layer in layers]
     eps = first_norm.eps if first_norm is not None else 0.0
     weights = low[1:]
-    if chosen == "torch" and (waveforms.device.type != "cpu" or torch.compiler.is_compiling()):
+    if chosen == "torch" and (waveforms.device.type != "cpu" or tracing()):
         return _composite(waveforms, shift, w0, b0, weights, biases, norms, strides, eps)[0]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (waveforms, w0, b0, *weights, *biases, *norms))
     sizes = (len(weights), len(biases))

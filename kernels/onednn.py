@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armhubert.kernels.runtime import tracing
+
 ROWS = 1024
 """Rows at a time where there are several pieces, so that they stay in a cache."""
 
@@ -148,7 +150,7 @@ def _runs(x: Tensor) -> bool:
         x.device.type == "cpu"
         and AVX512
         and _linear_pointwise is not None
-        and not torch.compiler.is_compiling()
+        and not tracing()
         and not torch.is_autocast_enabled("cpu")
     )
 

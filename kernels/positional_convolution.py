@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armhubert.kernels.runtime import tracing
+
 SHORTEST = 40
 """Frames of a batch from which it pays."""
 FEWEST_TAPS = 32
@@ -30,7 +32,7 @@ def serves(x: Tensor, taps: int, needs_gradient: bool) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and not needs_gradient
-        and not torch.compiler.is_compiling()
+        and not tracing()
         and x.shape[0] * x.shape[1] >= SHORTEST
         and taps >= FEWEST_TAPS
     )

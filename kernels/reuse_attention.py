@@ -32,7 +32,7 @@ from torch import Tensor
 
 from armhubert.kernels import onednn
 from armhubert.kernels.onednn import linear
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl, tracing
 from armhubert.kernels.variants import project_inside, store_map
 
 Setting = Literal["exact", "resoftmax"]
@@ -69,7 +69,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: floa
     """[B, T, H, d] -> [B, T, H d], PyTorch's own attention over valid keys."""
     T = q.shape[1]
     valid = None
-    if lengths is not None and (torch.compiler.is_compiling() or not _all_full(lengths, T)):
+    if lengths is not None and (tracing() or not _all_full(lengths, T)):
         valid = frame_mask(lengths, T)[:, None, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, valid, dropout).transpose(1, 2).flatten(2)
@@ -630,7 +630,7 @@ def attend(
     if chosen == "torch" and not dropout:
         out, maps = _softmax_attention(q, k, v, lengths, bool(reused))
         return out, AttentionMap(q, k, None, lengths, maps)
-    if chosen == "torch" and torch.compiler.is_compiling():
+    if chosen == "torch" and tracing():
         if seed is not None:
             raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
         return _sdpa(q, k, v, lengths, dropout), AttentionMap(q, k, None, lengths)
@@ -658,7 +658,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def reattend(
     attention_map: AttentionMap,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     setting: Setting = "exact",
@@ -669,7 +669,7 @@ def reattend(
     Args:
         attention_map: from `attend`, of the same batch.
         x: [B, T, D].
-        weight: [H d, D].
+        weight: [H d, D]; None: x holds the values themselves, [B, T, H d].
         bias: [H d] or None.
         setting: "exact" (the paper) or "resoftmax" (a second softmax over the probabilities of valid keys, as the
             released weights were trained).
@@ -687,22 +687,31 @@ def reattend(
         raise ValueError(f"setting must be 'exact' or 'resoftmax', got {setting!r}")
     if x.dim() != 3 or x.shape[:2] != (B, T):
         raise ValueError(f"x must be [{B}, {T}, D] like the map's batch, got {tuple(x.shape)}")
-    if weight.shape != (H * d, x.shape[2]):
+    if weight is None and (x.shape[2] != H * d or bias is not None):
+        raise ValueError(
+            f"without weight, x must be values [{B}, {T}, {H * d}] and bias None, got {tuple(x.shape)} and "
+            f"{'None' if bias is None else 'a bias'}"
+        )
+    if weight is not None and weight.shape != (H * d, x.shape[2]):
         raise ValueError(
             f"weight must be [{H * d}, {x.shape[2]}]: heads x width of the map, width of x; got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != (H * d,):
         raise ValueError(f"bias must be [{H * d}], got {tuple(bias.shape)}")
     if any(t.device != q.device for t in (x, weight, bias) if t is not None):
-        raise ValueError(f"x, weight and bias must be on {q.device} like the map, got {x.device} and {weight.device}")
+        raise ValueError(f"x, weight and bias must be on {q.device} like the map, got {_each('device', x, weight)}")
     x, weight, bias = autocast(x, weight, bias)
     if any(t.dtype != q.dtype for t in (x, weight, bias) if t is not None):
-        raise ValueError(f"x, weight and bias must have the map's dtype {q.dtype}, got {x.dtype} and {weight.dtype}")
+        raise ValueError(f"x, weight and bias must have the map's dtype {q.dtype}, got {_each('dtype', x, weight)}")
     if impl == "triton" and lse is None:
         raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
     resoftmax = setting == "resoftmax"
+
+    def values() -> Tensor:
+        return (x if weight is None else linear(x, weight, bias)).unflatten(2, (H, d))
+
     if _resolve(impl, q) == "torch" or lse is None:
-        v = linear(x, weight, bias).view(B, T, H, d)
+        v = values()
         gradients = _needs_gradient(q, k, v)
         if maps is not None and _needs_gradient(q, k) and not maps[0].requires_grad:
             maps = None  # made where no gradient was asked for, they would lead none to q and k
@@ -710,13 +719,15 @@ def reattend(
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:
             return _softmax_attention(q, k, v, lengths, False)[0]
-        if torch.compiler.is_compiling():
+        if tracing():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
     if maps is not None and not _needs_gradient(q, k, x, weight, bias):
-        v = linear(x, weight, bias).view(B, T, H, d)
-        return _reattend_kept_fwd(maps[0], v, lengths, resoftmax)
-    if project_inside(q):
+        return _reattend_kept_fwd(maps[0], values(), lengths, resoftmax)
+    if weight is not None and project_inside(q):
         return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
-    v = linear(x, weight, bias).view(B, T, H, d)
-    return _Reuse.apply(q, k, lse, lengths, resoftmax, v, None, None)
+    return _Reuse.apply(q, k, lse, lengths, resoftmax, values(), None, None)
+
+
+def _each(name: str, *tensors: Tensor | None) -> str:
+    return " and ".join(str(getattr(tensor, name)) for tensor in tensors if tensor is not None)

@@ -74,6 +74,11 @@ def resolve_impl(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
     return "triton"
 
 
+def tracing() -> bool:
+    """Whether a compiler, exporter or torch.jit.trace records what is computed: then nothing may depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _supported(x: Tensor) -> bool:
     """Whether Triton makes code for the device of x: Ampere and later, or AMD's; the interpreter, a CPU."""
     if not x.is_cuda:
@@ -125,7 +130,7 @@ def check_lengths(lengths: Tensor | None, B: int, T: int, device: torch.device) 
         raise ValueError(f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on {device} like the data, got {lengths.device}")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and lengths.numel() and not tracing():
         low, high = (int(v) for v in lengths.aminmax())
         if low < 1 or high > T:
             raise ValueError(f"lengths must be within 1..{T} (the frames of the batch), got {lengths.tolist()}")

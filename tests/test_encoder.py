@@ -4,6 +4,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder
 from armhubert.config import EncoderConfig
@@ -117,7 +119,12 @@ def load_others(position):
     position.load_state_dict({k: v + 0.25 for k, v in position.state_dict().items()}, assign=True)
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_behind_data, change_dtype, load_others])
+def fold(position):
+    remove_parametrizations(position.conv, "weight")
+    position.conv.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_behind_data, change_dtype, load_others, fold])
 def test_the_transformed_positional_kernel_follows_its_weights(change):
     encoder = model(position_kernel=32)
     x = torch.randn(1, 60, 24)
@@ -191,6 +198,100 @@ def test_a_reusing_layer_applies_the_map_before_dropout_to_its_own_values(mode, 
         want = reusing.output((probabilities @ values).transpose(1, 2).flatten(2))
     for i, n in enumerate(lengths.tolist()):
         torch.testing.assert_close(got[i, :n], want[i, :n], atol=1e-5, rtol=1e-4)
+
+
+class Adapter(nn.Module):
+    """What LoRA puts in a linear layer's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.change = base, nn.Parameter(0.1 * torch.randn_like(base.weight))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.change.T
+
+
+@pytest.mark.parametrize("layer", ["up", "down", "attention.value", "attention.output"])
+@pytest.mark.parametrize("mode", ["exact", "resoftmax"])
+def test_an_adapter_in_a_layers_place_is_called_and_learns(layer, mode):
+    adapted, merged = (model("reuse", attention_mode=mode).requires_grad_(False) for _ in range(2))
+    base = adapted.layers[1].get_submodule(layer)
+    adapter = Adapter(base)
+    adapted.layers[1].set_submodule(layer, adapter)
+    merged.layers[1].get_submodule(layer).weight += adapter.change.detach()
+    waves, lengths = torch.randn(2, 3000), torch.tensor([3000, 1500])
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            got, want = (m(waves, lengths) for m in (adapted, merged))
+        for row, n in enumerate(want.lengths):
+            torch.testing.assert_close(
+                got.last_hidden_state[row, :n].detach(), want.last_hidden_state[row, :n], atol=1e-4, rtol=0
+            )
+    got.last_hidden_state.square().sum().backward()
+    assert adapter.change.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("layer", ["up", "attention.value"])
+def test_hooks_see_what_a_linear_layer_gives(layer):
+    encoder, seen = model("reuse").requires_grad_(False), []
+    found = encoder.layers[1].get_submodule(layer)
+    found.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    encoder(torch.randn(1, 900))
+    ((x, y),) = seen
+    torch.testing.assert_close(y, F.linear(x, found.weight, found.bias))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["reuse", "pre-norm, layer norm"])
+def test_hidden_states_can_be_left_out(name, gradients):
+    encoder = model(name, ARMHuBERT, head_width=8)
+    waves, lengths = torch.randn(2, 3000), torch.tensor([3000, 1500])
+    with torch.set_grad_enabled(gradients):
+        whole, less = encoder(waves, lengths), encoder(waves, lengths, hidden_states=False)
+        least = encoder(waves, lengths, hidden_states=False, projections=False)
+    assert (less.hidden_states, least.hidden_states, least.projections) == ((), (), None)
+    for output in (less, least):
+        assert torch.equal(output.last_hidden_state, whole.last_hidden_state)
+    assert all(torch.equal(a, b) for a, b in zip(less.projections, whole.projections, strict=True))
+
+
+@pytest.mark.parametrize("name", ["reuse", "wavlm pre-norm"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_takes_other_lengths(name, padded):
+    def inputs(*samples):
+        waves = torch.randn(len(samples), max(samples))
+        return (waves, torch.tensor(samples)) if padded else (waves,)
+
+    encoder = model(name).requires_grad_(False)
+    traced = torch.jit.trace(
+        lambda *a: (lambda output: (output.last_hidden_state, output.lengths))(encoder(*a)), inputs(900, 700)
+    )
+    given = inputs(1300, 1100, 40)
+    got, want = traced(*given), encoder(*given)
+    assert torch.equal(got[1], want.lengths)
+    for row, n in enumerate(want.lengths):
+        torch.testing.assert_close(got[0][row, :n], want.last_hidden_state[row, :n], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_lengths_of_any_integer_type(dtype, gradients):
+    encoder = model("reuse")
+    with torch.set_grad_enabled(gradients):
+        frames = encoder(torch.randn(2, 3000), torch.tensor([3000, 1500], dtype=dtype)).lengths
+        none = encoder(torch.zeros(0, 3000), torch.zeros(0, dtype=dtype))
+    assert (frames.tolist(), frames.dtype) == ([149, 74], torch.int64)
+    assert none.last_hidden_state.shape == (0, 149, 24)
+
+
+def test_a_model_on_a_cpu_makes_nothing_elsewhere():
+    encoder = model("reuse")
+    waves, lengths = torch.randn(2, 3000), torch.tensor([3000, 1500])
+    with torch.device("meta"), torch.no_grad():
+        assert encoder(waves, lengths).last_hidden_state.device.type == "cpu"
+    with torch.device("meta"):
+        encoder(waves, lengths).last_hidden_state.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["post-norm", "pre-norm, layer norm", "wavlm", "reuse", "resoftmax"])

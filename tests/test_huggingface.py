@@ -203,6 +203,28 @@ def test_padding_changes_no_features(folder, batch):
     assert model._get_feat_extract_output_lengths(mask.sum(-1)).tolist() == [24, 15]
 
 
+def test_frames_for_pooling_are_those_of_hubert(folder, batch):
+    hubert = HubertForCTC(HubertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8))
+    want = hubert._get_feature_vector_attention_mask(24, batch[1])
+    assert torch.equal(AutoModel.from_pretrained(folder)._get_feature_vector_attention_mask(24, batch[1]), want)
+
+
+def test_every_parameter_that_is_to_learn_gets_a_gradient(batch, tmp_path):
+    small(head_width=12).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path).train()
+    model(*batch).last_hidden_state.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_the_attention_implementation_can_be_changed(folder, batch):
+    model = AutoModel.from_pretrained(folder)
+    for name, impl in (("eager", "torch"), ("sdpa", "auto")):
+        model.set_attn_implementation(name)
+        assert {m.impl for m in model.armhubert.modules() if hasattr(m, "impl")} == {impl}
+        model(*batch)
+
+
 def test_given_mask_indices_are_the_students_mask(student, folder, batch):
     model = AutoModel.from_pretrained(folder)
     indices = torch.zeros(2, 24, dtype=torch.bool)

@@ -530,6 +530,20 @@ def test_autocast():
 # ---- bad input --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_values_can_be_given_instead_of_a_projection(impl, setting, gradients):
+    q, values = draw(2, 20, 2, 8, dtype=torch.float32), draw(2, 20, 16, dtype=torch.float32, seed=1)
+    q, values = q.requires_grad_(gradients), values.requires_grad_(gradients)
+    one = torch.eye(16, device=DEVICE)
+    kept = attend(q, q, q, ragged(2, 20), reused=9, impl=impl)[1]
+    results = [reattend(kept, values, *weight, setting=setting, impl=impl) for weight in ((), (one,))]
+    if gradients:
+        results = [torch.autograd.grad(r.square().sum(), [q, values], retain_graph=True) for r in results]
+    torch.testing.assert_close(*results)
+
+
 def test_bad_input_is_told_before_any_launch():
     q = draw(2, 5, 2, 8, dtype=torch.float32)
     x, weight = draw(2, 5, 6, dtype=torch.float32), draw(16, 6, dtype=torch.float32)
@@ -544,6 +558,8 @@ def test_bad_input_is_told_before_any_launch():
         "seed must be": lambda: attend(q, q, q, dropout=0.5, seed=torch.zeros(2, device=DEVICE), impl="torch"),
         "x must be": lambda: reattend(kept, x[:1], weight),
         "weight must be": lambda: reattend(kept, x, weight[:8]),
+        "without weight, x must be": lambda: reattend(kept, x),
+        "and bias None": lambda: reattend(kept, q.flatten(2), bias=weight[:, 0]),
         "bias must be": lambda: reattend(kept, x, weight, x[0, 0]),
         "map's dtype": lambda: reattend(kept, x.double(), weight),
         "setting must be": lambda: reattend(kept, x, weight, setting="softmax"),
