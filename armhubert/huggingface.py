@@ -177,7 +177,7 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(*args, **kwargs)
         for module in self.armhubert.modules():
             if hasattr(module, "impl"):
-                module.impl = self._impl()
+                module.impl = self._impl()  # type: ignore[assignment]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

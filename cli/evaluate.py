@@ -204,6 +204,7 @@ def run_task(
     from armhubert.superb.config import EvaluateConfig
     from armhubert.superb.progress import Finished
     from armhubert.superb.suite import label
+    from armhubert.superb.upstream import names_code
 
     if len(models) > 1:
         raise ArmhubertError(f"give one model, got {', '.join(models)}: several are for --suite")
@@ -217,6 +218,11 @@ def run_task(
         config = build(EvaluateConfig, settings, "the settings")
         if "out" not in settings:
             config = dataclasses.replace(config, out=f"{config.out}/{label(config.model)}/{config.task}")
+    if names_code(config.model) and config.model not in models:
+        raise ArmhubertError(
+            f"a model that is code must be named on the command line, a file names {config.model!r}: name it again, if "
+            "you trust it"
+        )
     with stop_on_signal() as stop, ui.progress() as bar:
         for report in runner.evaluate(config, resume=resume is not None, force=force, should_stop=stop.asked):
             show(report, bar)
@@ -235,7 +241,7 @@ def run_suite(
     """Several models on several tasks."""
     from armhubert.superb.progress import Finished
     from armhubert.superb.report import write_report
-    from armhubert.superb.suite import MINI_NOTE, SuiteFinished, TaskBegun, plan_suite, settings_of
+    from armhubert.superb.suite import MINI_NOTE, SuiteFinished, TaskBegun, TaskFailed, plan_suite, settings_of
     from armhubert.superb.suite import run_suite as run
 
     common, per_task = settings_of(settings)
@@ -250,18 +256,25 @@ def run_suite(
         for report in run(plan, Path(folder), should_stop=stop.asked):
             if isinstance(report, TaskBegun):
                 ui.say(f"[{report.number}/{report.total}] {report.config.model} on {report.config.task}")
+            elif isinstance(report, TaskFailed):
+                ui.error(report.error)
             elif not isinstance(report, SuiteFinished) and not (isinstance(report, Finished) and stop.asked()):
                 show(report, bar)
     assert isinstance(report, SuiteFinished)
     if report.reason == "stopped":
         ui.say("Stopped; the same command goes on.")
         stop.leave()
-    if common.get("dry_run"):
-        return
-    ui.draw(suite_table(report))
-    if suite == "mini":
-        ui.say(MINI_NOTE)
-    ui.say(f"report: {write_report(report)}")
+    if not common.get("dry_run"):
+        ui.draw(suite_table(report))
+        if suite == "mini":
+            ui.say(MINI_NOTE)
+        for place in report.left_out:
+            ui.note(f"not in the report: {place}, a run with other settings")
+        ui.say(f"report: {write_report(report)}")
+    if report.failed:
+        raise ArmhubertError(
+            f"{report.failed} of {len(plan.configs)} evaluations failed, see above: the same command tries them again"
+        )
 
 
 def show_plan(plan: "SuitePlanned") -> None:

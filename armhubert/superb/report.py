@@ -278,17 +278,18 @@ def _figure(png: bytes, caption: str, *, wide: bool = False) -> str:
 def _conditions(results: Results) -> str:
     rows = []
     for model, by_task in results.items():
-        for r in list(by_task.values())[:1]:
+        described: dict[str, None] = {}  # what differs between tasks has several lines
+        for r in by_task.values():
             what = r["model"]
-            described = [
+            described |= dict.fromkeys([
                 what["source"],
                 f"{what['parameters']:,} parameters; {what['features']} features, {what['layers']} x {what['width']}",
                 f"identity {what['identity'] or 'unknown'}",
                 f"{r['hardware']['device']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}",
-                f"seed {r['config']['seed']}; "
-                + ", ".join(f"{task} {other['config_hash'][:12]}" for task, other in by_task.items()),
-            ]
-            rows.append(_row(model, [f"<td class=text>{'<br>'.join(map(escape, described))}</td>"]))
+                f"seed {r['config']['seed']}",
+            ])  # fmt: skip
+        hashes = ", ".join(f"{task} {r['config_hash'][:12]}" for task, r in by_task.items())
+        rows.append(_row(model, [f"<td class=text>{'<br>'.join(map(escape, [*described, hashes]))}</td>"]))
     return (
         "<h2 id=conditions>Conditions</h2><div class=scroll><table><thead><tr><th>model</th><th>what was measured, on "
         f"what, with which configurations</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from armhubert.config import build, read_mapping
 from armhubert.data import SCAN_CACHE
 from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
-from armhubert.files import make_folder, write_atomic
+from armhubert.files import held, make_folder, write_atomic
 from armhubert.superb.audio import Recordings, measure_corpus
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
@@ -113,6 +113,24 @@ def load_run_config(folder: Path, changes: Mapping[str, Any]) -> EvaluateConfig:
     return build(EvaluateConfig, {**saved, **changes, "out": str(folder)}, str(folder / CONFIG_FILE))
 
 
+def other_settings(
+    saved: Mapping[str, Any], config: EvaluateConfig | Mapping[str, Any], ignored: Set[str] = frozenset()
+) -> list[str]:
+    """Names of the settings by which `config` computes something else than the run that saved its own."""
+    now = config if isinstance(config, Mapping) else json.loads(json.dumps(dataclasses.asdict(config)))
+    defaults = json.loads(json.dumps({field.name: field.default for field in dataclasses.fields(EvaluateConfig)}))
+
+    def value(settings: Mapping[str, Any], name: str) -> Any:
+        found = settings.get(name, defaults[name])
+        return os.path.realpath(found) if name in _PATHS and isinstance(found, str) else found
+
+    compared = defaults.keys() - RESUMABLE - ignored - {"dry_run"}
+    return sorted(name for name in compared if value(saved, name) != value(now, name))
+
+
+_PATHS = ("model", "data", "lexicon", "language_model")
+
+
 def _check_out(out: Path, resume: bool, force: bool) -> None:
     if resume or not out.exists() or force:
         return
@@ -154,10 +172,16 @@ class _Evaluation:
         """Everything; returns the result. With `anew`, nothing of an earlier run is left once the data are checked."""
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
-        scan_cache = None if config.dry_run else Path(config.cache or out) / SCAN_CACHE
-        if scan_cache:
-            for folder in (out, scan_cache.parent):
-                make_folder(folder)
+        if config.dry_run:
+            return (yield from self._run(None, anew))
+        scan_cache = Path(config.cache or out) / SCAN_CACHE
+        for folder in (out, scan_cache.parent):
+            make_folder(folder)
+        with held(out, strict=False):
+            return (yield from self._run(scan_cache, anew))
+
+    def _run(self, scan_cache: Path | None, anew: bool) -> Generator[Report, None, dict[str, Any]]:
+        config, out = self.config, Path(self.config.out)
         self.recordings = yield from measure_corpus(self.corpus, scan_cache, max(1, config.workers))
         self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None
@@ -192,6 +216,13 @@ class _Evaluation:
         for name, split in corpus.splits.items():
             if len({item.key for item in split.items}) < len(split.items):
                 raise ArmhubertError(f"the {name} split names an utterance twice: correct its list")
+        trained = set(_cuts(corpus.splits["train"])) if self.config.training.steps else set()
+        for name, split in corpus.splits.items():
+            if name != "train" and (cut := next((cut for cut in _cuts(split) if cut in trained), None)):
+                raise ArmhubertError(
+                    f"train and {name} must share no recording, both have {cut[0]}: name other subsets by --train, "
+                    "--dev, --test"
+                )
         if not self.config.dry_run:
             return corpus
         return dataclasses.replace(corpus, splits={name: _few(split) for name, split in corpus.splits.items()})
@@ -344,9 +375,16 @@ def _clear(out: Path) -> None:
     """Remove what a resumed run would take up, of every fold and rate; the result first: it says that all is done."""
     for name in (RESULT_FILE, CHECKPOINT_FILE, BEST_FILE):
         (out / name).unlink(missing_ok=True)
-    for pattern in ("fold-*", "lr-*"):
-        for folder in out.glob(pattern):
+    for path in out.glob("predictions-*.jsonl"):
+        path.unlink()
+    for folder in out.iterdir():
+        if re.fullmatch(r"fold-\d+|lr-[\d.e-]+", folder.name) and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
+
+
+def _cuts(split: Split) -> Iterator[tuple[str, int, int | None]]:
+    """Of which recordings, and which samples of them, a split consists."""
+    return ((part.path, part.start, part.count) for item in split.items for part in item.parts)
 
 
 def _few(split: Split) -> Split:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.bundled import SPEECH
-from armhubert.config import build
+from armhubert.config import build, read_mapping
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig, given_in_vain
@@ -14,7 +14,7 @@ from armhubert.superb.progress import Finished, Report
 from armhubert.superb.task import Options, Task
 from armhubert.superb.tasks import MINI, TASKS
 from armhubert.superb.tasks.mini import RESOLUTION
-from armhubert.superb.upstream import FeatureChoice, load_upstream
+from armhubert.superb.upstream import FeatureChoice, Upstream, load_upstream
 
 
 class Column(NamedTuple):
@@ -112,20 +112,32 @@ class TaskBegun(NamedTuple):
     config: EvaluateConfig
 
 
+class TaskFailed(NamedTuple):
+    """One model on one task, which ended in an error; the suite goes on."""
+
+    config: EvaluateConfig
+    error: str
+
+
 class SuiteFinished(NamedTuple):
     """All that was run."""
 
     results: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    """result.json by model and task."""
+    """result.json by model and task; last those of earlier runs in the same folder with the same settings."""
     columns: tuple[Column, ...]
     reason: str
     """done or stopped."""
     out: Path
+    failed: int = 0
+    """Evaluations that ended in an error."""
+    left_out: tuple[str, ...] = ()
+    """Folders with results of other settings."""
 
 
 def label(source: str) -> str:
     """A model's name in tables and folders: the last part of its path."""
-    return Path(source).name.replace(":", ".") or source
+    name = Path(source).name
+    return (name if name not in ("", "..") else Path(source).resolve().name).replace(":", ".") or source
 
 
 def plan_suite(
@@ -217,48 +229,88 @@ def find_data(task: Task, root: Path, options: Options) -> Path:
 
 def run_suite(
     plan: SuitePlanned, out: Path, *, should_stop: Callable[[], bool] = lambda: False
-) -> Iterator[Report | TaskBegun | SuiteFinished]:
-    """Evaluate everything that was planned; what is done already, with the same settings, is not repeated.
+) -> Iterator[Report | TaskBegun | TaskFailed | SuiteFinished]:
+    """Evaluate everything that was planned; what is done already is not repeated, what fails does not end the rest.
 
     Raises:
-        ArmhubertError: a model cannot be loaded, before anything is run; else as `runner.evaluate`.
+        ArmhubertError: before anything is run: a model cannot be loaded, or a folder holds a run of other settings or
+            other weights.
     """
     results: dict[str, dict[str, Mapping[str, Any]]] = {}
-    upstream, loaded = None, None
-    for model, features, device_choice in _to_load(plan)[1:]:  # the first is loaded at once anyway
-        load_upstream(model, features=features, device=runner.pick_device(device_choice))
+    upstream = loaded = None
+    for config in plan.configs:
+        _check_settings(config)
+    for loaded in reversed(list(dict.fromkeys(map(_loading, plan.configs)))):  # so that the first is kept
+        upstream = _load(*loaded)
+        for config in plan.configs:
+            if _loading(config) == loaded:
+                _check_weights(config, upstream)
+    failed = 0
     for number, config in enumerate(plan.configs, start=1):
         yield TaskBegun(number, len(plan.configs), config)
-        same = _is_begun(config)
-        if same and (Path(config.out) / runner.RESULT_FILE).is_file():
-            last: Report = next(iter(runner.evaluate(config, resume=True)))
-        else:
-            if loaded != (config.model, config.features, config.device):
-                device = runner.pick_device(config.device)
-                upstream = load_upstream(config.model, features=config.features, device=device)
-                loaded = (config.model, config.features, config.device)
-            for last in runner.evaluate(
-                config, resume=same, force=not same, upstream=upstream, should_stop=should_stop
-            ):
+        if loaded != _loading(config):
+            loaded = _loading(config)
+            upstream = _load(*loaded)
+        begun = not config.dry_run and (Path(config.out) / runner.CONFIG_FILE).is_file()
+        run = runner.evaluate(config, resume=begun, force=config.dry_run, upstream=upstream, should_stop=should_stop)
+        try:
+            for last in run:
                 yield last
+        except ArmhubertError as error:
+            failed += 1
+            yield TaskFailed(config, str(error))
+            continue
         assert isinstance(last, Finished)
         if last.reason == "stopped":
             yield SuiteFinished(results, _columns(plan), "stopped", out)
             return
         results.setdefault(label(config.model), {})[config.task] = last.result
-    yield SuiteFinished(results, _columns(plan), "done", out)
+    left_out = [] if plan.configs[0].dry_run else _add_earlier(results, plan, out)
+    yield SuiteFinished(results, _columns(plan), "done", out, failed, tuple(left_out))
 
 
-def _is_begun(config: EvaluateConfig) -> bool:
-    """Whether the run's folder holds a run of the same settings."""
-    folder = Path(config.out)
-    return (folder / runner.CONFIG_FILE).is_file() and runner.load_run_config(folder, {}) == config
+_Loading = tuple[str, FeatureChoice, str]
 
 
-def _to_load(plan: SuitePlanned) -> list[tuple[str, FeatureChoice, str]]:
-    """Model, features and device of the runs that are not done."""
-    left = [c for c in plan.configs if not (_is_begun(c) and (Path(c.out) / runner.RESULT_FILE).is_file())]
-    return list(dict.fromkeys((config.model, config.features, config.device) for config in left))
+def _loading(config: EvaluateConfig) -> _Loading:
+    return config.model, config.features, config.device
+
+
+def _load(model: str, features: FeatureChoice, device: str) -> Upstream:
+    return load_upstream(model, features=features, device=runner.pick_device(device))
+
+
+def _check_settings(config: EvaluateConfig) -> None:
+    file = Path(config.out) / runner.CONFIG_FILE
+    if not config.dry_run and file.is_file() and (other := runner.other_settings(read_mapping(file), config)):
+        raise ArmhubertError(f"{config.out} holds a run with other {', '.join(other)}: name another --out")
+
+
+def _check_weights(config: EvaluateConfig, upstream: Upstream) -> None:
+    file = Path(config.out) / runner.RESULT_FILE
+    if config.dry_run or not file.is_file():
+        return
+    then = read_mapping(file).get("model")
+    if upstream.identity and isinstance(then, dict) and then.get("identity") != upstream.identity:
+        raise ArmhubertError(
+            f"{config.out} holds a result of other weights than {config.model} has now: name another --out"
+        )
+
+
+def _add_earlier(results: dict[str, dict[str, Mapping[str, Any]]], plan: SuitePlanned, out: Path) -> list[str]:
+    """Add what other runs of the suite left in its folder, where the settings are the same; returns the others."""
+    compared: dict[str, EvaluateConfig | Mapping[str, Any]] = {config.task: config for config in plan.configs}
+    left_out = []
+    for file in sorted(out.glob(f"*/*/{runner.RESULT_FILE}")):
+        model, task = file.parent.parent.name, file.parent.name
+        if task in results.get(model, {}) or task not in {column.task for column in _columns(plan)}:
+            continue
+        saved = read_mapping(file.with_name(runner.CONFIG_FILE))
+        if runner.other_settings(saved, compared.setdefault(task, saved), ignored={"model"}):
+            left_out.append(str(file.parent))
+        else:
+            results.setdefault(model, {})[task] = read_mapping(file)
+    return left_out
 
 
 def _columns(plan: SuitePlanned) -> tuple[Column, ...]:

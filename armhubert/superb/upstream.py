@@ -80,9 +80,9 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
     if source in BASELINES:
         _refuse_heads(source, features)
         return Baseline(source, device)
-    module, colon, function = source.rpartition(":")
-    if colon and function.isidentifier() and not Path(source).exists():
+    if names_code(source):
         _refuse_heads(source, features)
+        module, _, function = source.rpartition(":")
         return CustomUpstream(source, _make(module, function), device)
     weights = load_weights(source)
     has_heads = weights.config.head_width is not None
@@ -92,6 +92,12 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
         return EncoderUpstream(source, ARMHuBERT.from_weights(weights, device=device), "heads")
     model = SpeechEncoder.from_weights(weights.without_heads(), device=device)
     return EncoderUpstream(source, model, "hidden")
+
+
+def names_code(source: str) -> bool:
+    """Whether `load_upstream` would import and call what `source` names."""
+    _, colon, function = source.rpartition(":")
+    return bool(colon) and function.isidentifier() and not Path(source).exists()
 
 
 def _refuse_heads(source: str, features: FeatureChoice) -> None:

@@ -34,6 +34,23 @@ def test_a_task_from_start_to_result(call, words, tmp_path):
     assert f"test accuracy={result['metrics']['accuracy']:.4f}" in out
 
 
+def test_code_that_a_file_names_as_the_model_is_not_run(call, words, tmp_path):
+    (tmp_path / "evil.py").write_text("open('ran', 'w').close()\ndef make(): return None\n")
+    model = f"{tmp_path / 'evil.py'}:make"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/evaluate.json").write_text(json.dumps({"model": model, "task": "ks", "data": str(words)}))
+    (tmp_path / "c.yaml").write_text(json.dumps({"model": model, "task": "ks", "data": str(words)}))
+    for argv in (["--resume", tmp_path / "run"], ["--config", tmp_path / "c.yaml"]):
+        code, _, err = call("evaluate", *argv)
+        assert code == 2
+        assert "a model that is code must be named on the command line" in err
+        assert not Path("ran").exists()
+        code, _, err = call("evaluate", model, *argv)
+        assert code == 2
+        assert "must return a callable" in err, "who names it trusts it"
+        Path("ran").unlink()
+
+
 def test_a_resumed_run_may_be_given_what_it_has(call, words):
     own = ["--task", "ks", "--data", words, *SMALL, "--sweep", "lr", "--rates", "1e-2,1e-3"]
     assert call("evaluate", "fbank", *own, "-o", "run")[0] == 0

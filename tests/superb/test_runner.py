@@ -81,6 +81,41 @@ def test_superbs_steps_on_little_speech_are_noted(config, steps, noted):
     assert any("200,000 steps are" in note and "--steps sets fewer" in note for note in started.notes) == noted
 
 
+def test_starting_anew_removes_what_is_the_runs_own_and_nothing_else(config, tmp_path):
+    run(config)
+    (tmp_path / "run/lr-notes").mkdir()
+    (tmp_path / "run/lr-notes/mine.txt").write_text("kept")
+    (tmp_path / "run/lr-1e-3").mkdir()
+    (tmp_path / "run/fold-1.txt").write_text("kept")
+    (tmp_path / "run/predictions-test-other.jsonl").write_text("of the old run")
+    run(config, force=True)
+    assert (tmp_path / "run/lr-notes/mine.txt").is_file()
+    assert (tmp_path / "run/fold-1.txt").is_file()
+    assert not (tmp_path / "run/lr-1e-3").exists()
+    assert not (tmp_path / "run/predictions-test-other.jsonl").exists()
+
+
+def test_a_folder_takes_one_run_at_a_time(config):
+    reports = evaluate(config)
+    assert isinstance(next(r for r in reports if isinstance(r, Started)), Started)
+    with pytest.raises(ArmhubertError, match=r"another process is at work in .*run"):
+        list(evaluate(config, force=True))
+    assert isinstance([*reports][-1], Finished)
+
+
+def test_recordings_are_not_trained_on_and_scored(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=3, dev_clean=2, test_clean=2)
+    config = EvaluateConfig(model="fbank", task="asr", data=str(tmp_path), out=str(tmp_path / "run"), steps=1)
+    for changes, shared in (
+        ({"train": ("test-clean",)}, "train and test must share no recording, both have .*test-clean"),
+        ({"train": ("dev-clean",)}, "train and dev must share no recording, both have .*dev-clean"),
+        ({"test": ("test-clean", "train-clean-100")}, "train and test:train-clean-100 must share"),
+    ):
+        with pytest.raises(ArmhubertError, match=shared):
+            list(evaluate(replace(config, **changes)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     first, reports = run(config)
     second, _ = run(replace(config, out=str(tmp_path / "again")))

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import re
@@ -9,12 +10,16 @@ from armhubert.bundled import SPEECH, TEST_SPEECH, TRAINING_SPEECH
 from armhubert.errors import ArmhubertError
 from armhubert.superb import pictures
 from armhubert.superb import report as report_module
+from armhubert.superb.progress import Finished
 from armhubert.superb.suite import (
     COLUMNS,
     FBANK,
     PUBLISHED,
     SOTA,
-    SuiteFinished,
+    SuitePlanned,
+    TaskBegun,
+    TaskFailed,
+    label,
     overall,
     plan_suite,
     row_of,
@@ -48,11 +53,13 @@ def test_incomplete_rows_have_no_score():
     assert superb_score(row) is None
 
 
+TINY = {"steps": 2, "batch": 4, "accumulate": 1, "workers": 0}
+
+
 @pytest.fixture
 def small(tmp_path, waves):
     waves(*(f"data/keywords/{word}/{n}.wav" for word in ("cat", "<dog>") for n in range(24)), seconds=0.2)
-    settings = {"steps": 2, "batch": 4, "accumulate": 1, "workers": 0}
-    return plan_suite("superb", ["fbank", "mfcc"], str(tmp_path / "data"), str(tmp_path / "out"), settings, {})
+    return plan_suite("superb", ["fbank", "mfcc"], str(tmp_path / "data"), str(tmp_path / "out"), TINY, {})
 
 
 def test_a_suite_runs_what_is_there_and_goes_on(small, tmp_path):
@@ -62,9 +69,57 @@ def test_a_suite_runs_what_is_there_and_goes_on(small, tmp_path):
     assert set(finished.results) == {"fbank", "mfcc"}
     row = row_of(finished.results["fbank"])
     assert [value is not None for value in row] == [column.task == "ks" for column in COLUMNS]
-    *reports, again = run_suite(small, tmp_path / "out")
-    assert again.results == finished.results
-    assert len(reports) == 2  # nothing is repeated
+    elsewhere = tuple(
+        dataclasses.replace(config, workers=1, data=f"{tmp_path}/data/./keywords", log_every=1)
+        for config in small.configs
+    )
+    for plan in (small, SuitePlanned(elsewhere, {})):
+        *reports, again = run_suite(plan, tmp_path / "out")
+        assert again.results == finished.results
+        assert [type(report) for report in reports] == [TaskBegun, Finished] * 2, "nothing is repeated"
+
+
+def test_a_suite_of_fewer_models_keeps_the_others_in_its_report(small, tmp_path):
+    *_, both = run_suite(small, tmp_path / "out")
+    one = SuitePlanned(small.configs[1:], {})
+    *_, finished = run_suite(one, tmp_path / "out")
+    assert finished.results == both.results
+    assert list(finished.results) == ["mfcc", "fbank"]
+    settings = TINY | {"steps": 3}
+    longer = plan_suite("superb", ["fbank_no_cmvn"], str(tmp_path / "data"), str(tmp_path / "out"), settings, {})
+    *_, finished = run_suite(longer, tmp_path / "out")
+    assert list(finished.results) == ["fbank_no_cmvn"]
+    assert finished.left_out == (str(tmp_path / "out/fbank/ks"), str(tmp_path / "out/mfcc/ks"))
+
+
+def test_a_result_of_weights_that_have_changed_is_not_taken_for_the_models(tmp_path, waves):
+    waves(*(f"data/keywords/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)), seconds=0.2)
+    file = tmp_path / "own.py"
+    code = (
+        "class M:\n    identity = 'old'\n    def __call__(s, x, n):\n        return [x[:, ::320, None]], -(-n // 320)\n"
+    )
+    plan = plan_suite("superb", [f"{file}:M"], str(tmp_path / "data"), str(tmp_path / "out"), TINY, {})
+    file.write_text(code)
+    *_, finished = run_suite(plan, tmp_path / "out")
+    before = finished.results
+    file.write_text(code.replace("old", "new"))
+    with pytest.raises(ArmhubertError, match=r"other weights than .*own\.py:M has now: name another --out"):
+        list(run_suite(plan, tmp_path / "out"))
+    file.write_text(code)
+    *_, finished = run_suite(plan, tmp_path / "out")
+    assert finished.results == before
+
+
+def test_a_task_that_fails_does_not_end_the_suite(tmp_path, waves):
+    waves(*(f"data/keywords/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)), seconds=0.2)
+    waves(*(f"data/emotions/{e}/{s}/1.wav" for e in ("glad", "sad") for s in "abcde"), seconds=0.2)
+    (tmp_path / "data/keywords/dog/0.wav").write_text("no audio")
+    plan = plan_suite("superb", ["fbank"], str(tmp_path / "data"), str(tmp_path / "out"), TINY, {})
+    *reports, finished = run_suite(plan, tmp_path / "out")
+    (failure,) = (report for report in reports if isinstance(report, TaskFailed))
+    assert failure.config.task == "ks"
+    assert "0.wav" in failure.error
+    assert (finished.failed, set(finished.results["fbank"])) == (1, {"er"})
 
 
 def test_a_suite_of_another_seed_is_another_suite(tmp_path, waves):
@@ -77,9 +132,19 @@ def test_a_suite_of_another_seed_is_another_suite(tmp_path, waves):
         *_, finished = run_suite(plan, out, should_stop=lambda: stop)
         return finished
 
+    assert suite(0, stop=True).reason == "stopped"
     assert suite(0).results["fbank"]["er"]["config"]["seed"] == 0
-    assert suite(1, stop=True).reason == "stopped"
-    assert suite(1).results["fbank"]["er"]["config"]["seed"] == 1
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(ArmhubertError, match="out/fbank/er holds a run with other seed: name another --out"):
+        suite(1)
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("source", "name"), [("runs/arm", "arm"), ("a/b:c", "b.c"), (".", "here"), ("..", "up")])
+def test_a_models_name_is_the_name_of_a_folder(tmp_path, monkeypatch, source, name):
+    (tmp_path / "up/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "up/here")
+    assert label(source) == name
 
 
 class Page(html.parser.HTMLParser):
@@ -186,10 +251,6 @@ def test_pictures_of_every_kind():
     drawn = pictures.draw(result)
     assert set(drawn) == {"training", "layers", "confusion", "labels", "det"}
     assert all(re.match(rb"\x89PNG", picture) for picture in drawn.values())
-
-
-def test_finished_names_columns():
-    assert SuiteFinished({}, COLUMNS, "done", None).columns[0].title == "PER"  # type: ignore[arg-type]
 
 
 def test_a_students_heads_stand_at_their_layers(monkeypatch):
