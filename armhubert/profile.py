@@ -135,7 +135,7 @@ def stages(module: nn.Module, waveforms: Tensor, repeats: int) -> dict[str, floa
         for stage, pattern in _STAGES
         if re.fullmatch(pattern, name)
     }
-    wait = torch.cuda.synchronize if waveforms.is_cuda else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
     passes: list[dict[str, float]] = []
     began: list[float] = []
 

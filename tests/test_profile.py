@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -268,6 +269,14 @@ def test_stages_cover_the_pass(student):
     assert all(seconds >= 0 for seconds in parts.values())
     assert parts["between them"] < sum(parts.values()) / 2
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_stages_wait_for_the_device_that_they_run_on(monkeypatch):
+    waited: list = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    second: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    profile.stages(torch.nn.Identity(), second, repeats=1)
+    assert set(waited) == {torch.device("cuda:1")}
 
 
 def test_the_command_shows_what_ran_and_what_is_known(student, tmp_path, monkeypatch, capfd):
