@@ -140,7 +140,7 @@ def profile(
     try:
         if results:
             comparison = compare(result, results)
-            _quality(result, comparison, caution(comparison, heads))
+            _quality(result, comparison, caution(result, comparison, heads))
     finally:  # the figures took long, and do not depend on what they are compared with
         if out is not None:
             for path in write(result, out, comparison):
