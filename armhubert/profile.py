@@ -32,6 +32,7 @@ from armhubert.candidates import (
     export_candidate,
     last_hidden_state,
     load_candidate,
+    load_run,
     split_baseline,
 )
 from armhubert.clock import Timing, conditions, interleave
@@ -244,12 +245,14 @@ def _peak_of_child(
     for runtime in _RUNTIMES:
         with contextlib.suppress(ImportError):
             importlib.import_module(runtime)
+    with contextlib.suppress(OSError):  # where the system refuses, the libraries' own peak may count
+        forecast.forget_peak()
     before = _resident("VmRSS")
     waveforms = torch.zeros(batch, round(seconds * SAMPLE_RATE), device=where)
     if file is not None:
         open_program(Path(file), PROGRAMS[mode].format)(waveforms, torch.full((batch,), waveforms.shape[1]))
     else:
-        load_candidate(source, mode, student=student, heads=heads, device=where).run(waveforms)
+        load_run(source, mode, student=student, heads=heads, device=where)(waveforms)
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     return _resident("VmHWM") - before

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import cli, forecast, profile, profile_report, quality, ragged
+from armhubert import candidates, cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.cli.profile import render
 from armhubert.clock import Timing
@@ -418,12 +418,35 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monke
     assert forecast.high_water_mark(torch.device("cpu")) >= 2**40
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")
+def test_what_imports_took_for_a_moment_is_not_a_candidates_memory(student, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: torch.ones(1 << 26) + 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    peak = profile._peak_of_child(
+        student=student, source=student, mode="eager", heads=False, file=None, device="cpu", batch=1, seconds=0.2,
+        threads=1,
+    )  # fmt: skip
+    assert peak < 4 << 26
+
+
+def test_what_runs_in_fewer_bits_is_weighed_without_the_model_that_it_was(student, monkeypatch):
+    loaded, load = [], candidates._load_module
+    monkeypatch.setattr(candidates, "_load_module", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(candidates, "state_bytes", lambda module: pytest.fail("written"))
+    run = candidates.load_run(student, "bf16", student=student, heads=False, device=torch.device("cpu"))
+    assert run(torch.zeros(1, 4000)).dtype == torch.bfloat16
+    ((module, _),) = loaded
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(student):
     config = profile.ProfileConfig(student, device="cpu")
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
     large = profile.peak_memory(config, student, "eager", 8, 10.0)
     assert 0 < small < large
+    weights = 4 * 94_371_712
+    assert 0.5 * weights < profile.peak_memory(config, "hubert-base-torchaudio", "bf16", 1, 0.2) < 1.25 * weights
     if find_spec("onnxscript") is not None:  # which takes hundreds of MB to export, not counted
         assert 0 < profile.peak_memory(config, student, "onnx", 1, 1.0) < 64 << 20
 
