@@ -20,6 +20,8 @@ from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
 
 MODES = ("eager", "compiled", "aot", "bf16", "int8", "triton", "onnx", "onnx-int8")
+FEWER_BITS = ("bf16", "int8", "onnx-int8")
+"""Modes that do not compute in float32."""
 
 
 def split_baseline(text: str) -> tuple[str, str]:

@@ -138,6 +138,29 @@ def test_peak_memory_tells_at_which_shape(student, tmp_path, monkeypatch, capsys
     assert "peak memory at" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("serves", "seconds"), [(False, 2.0), (True, 1.0)])
+def test_the_matrix_rate_is_that_of_the_faster_library(serves, seconds, monkeypatch):
+    def timed(runs, **_):
+        for name, run in runs.items():
+            assert name == "copy" or bool((run() == 1536).all())
+        return {name: Timing(*[took] * 3) for name, took in zip(runs, (4.0, 2.0, 1.0), strict=False)}
+
+    monkeypatch.setattr(profile, "interleave", timed)
+    monkeypatch.setattr(profile.onednn, "serves", lambda x: serves)
+    rates = profile.machine_rates(torch.device("cpu"))
+    assert rates == (1536**3 / seconds, 8 * 2**26 / 4.0)
+
+
+def test_what_computes_in_fewer_bits_has_no_share_of_float32s_rate(capsys):
+    def model(mode):
+        return profile.Model(f"a ({mode})", "a", mode, 1, 1, 4, 10, 10, None, None, {})
+
+    models = tuple(map(model, ("eager", "aot", "bf16", "int8", "onnx-int8")))
+    cell = profile.Cell(1, 10.0, {m.name: Timing(1.0, 1.0, 1.0) for m in models}, {}, {})
+    render(profile.Profile({}, profile.Rates(20.0, 1.0), models, (cell,)))
+    assert capsys.readouterr().out.count("50%") == 2
+
+
 def test_quantised_and_onnx_modes_stay_near_the_model(student):
     pytest.importorskip("onnxruntime")
     config = profile.ProfileConfig(
