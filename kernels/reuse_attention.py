@@ -98,7 +98,8 @@ KEPT = 2**24
 """Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
 by page. Longer utterances are no faster head by head either."""
 KEPT_FOR_BACKWARD = 2**26
-"""Likewise with gradients, where keeping saves products as well: as much as memory should be spent on (256 MB)."""
+"""Likewise with gradients, where keeping saves products as well: as much memory as a computing layer should hold until
+its backward pass (256 MB)."""
 LONGEST = 768
 """Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own; not so after
 the second softmax, which leaves hardly any of it."""
