@@ -20,6 +20,8 @@ from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
 
 MODES = ("eager", "compiled", "aot", "bf16", "int8", "triton", "onnx", "onnx-int8")
+FEWER_BITS = ("bf16", "int8", "onnx-int8")
+"""Modes that do not compute in float32."""
 
 
 def split_baseline(text: str) -> tuple[str, str]:
@@ -76,7 +78,7 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
     module.requires_grad_(False).to(device)
     encoder = module.student if isinstance(module, ReleasedWay) else module
     count = count_parameters(module)
-    run, release, size = _prepare(module, mode, device)
+    run, release, size = _prepare(copy.deepcopy(module) if mode in _CONVERTED else module, mode, device)
     return Candidate(
         name=f"{source} ({mode})",
         source=source,
@@ -86,11 +88,16 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
         module=module,
         parameters=count.total + left_out,
         parameters_without_heads=count.without_heads,
-        bytes_on_disk=size,
+        bytes_on_disk=size(),
         macs=(lambda samples: macs(encoder.config, samples))
         if isinstance(encoder, SpeechEncoder)
         else _counter(module),
     )
+
+
+def load_run(source: str, mode: str, *, student: str, heads: bool, device: torch.device) -> Callable[..., Tensor]:
+    """`run` of a candidate that `load_candidate` has loaded before, with nothing else of it in memory."""
+    return _prepare(_load_module(source, mode, student, heads)[0].requires_grad_(False), mode, device)[0]
 
 
 def _load_module(source: str, mode: str, student: str, heads: bool) -> tuple[nn.Module, int]:
@@ -108,29 +115,29 @@ def _load_module(source: str, mode: str, student: str, heads: bool) -> tuple[nn.
     return ARMHuBERT.from_weights(weights if heads else weights.without_heads(), impl=impl), left_out
 
 
-Prepared = tuple[Callable[..., Tensor], Callable[[], object], int]
-"""`Candidate.run` and `release`, and the bytes that the weights take on disk."""
+Prepared = tuple[Callable[..., Tensor], Callable[[], object], Callable[[], int]]
+"""`Candidate.run` and `release`, and what counts the bytes that the weights take on disk."""
+_CONVERTED = ("bf16", "int8")
+"""Modes that `_prepare` converts a module for, in place."""
 
 
 def _prepare(module: nn.Module, mode: str, device: torch.device) -> Prepared:
     if mode in PROGRAMS:
         return _as_program(module, mode, device)
-    dtype = torch.float32
-    if mode == "bf16":
-        module, dtype = copy.deepcopy(module).to(torch.bfloat16), torch.bfloat16
-    elif mode == "int8":
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    module.to(device, dtype)
+    if mode == "int8":
         if device.type != "cpu":
             raise ArmhubertError(f"mode int8 runs on a CPU, got device {device}: use bf16 there")
-        module = copy.deepcopy(module)
         quantise(module)
-    size = state_bytes(module)
     call = torch.compile(module, dynamic=True) if mode == "compiled" else module
 
     def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             return last_hidden_state(call(waveforms.to(dtype), *(() if lengths is None else (lengths,))))
 
-    return run, torch.cuda.empty_cache, size  # which does nothing without a GPU
+    # without a GPU, empty_cache does nothing
+    return run, torch.cuda.empty_cache, lambda: state_bytes(module)
 
 
 def export_candidate(source: str, mode: str, *, student: str, heads: bool) -> bytes:
@@ -162,7 +169,7 @@ def _as_program(module: nn.Module, mode: str, device: torch.device) -> Prepared:
         if isinstance(program, OnnxProgram):
             program(torch.zeros(1, SAMPLE_RATE), torch.tensor([SAMPLE_RATE]), shrink=True)
 
-    return run, release, len(data)
+    return run, release, lambda: len(data)
 
 
 class _Way(NamedTuple):

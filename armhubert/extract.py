@@ -282,6 +282,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     model = ARMHuBERT.from_pretrained(
         config.model, heads=config.heads, dtype=_DTYPES[config.precision], device=device
     ).requires_grad_(False)
+    check_windows(config.chunk_seconds, config.context_seconds, model.config.hop)
     selection = select(config.layers, model.config, heads=config.heads)
     width = model.config.head_width if config.heads and model.config.head_width else model.config.width
     settings = _settings(config, model, selection, width)

@@ -93,9 +93,8 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
         before = torch.cuda.memory_allocated(device)
         seconds = _timed(run, device)
         return Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
-    _return_free_pages()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        forget_peak()
         before = resident("VmRSS")
     except OSError:
         return Cost(_timed(run, device), None)
@@ -103,6 +102,16 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
     peak = resident("VmHWM")
     _return_free_pages()
     return Cost(seconds, max(0, peak - before), resident("VmRSS") - before)
+
+
+def forget_peak() -> None:
+    """Let VmHWM count from what this process holds now.
+
+    Raises:
+        OSError: no /proc here, or one that does not let a process do so.
+    """
+    _return_free_pages()
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _return_free_pages() -> None:

@@ -74,9 +74,9 @@ def windows(
     config = model.config
     if samples < config.receptive_field:
         raise ArmhubertError(f"a recording must have at least {config.receptive_field} samples, got {samples}")
-    size = max(1, round(chunk_seconds * SAMPLE_RATE / config.hop))
+    check_windows(chunk_seconds, context_seconds, config.hop)
+    size = round(chunk_seconds * SAMPLE_RATE / config.hop)
     context = round(context_seconds * SAMPLE_RATE / config.hop)
-    check_windows(chunk_seconds, context_seconds)
     total: int = config.frames(samples)
     reach = config.position_kernel // 2  # frames on either side that the positional convolution looks at
     statistics = _statistics(model, read, samples)
@@ -98,11 +98,13 @@ def windows(
         kept = stop
 
 
-def check_windows(chunk_seconds: float, context_seconds: float) -> None:
-    """Raise ArmhubertError where windows of `chunk_seconds` have nothing left between two contexts."""
-    if not (context_seconds >= 0 and 2 * context_seconds + 0.1 <= chunk_seconds):
+def check_windows(chunk_seconds: float, context_seconds: float, hop: int = 0) -> None:
+    """Raise ArmhubertError where windows of `chunk_seconds` have nothing left between two contexts, rounded to frames
+    that begin `hop` samples apart."""
+    least = max(0.1, 2 * hop / SAMPLE_RATE)
+    if not (context_seconds >= 0 and 2 * context_seconds + least <= chunk_seconds):
         raise ArmhubertError(
-            f"chunk_seconds must exceed twice context_seconds by 0.1 or more, got {chunk_seconds:g} and "
+            f"chunk_seconds must exceed twice context_seconds by {least:g} or more, got {chunk_seconds:g} and "
             f"{context_seconds:g}: choose longer chunks or less context"
         )
 

@@ -32,6 +32,7 @@ from armhubert.candidates import (
     export_candidate,
     last_hidden_state,
     load_candidate,
+    load_run,
     split_baseline,
 )
 from armhubert.clock import Timing, conditions, interleave
@@ -41,6 +42,7 @@ from armhubert.errors import ArmhubertError, nearest
 from armhubert.export import open_program
 from armhubert.files import write_atomic
 from armhubert.forecast import Cost, Forecast
+from armhubert.kernels import onednn
 from armhubert.ragged import Ragged
 
 SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
@@ -135,7 +137,7 @@ def stages(module: nn.Module, waveforms: Tensor, repeats: int) -> dict[str, floa
         for stage, pattern in _STAGES
         if re.fullmatch(pattern, name)
     }
-    wait = torch.cuda.synchronize if waveforms.is_cuda else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
     passes: list[dict[str, float]] = []
     began: list[float] = []
 
@@ -170,7 +172,7 @@ class Rates(NamedTuple):
     """What this machine reaches, measured in the same run."""
 
     macs_per_second: float
-    """Float32 matrix product of 1536 x 1536."""
+    """Float32 matrix product of 1536 x 1536, by PyTorch or by oneDNN, whichever is faster where both are used."""
     bytes_per_second: float
     """Copy of 256 MiB, bytes read and written."""
 
@@ -178,12 +180,15 @@ class Rates(NamedTuple):
 def machine_rates(device: torch.device, repeats: int = 5) -> Rates:
     """Measure the matrix rate and the bandwidth."""
     size, count = 1536, 1 << 26
-    a = torch.ones(size, size, device=device)
+    a, b = (torch.ones(size, size, device=device) for _ in range(2))
+    products = [lambda: a @ b]
+    if onednn.serves(a):
+        products.append(lambda: onednn.product(a, b, longest=size))
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
-    timings = interleave(
-        {"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, repeats=repeats, device=device
-    )
-    return Rates(size**3 / timings["product"].median, 8 * count / timings["copy"].median)
+    runs = {"copy": lambda: target.copy_(source), **{f"product {n}": product for n, product in enumerate(products)}}
+    timings = interleave(runs, repeats=repeats, device=device)
+    copy = timings.pop("copy")
+    return Rates(size**3 / min(timing.median for timing in timings.values()), 8 * count / copy.median)
 
 
 # ---- memory -----------------------------------------------------------------
@@ -244,12 +249,14 @@ def _peak_of_child(
     for runtime in _RUNTIMES:
         with contextlib.suppress(ImportError):
             importlib.import_module(runtime)
+    with contextlib.suppress(OSError):  # where the system refuses, the libraries' own peak may count
+        forecast.forget_peak()
     before = _resident("VmRSS")
     waveforms = torch.zeros(batch, round(seconds * SAMPLE_RATE), device=where)
     if file is not None:
         open_program(Path(file), PROGRAMS[mode].format)(waveforms, torch.full((batch,), waveforms.shape[1]))
     else:
-        load_candidate(source, mode, student=student, heads=heads, device=where).run(waveforms)
+        load_run(source, mode, student=student, heads=heads, device=where)(waveforms)
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     return _resident("VmHWM") - before

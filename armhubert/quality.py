@@ -204,8 +204,11 @@ def _beaten(point: Point, cost: str, points: Sequence[Point]) -> bool:
     return any(a <= b and c <= d and (a, c) != (b, d) for (a, c), (b, d) in ((other, mine) for other in theirs))
 
 
-def caution(comparison: Comparison, heads: bool) -> str:
+def caution(result: Profile, comparison: Comparison, heads: bool) -> str:
     """What the picture would hide; empty: nothing."""
     if not heads and any(point.features == "heads" for point in comparison.points):
         return "results are of the distillation heads, whose cost this profile leaves out: add --heads for it"
+    with_heads = {model.name for model in result.models if model.parameters > model.parameters_without_heads}
+    if heads and any(point.features != "heads" and point.model in with_heads for point in comparison.points):
+        return "results are of hidden states, and latency and operations are with the heads: leave out --heads"
     return ""

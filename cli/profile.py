@@ -140,7 +140,7 @@ def profile(
     try:
         if results:
             comparison = compare(result, results)
-            _quality(result, comparison, caution(comparison, heads))
+            _quality(result, comparison, caution(result, comparison, heads))
     finally:  # the figures took long, and do not depend on what they are compared with
         if out is not None:
             for path in write(result, out, comparison):
@@ -166,6 +166,7 @@ def render(result: "Profile") -> None:
     """Tables: times, ratios to each baseline, what the models are, their stages, batches of unequal lengths."""
     from rich.table import Table
 
+    from armhubert.candidates import FEWER_BITS
     from armhubert.profile_report import label
 
     single = [cell for cell in result.cells if cell.batch == 1]
@@ -208,7 +209,9 @@ def render(result: "Profile") -> None:
     ten = next((cell for cell in single if cell.seconds == 10), None)
     for model in result.models:
         timing = ten.timings.get(model.name) if ten else None
-        rate = model.macs / timing.median / result.rates.macs_per_second if timing else None
+        rate = None
+        if timing and model.mode not in FEWER_BITS:  # the machine's rate is float32's
+            rate = model.macs / timing.median / result.rates.macs_per_second
         about.add_row(
             label(model), f"{model.parameters / 1e6:.2f} M", f"{model.parameters_without_heads / 1e6:.2f} M",
             f"{model.bytes_on_disk / 2**20:.1f}", f"{model.macs / 1e9:.1f}", f"{model.macs_superb / 1e9:.0f}",

@@ -80,11 +80,15 @@ def _all_full(lengths: Tensor, T: int) -> bool:
     return lengths.device.type == "cpu" and bool((lengths == T).all())
 
 
-def _keep_mask(shape: tuple[int, ...], like: Tensor, seed: Tensor, b: int, dropout: float) -> Tensor:
-    """Dropout factors of one utterance, 0 or 1 / (1 - dropout): the same for the same seed and b."""
-    generator = torch.Generator(like.device).manual_seed((int(seed) + b) % 2**63)
-    keep = torch.rand(shape, generator=generator, device=like.device, dtype=torch.float32) >= dropout
-    return keep.to(like.dtype).mul_(1 / (1 - dropout))
+def _generator(seed: Tensor | None, b: int) -> torch.Generator | None:
+    """What the dropout factors of utterance b are drawn from, piece by piece, forward as backward."""
+    return None if seed is None else torch.Generator(seed.device).manual_seed((int(seed) + b) % 2**63)
+
+
+def _keep_mask(p: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
+    """The next dropout factors, 0 or 1 / (1 - dropout), in the shape and dtype of a piece of a map."""
+    keep = torch.rand(p.shape, generator=generator, device=p.device, dtype=torch.float32) >= dropout
+    return keep.to(p.dtype).mul_(1 / (1 - dropout))
 
 
 BY_HEADS = 2**21
@@ -94,7 +98,8 @@ KEPT = 2**24
 """Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
 by page. Longer utterances are no faster head by head either."""
 KEPT_FOR_BACKWARD = 2**26
-"""Likewise with gradients, where keeping saves products as well: as much as memory should be spent on (256 MB)."""
+"""Likewise with gradients, where keeping saves products as well: as much memory as a computing layer should hold until
+its backward pass (256 MB)."""
 LONGEST = 768
 """Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own; not so after
 the second softmax, which leaves hardly any of it."""
@@ -279,13 +284,13 @@ def attention_forward(
         n = T if lengths is None else int(lengths[b])
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
-        factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
+        generator = _generator(seed, b)
         for h, r in _pieces(H, n, q.device):
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
             if resoftmax:
                 p = _softmax_(p)
-            if factors is not None:
-                p *= factors[h, r]
+            if generator is not None:
+                p *= _keep_mask(p, generator, dropout)
             out[b, r, h] = torch.bmm(p.to(v.dtype), v_b[h]).transpose(0, 1)
     return out.flatten(2)
 
@@ -310,11 +315,12 @@ def attention_backward(
         q_b = q_b * d**-0.5
         u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
         dq_b, dk_b, dv_b = (x[b, :, :n] for x in (dq, dk, dv))
-        factors = None if seed is None else _keep_mask((H, n, n), q, seed, b, dropout)
+        generator = _generator(seed, b)
         for h, r in _pieces(H, n, q.device):
             u = u_b[h, r]
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
-            weights = p.softmax(-1) if resoftmax else p if factors is None else p * factors[h, r]
+            factors = None if generator is None else _keep_mask(p, generator, dropout)
+            weights = p.softmax(-1) if resoftmax else p if factors is None else p * factors
             dv_b[h] += torch.bmm(weights.to(q.dtype).transpose(1, 2), u)
             delta = (u.to(p.dtype) * o_b[h, r]).sum(-1, keepdim=True)
             dp = torch.bmm(u, v_b[h].transpose(1, 2)).to(p.dtype)
@@ -322,7 +328,7 @@ def attention_backward(
                 dp = dp.sub_(delta).mul_(weights)
                 delta = (p * dp).sum(-1, keepdim=True)
             elif factors is not None:
-                dp *= factors[h, r]
+                dp *= factors
             ds = dp.sub_(delta).mul_(p).to(q.dtype)
             dq_b[h, r] = torch.bmm(ds, k_b[h]).mul_(d**-0.5)
             dk_b[h] += torch.bmm(ds.transpose(1, 2), q_b[h, r])

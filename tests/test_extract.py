@@ -366,11 +366,19 @@ def test_a_long_file_is_written_window_by_window(student, tmp_path):
         assert torch.equal(halves[f"hidden_states.{n}"], expected[n].half())
 
 
-def test_what_no_window_can_be_made_of():
+def test_what_no_window_can_be_made_of(speech, tmp_path):
     with pytest.raises(ArmhubertError, match="at least 400 samples"):
         by_windows(ARMHuBERT(TINY).eval(), of(torch.zeros(300)), 300, 60, 5)
     with pytest.raises(ArmhubertError, match="chunk_seconds must exceed twice context_seconds"):
         by_windows(ARMHuBERT(TINY).eval(), of(torch.zeros(900)), 900, 1, 0.5)
+    coarse = ARMHuBERT(dataclasses.replace(TINY, conv_layers=((32, 10, 5), (32, 256, 256)))).eval()
+    rule = r"by 0\.16 or more, got 2\.58 and 1\.24"  # rounded to frames, windows of 32 with a context of 16
+    with pytest.raises(ArmhubertError, match=rule):
+        next(windows(coarse, of(torch.zeros(64_000)), 64_000, chunk_seconds=2.58, context_seconds=1.24))
+    coarse.save_pretrained(tmp_path / "coarse")
+    with pytest.raises(ArmhubertError, match=rule):
+        run(tmp_path / "coarse", speech, tmp_path / "out", chunk_seconds=2.58, context_seconds=1.24)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

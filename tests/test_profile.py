@@ -6,12 +6,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import cli, forecast, profile, profile_report, quality, ragged
+from armhubert import candidates, cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.cli.profile import render
 from armhubert.clock import Timing
@@ -135,6 +136,29 @@ def test_peak_memory_tells_at_which_shape(student, tmp_path, monkeypatch, capsys
     assert without.memory_shape is None
     render(without)
     assert "peak memory at" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("serves", "seconds"), [(False, 2.0), (True, 1.0)])
+def test_the_matrix_rate_is_that_of_the_faster_library(serves, seconds, monkeypatch):
+    def timed(runs, **_):
+        for name, run in runs.items():
+            assert name == "copy" or bool((run() == 1536).all())
+        return {name: Timing(*[took] * 3) for name, took in zip(runs, (4.0, 2.0, 1.0), strict=False)}
+
+    monkeypatch.setattr(profile, "interleave", timed)
+    monkeypatch.setattr(profile.onednn, "serves", lambda x: serves)
+    rates = profile.machine_rates(torch.device("cpu"))
+    assert rates == (1536**3 / seconds, 8 * 2**26 / 4.0)
+
+
+def test_what_computes_in_fewer_bits_has_no_share_of_float32s_rate(capsys):
+    def model(mode):
+        return profile.Model(f"a ({mode})", "a", mode, 1, 1, 4, 10, 10, None, None, {})
+
+    models = tuple(map(model, ("eager", "aot", "bf16", "int8", "onnx-int8")))
+    cell = profile.Cell(1, 10.0, {m.name: Timing(1.0, 1.0, 1.0) for m in models}, {}, {})
+    render(profile.Profile({}, profile.Rates(20.0, 1.0), models, (cell,)))
+    assert capsys.readouterr().out.count("50%") == 2
 
 
 def test_quantised_and_onnx_modes_stay_near_the_model(student):
@@ -268,6 +292,14 @@ def test_stages_cover_the_pass(student):
     assert all(seconds >= 0 for seconds in parts.values())
     assert parts["between them"] < sum(parts.values()) / 2
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_stages_wait_for_the_device_that_they_run_on(monkeypatch):
+    waited: list = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    second: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    profile.stages(torch.nn.Identity(), second, repeats=1)
+    assert set(waited) == {torch.device("cuda:1")}
 
 
 def test_the_command_shows_what_ran_and_what_is_known(student, tmp_path, monkeypatch, capfd):
@@ -409,12 +441,35 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monke
     assert forecast.high_water_mark(torch.device("cpu")) >= 2**40
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")
+def test_what_imports_took_for_a_moment_is_not_a_candidates_memory(student, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: torch.ones(1 << 26) + 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    peak = profile._peak_of_child(
+        student=student, source=student, mode="eager", heads=False, file=None, device="cpu", batch=1, seconds=0.2,
+        threads=1,
+    )  # fmt: skip
+    assert peak < 4 << 26
+
+
+def test_what_runs_in_fewer_bits_is_weighed_without_the_model_that_it_was(student, monkeypatch):
+    loaded, load = [], candidates._load_module
+    monkeypatch.setattr(candidates, "_load_module", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(candidates, "state_bytes", lambda module: pytest.fail("written"))
+    run = candidates.load_run(student, "bf16", student=student, heads=False, device=torch.device("cpu"))
+    assert run(torch.zeros(1, 4000)).dtype == torch.bfloat16
+    ((module, _),) = loaded
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(student):
     config = profile.ProfileConfig(student, device="cpu")
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
     large = profile.peak_memory(config, student, "eager", 8, 10.0)
     assert 0 < small < large
+    weights = 4 * 94_371_712
+    assert 0.5 * weights < profile.peak_memory(config, "hubert-base-torchaudio", "bf16", 1, 0.2) < 1.25 * weights
     if find_spec("onnxscript") is not None:  # which takes hundreds of MB to export, not counted
         assert 0 < profile.peak_memory(config, student, "onnx", 1, 1.0) < 64 << 20
 

@@ -75,12 +75,27 @@ def test_models_are_matched_by_what_they_are_and_the_front_is_marked(folder, tmp
     assert costs == pytest.approx({"parameters": 20.00001, "macs": 20.0, "latency": 0.2})
     assert costs["parameters"] > 20  # its heads were evaluated
     assert points["pr", "large (eager)"].costs["parameters"] == 90.0
-    assert "heads" in quality.caution(found, heads=False)
-    assert not quality.caution(found, heads=True)
     paths = write(profile(*models), tmp_path / "out", found)
     assert paths[-1].name == "profile-quality.png"
     stored = json.loads(paths[0].read_text())["quality"]
     assert len(stored["points"]) == 5
+
+
+def test_a_cost_that_is_not_of_what_was_evaluated_is_told(folder):
+    """`large` was evaluated by its hidden states, `small` by its heads."""
+    small, large = model("small", 20), model("large", 90)
+    results = quality.read_results([folder])
+    without_heads = large._replace(parameters=large.parameters_without_heads)
+    for models, without, with_them in (
+        ((small, without_heads), "add --heads", ""),
+        ((small, large), "add --heads", "leave out --heads"),
+        ((large,), "", "leave out --heads"),
+    ):
+        found = compared(results, *models)
+        for heads, says in ((False, without), (True, with_them)):
+            told = quality.caution(profile(*models), found, heads)
+            assert says in told
+            assert bool(says) == bool(told)
 
 
 def test_what_has_no_place_is_listed(folder):

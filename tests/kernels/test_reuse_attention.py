@@ -68,8 +68,9 @@ def test_twin_gradients(setting):
     assert torch.autograd.gradcheck(reuse, [x.requires_grad_() for x in inputs])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_twin_computing_gradients(dropout):
+@pytest.mark.parametrize(("dropout", "piece"), [(0.0, module.PIECE), (0.3, module.PIECE), (0.3, 12)])
+def test_twin_computing_gradients(dropout, piece, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", piece)  # 12: two rows of 6, a head of 3 x 3
     lengths = torch.tensor([6, 3], device=DEVICE)
     inputs = [draw(2, 6, 2, 4, seed=s).requires_grad_() for s in range(3)]
 
@@ -369,6 +370,25 @@ def test_dropout_is_one_mask_forward_and_backward():
     torch.testing.assert_close(got * shown, (want * shown).float(), rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, doubles, g.double()), strict=True):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="off the CPU an utterance is one piece")
+def test_dropout_of_the_twin_is_drawn_piece_by_piece(monkeypatch):
+    """In no more memory than a piece takes, and the same numbers as if they were drawn for the whole map."""
+    drawn = Mock(wraps=torch.rand)
+    monkeypatch.setattr(torch, "rand", drawn)
+    q = draw(2, 40, 3, 16, dtype=torch.float32).requires_grad_()
+    results = []
+    for piece in (module.PIECE, 400):
+        drawn.reset_mock()
+        monkeypatch.setattr(module, "PIECE", piece)
+        out = attend(q, q, q, torch.tensor([40, 17]), dropout=0.4, seed=3, impl="torch")[0]
+        results.append([out, *torch.autograd.grad(out.square().sum(), q)])
+        shapes = [call.args[0] for call in drawn.call_args_list]
+        assert max(heads * rows * n for heads, rows, n in shapes) <= piece
+        assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
