@@ -131,10 +131,11 @@ def _prepare(module: nn.Module, mode: str, device: torch.device) -> Prepared:
             raise ArmhubertError(f"mode int8 runs on a CPU, got device {device}: use bf16 there")
         quantise(module)
     call = torch.compile(module, dynamic=True) if mode == "compiled" else module
+    settings = {"hidden_states": False} if isinstance(module, SpeechEncoder) else {}  # nor do the others return them
 
     def run(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            return last_hidden_state(call(waveforms.to(dtype), *(() if lengths is None else (lengths,))))
+            return last_hidden_state(call(waveforms.to(dtype), *(() if lengths is None else (lengths,)), **settings))
 
     # without a GPU, empty_cache does nothing
     return run, torch.cuda.empty_cache, lambda: state_bytes(module)

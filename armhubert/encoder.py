@@ -409,6 +409,8 @@ class SpeechEncoder(nn.Module):
         for i, layer in enumerate(self.layers):
             if keep_nothing:
                 x, attention_map = checkpoint(layer, x, attention_map, lengths, bias, use_reentrant=False)
+                if attention_map is not None:  # later layers make the map again, as backward does
+                    attention_map = attention_map._replace(probabilities=None)
             else:
                 x, attention_map = layer(x, attention_map, lengths, bias)
             if self.config.scale_layer_gradients:
