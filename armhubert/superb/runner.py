@@ -256,13 +256,20 @@ class _Evaluation:
         )  # fmt: skip
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, Training]:
-        """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up."""
+        """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up.
+
+        Where all that is left diverges, the best that was given up is trained on.
+        """
         choose, steps = self.task.metrics, self.config.training.steps
         rates = sorted(self.config.rates)
+        given_up: list[float] = []  # without having diverged, the best last
         for share in (8, 4, 2, 1):
             until = max(1, steps // share)
             scores: dict[float, dict[str, Any]] = {}
-            for rate in rates:
+            trained = []
+            while rates or (given_up and not scores):
+                rate = rates.pop(0) if rates else given_up.pop()
+                trained.append(rate)
                 training = Training(self.setup, rate, self.folder / f"lr-{rate:g}")
                 with contextlib.suppress(Diverged):
                     yield from training.run(until)
@@ -272,7 +279,8 @@ class _Evaluation:
                 raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
             ranked = sorted(scores, key=lambda rate: rank(choose, scores[rate]), reverse=True)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
-            for rate in rates:
+            given_up += reversed(ranked[len(kept) :])
+            for rate in trained:
                 score = scores[rate][choose[0].name] if rate in scores else None
                 tried.append({"rate": rate, "step": until, "dev": score, "kept": rate in kept})
                 yield RateTried(rate, until, score, rate in kept)

@@ -18,7 +18,7 @@ from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
 from armhubert.superb.runner import as_text, evaluate, load_run_config
 from armhubert.superb.tasks import find
-from armhubert.superb.training import plan_batches, rank
+from armhubert.superb.training import Diverged, Training, plan_batches, rank
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -249,6 +249,29 @@ def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
     best = max(r.metric for r in tried if r.metric is not None and r.step == 16)
     assert result["dev"]["accuracy"] == pytest.approx(best)
     assert len([r for r in tried if r.step == 16]) == 1
+
+
+def test_a_sweep_goes_back_to_a_rate_where_the_last_one_diverges(config, monkeypatch, tmp_path):
+    swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e-4), steps=16)
+    usual, _ = run(swept)
+    doomed = {usual["training"]["learning_rate"]}
+    step = Training._step
+
+    def diverging(self, micros):
+        if self.rate in doomed and self.state.step >= 12:
+            raise Diverged("not finite")
+        return step(self, micros)
+
+    monkeypatch.setattr(Training, "_step", diverging)
+    result, _ = run(replace(swept, out=str(tmp_path / "again")))
+    last = {row["rate"]: row["kept"] for row in result["sweep"] if row["step"] == 16}
+    assert last == {doomed.pop(): False, result["training"]["learning_rate"]: True}
+    second = next(row for row in reversed(usual["sweep"]) if not row["kept"])
+    assert result["training"]["learning_rate"] == second["rate"]
+    assert result["history"][-1]["step"] == 16
+    doomed.update(swept.rates)
+    with pytest.raises(Diverged, match=re.escape("every learning rate of the sweep diverged (0.01, 0.001, 0.0001)")):
+        run(replace(swept, out=str(tmp_path / "all")))
 
 
 def test_a_resumed_sweep_records_what_an_uninterrupted_one_does(config, tmp_path):
