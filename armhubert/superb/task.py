@@ -149,7 +149,8 @@ class Defaults:
     optimizer: Literal["Adam", "AdamW"] = "Adam"
     validate_every: int = 5_000
     crop_seconds: float | None = None
-    """Train on random crops of this many seconds of features; dev and test are whole."""
+    """Train on random crops of this many seconds of features, which have seen the whole recording (s3prl crops the
+    waveform); dev and test are whole."""
     head_size: int = 0
     """Units of asr's and sf's projection and of each direction of their LSTMs; 0: the head has no such size."""
     balanced: bool = False
