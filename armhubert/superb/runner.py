@@ -260,7 +260,7 @@ class _Evaluation:
 
         Where all that is left diverges, the best that was given up is trained on.
         """
-        choose, steps = self.task.metrics, self.config.training.steps
+        choose, steps = self.task.choose_by, self.config.training.steps
         rates = sorted(self.config.rates)
         given_up: list[float] = []  # without having diverged, the best last
         for share in (8, 4, 2, 1):

@@ -185,7 +185,7 @@ class Training:
     def best(self, until: int) -> dict[str, Any]:
         """The best row on dev up to a step; a resumed sweep asks for steps that are long past."""
         rows = [row for row in self.state.history if row["kind"] == "dev" and row["step"] <= until]
-        return max(rows, key=lambda row: rank(self.setup.task.metrics, row))
+        return max(rows, key=lambda row: rank(self.setup.task.choose_by, row))
 
     # -- training --
 
@@ -320,7 +320,7 @@ class Training:
     def _validate(self) -> Validated:
         split = self.corpus.splits["dev"]
         scores = self.setup.task.score(self.predict(split), split, self.corpus)
-        state, choose = self.state, self.setup.task.metrics
+        state, choose = self.state, self.setup.task.choose_by
         metrics = {name: float(value) for name, value in scores.metrics.items()}
         best = not state.best or rank(choose, metrics) > rank(choose, state.best)
         if best:

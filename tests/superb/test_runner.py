@@ -230,11 +230,18 @@ def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
 
 def test_between_equals_the_next_metric_decides():
     rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
-    first, second = (rank(find("ic").metrics, row) for row in rows)
+    first, second = (rank(find("ic").choose_by, row) for row in rows)
     assert second > first
     errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
-    ranks = [rank(find("asr").metrics, row) for row in errors]
+    ranks = [rank(find("asr").choose_by, row) for row in errors]
     assert ranks == sorted(ranks)
+
+
+def test_ks_is_chosen_by_mean_recall_as_on_balanced_data():
+    guessing = {"accuracy": 90.0, "mean_recall": 50.0}
+    fair = {"accuracy": 80.0, "mean_recall": 80.0}
+    first, second = (rank(find("ks").choose_by, row) for row in (guessing, fair))
+    assert second > first
 
 
 def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
@@ -335,6 +342,12 @@ def test_global_state_is_left_alone(config):
         ({"head_size": 8}, "ks has no head whose size can be set: leave out --head-size"),
         ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
         ({"task": "qbe"}, "qbe has no training: leave out --learning-rate"),
+        ({"test": ("x",)}, "ks has no choice of test subsets: leave out --test"),
+        ({"task": "sid", "dev": ("x",)}, "sid has no choice of dev subsets: leave out --dev"),
+        ({"task": "pr", "language_model": "x"}, "pr has no language model: leave out --language-model"),
+        ({"task": "asr", "lexicon": "x"}, "asr has no lexicon: leave out --lexicon"),
+        ({"task": "asr", "g2p": True}, "asr has no lexicon: leave out --g2p"),
+        ({"task": "qbe", "train": ("x",)}, "qbe has no choice of train subsets: leave out --train"),
         ({"learning_rate": 1e30}, "a learning rate must be at most 10, got 1e+30"),
         ({"rates": (1e-3, 1e-4)}, "add --sweep lr"),
         ({"rates": (1e-3, 1e3), "sweep": "lr", "learning_rate": None}, "a learning rate must be at most 10, got 1000"),

@@ -139,6 +139,16 @@ def test_settings_for_single_tasks(tmp_path, waves):
         plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {}, {"ks": {**per_task["ks"], "step": 1}})
 
 
+def test_a_suite_gives_no_task_what_it_has_no_use_for(tmp_path, waves):
+    waves(*(f"keywords/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)))
+    common = {"test": ["x"], "g2p": True, "language_model": "lm.arpa", "fold": 2}
+    plan = plan_suite("superb", ["fbank"], str(tmp_path), "out", common, {})
+    (ks,) = plan.configs
+    assert (ks.task, ks.test, ks.g2p, ks.language_model, ks.fold) == ("ks", (), False, None, None)
+    with pytest.raises(ArmhubertError, match="ks has no choice of test subsets"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"test": ["x"]}})
+
+
 def test_data_for_nothing(tmp_path):
     with pytest.raises(ArmhubertError, match="has data for none of the tasks"):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {})

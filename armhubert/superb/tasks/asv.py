@@ -59,6 +59,7 @@ class SpeakerVerification(Task):
     title = "Speaker verification"
     data = f"speech by speaker ({LAYOUTS}), and a trial list ({', '.join(TRIAL_LISTS[:2])}: `1 a.wav b.wav`) or none"
     folders = ("VoxCeleb1", "voxceleb1", "LibriSpeech")
+    reads = ("train", "dev", "test")
     metrics = (Metric("eer", "EER", False), Metric("min_dcf", "minDCF", False, ""))
     defaults = Defaults(
         learning_rate=1e-4,

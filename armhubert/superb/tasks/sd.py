@@ -66,6 +66,7 @@ class SpeakerDiarization(Task):
         f"segments and utt2spk or rttm), or speech to simulate two-speaker mixtures from: {LAYOUTS}"
     )
     folders = ("Libri2Mix", "LibriSpeech")
+    reads = ("train", "dev", "test")
     metrics = (
         Metric("der", "DER", False),
         Metric("der_best", "DER, best setting on test", False),
