@@ -198,13 +198,17 @@ def _plain(value: float | None, digits: int) -> str:
 
 
 def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
-    task, first = find(name), next(iter(by_model.values()))
+    task = find(name)
     parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, by_model)]
-    data = "; ".join(f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in first["data"].items())
-    changed = ", ".join(f"{key} {value}" for key, value in first["changed"].items()) or "none"
-    parts.append(f"<p class=note>Data: {escape(data)}. Settings that are not {_standard(task)}: {escape(changed)}.</p>")
-    if first["notes"]:
-        parts.append("<ul class=note>" + "".join(f"<li>{escape(note)}</li>" for note in first["notes"]) + "</ul>")
+    said: dict[str, list[str]] = {}  # by each line, the models of which it is true
+    for model, result in by_model.items():
+        data = [f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in result["data"].items()]
+        changed = ", ".join(f"{key} {value}" for key, value in result["changed"].items()) or "none"
+        lines = [f"Data: {'; '.join(data)}.", f"Settings that are not {_standard(task)}: {changed}.", *result["notes"]]
+        for line in dict.fromkeys(lines):
+            said.setdefault(line, []).append(model)
+    items = [line if len(models) == len(by_model) else f"{', '.join(models)}: {line}" for line, models in said.items()]
+    parts.append(f"<ul class=note>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>")
     shown = []
     if trained := {m: r for m, r in by_model.items() if r.get("history")}:
         shown.append(_figure(pictures.training(trained), f"{task.title}: training"))

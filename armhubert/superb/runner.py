@@ -223,9 +223,12 @@ class _Evaluation:
             yield from self.features.fill(items, self.should_stop)
 
     def changed(self) -> dict[str, Any]:
-        """Training settings that are not SUPERB's."""
+        """Settings that are not SUPERB's."""
         mine, theirs = dataclasses.asdict(self.config.training), dataclasses.asdict(self.task.defaults)
-        return {name: value for name, value in mine.items() if value != theirs[name]}
+        given = {name: getattr(self.config, name) for name in ("normalize_layers", "language_model")}
+        return {name: value for name, value in mine.items() if value != theirs[name]} | {
+            name: value for name, value in given.items() if value
+        }
 
     def _trained(self) -> Generator[Report, None, dict[str, Any]]:
         settings = self.config.training

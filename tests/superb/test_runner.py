@@ -111,6 +111,12 @@ def test_a_large_result_is_read_back(tmp_path):
     assert text.count("\n") < 1400 + 20
 
 
+def test_what_is_not_superbs_is_told(config):
+    result, reports = run(replace(config, normalize_layers=True))
+    assert result["changed"]["normalize_layers"] is True
+    assert next(r for r in reports if isinstance(r, Started)).changed == result["changed"]
+
+
 def test_another_seed_is_another_run(config, tmp_path):
     first, _ = run(config)
     second, _ = run(replace(config, seed=1, out=str(tmp_path / "again")))

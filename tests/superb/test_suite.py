@@ -115,6 +115,19 @@ def test_the_report_is_one_file_with_everything_inside(small, tmp_path):
     assert f"{accuracy:.2f}" in page.text
 
 
+def test_what_differs_between_models_is_said_of_each(small, tmp_path):
+    *_, finished = run_suite(small, tmp_path / "out")
+    other = {"changed": {"steps": 9}, "notes": ["drawn anew"]}
+    results = {"one": finished.results["fbank"], "two": {"ks": {**finished.results["fbank"]["ks"], **other}}}
+    page = Page()
+    page.feed(report_module.page(results, COLUMNS))
+    assert "two: Settings that are not SUPERB's: steps 9." in page.text
+    assert re.search("one: Settings that are not SUPERB's: .*batch 4", page.text)
+    assert "two: drawn anew" in page.text
+    assert page.text.count("Data: train") == 1
+    assert ": Data: train" not in page.text
+
+
 def test_what_strangers_named_is_escaped(small, tmp_path):
     *_, finished = run_suite(small, tmp_path / "out")
     results = {"<script>alert(1)</script>": finished.results["fbank"]}
