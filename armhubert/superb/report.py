@@ -199,7 +199,9 @@ def _plain(value: float | None, digits: int) -> str:
 
 def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     task = find(name)
-    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, by_model)]
+    # Folds of a sweep may have a rate each: the table then shows a dash, as where nothing is trained.
+    rated = {m: r if "learning_rate" in r["training"] else {**r, "training": {"steps": 0}} for m, r in by_model.items()}
+    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, rated)]
     said: dict[str, list[str]] = {}  # by each line, the models of which it is true
     for model, result in by_model.items():
         data = [f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in result["data"].items()]
@@ -210,9 +212,10 @@ def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     items = [line if len(models) == len(by_model) else f"{', '.join(models)}: {line}" for line, models in said.items()]
     parts.append(f"<ul class=note>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>")
     shown = []
-    if trained := {m: r for m, r in by_model.items() if r.get("history")}:
+    runs = pictures.each_fold(by_model)
+    if trained := {m: r for m, r in runs.items() if r.get("history")}:
         shown.append(_figure(pictures.training(trained), f"{task.title}: training"))
-    if weighted := {m: r for m, r in by_model.items() if len(r.get("layer_weights") or ()) > 1}:
+    if weighted := {m: r for m, r in runs.items() if len(r.get("layer_weights") or ()) > 1}:
         shown.append(_figure(pictures.layer_weights(weighted), "Learned weights of the layers"))
     if detections := {m: r["details"]["detection"] for m, r in by_model.items() if r["details"]["detection"]}:
         shown.append(_figure(pictures.det(detections), "Detection error trade-off"))

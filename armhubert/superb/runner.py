@@ -414,18 +414,27 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
+OF_A_FOLD = ("metrics", "dev", "best_step", "training", "layer_weights", "head", "sweep", "history", "notes")
+"""What each fold has a value of its own for, in `folds` of a result."""
+
+
 def _average(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result; of several folds: the first with the metrics of all averaged."""
+    """One result; of several folds: what they agree on, metrics averaged, and in `folds` what each has of its own."""
     if len(results) == 1:
         return results[0]
-    result = dict(results[0])
+    first = results[0]
+    result = {name: value for name, value in first.items() if name not in OF_A_FOLD}
     for key in ("metrics", "dev"):
-        result[key] = {name: float(np.mean([r[key][name] for r in results])) for name in results[0][key]}
+        result[key] = {name: float(np.mean([r[key][name] for r in results])) for name in first[key]}
     result["tests"] = {"test": result["metrics"]}
-    result["folds"] = [{"metrics": r["metrics"], "dev": r["dev"], "head": r.get("head")} for r in results]
+    result["training"] = {k: v for k, v in first["training"].items() if all(r["training"][k] == v for r in results)}
+    result["train_seconds"] = sum(r["train_seconds"] for r in results)
+    result["notes"] = [note for note in first["notes"] if all(note in r["notes"] for r in results)]
+    result["folds"] = [{name: r[name] for name in OF_A_FOLD} for r in results]
     result["data"] = {f"fold-{n}/{name}": split for n, r in enumerate(results, 1) for name, split in r["data"].items()}
+    result["details"] = _details(Scores({}))
     confusions = [r["details"]["confusion"] for r in results]
     if all(confusions) and len({tuple(c["labels"]) for c in confusions}) == 1:
         total = np.sum([c["counts"] for c in confusions], axis=0).tolist()
-        result["details"] = {**result["details"], "confusion": {"labels": confusions[0]["labels"], "counts": total}}
+        result["details"]["confusion"] = {"labels": confusions[0]["labels"], "counts": total}
     return result

@@ -13,10 +13,11 @@ from armhubert.config import read_mapping
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
-from armhubert.superb import features
+from armhubert.superb import features, pictures, report
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
 from armhubert.superb.runner import as_text, evaluate, load_run_config
+from armhubert.superb.suite import COLUMNS
 from armhubert.superb.tasks import find
 from armhubert.superb.training import Diverged, Training, plan_batches, rank
 
@@ -175,6 +176,28 @@ def test_a_run_begun_anew_takes_nothing_from_the_one_before(folds, tmp_path):
     assert steps == {1: 1, 2: 0, 3: 0, 4: 0, 5: 0}
     fresh, _ = run(replace(other, out=str(tmp_path / "fresh")))
     assert resumed["folds"] == fresh["folds"]
+
+
+def test_an_average_over_folds_has_nothing_of_a_single_one(folds, tmp_path):
+    swept = replace(folds, model="fbank_no_cmvn", steps=8, sweep="lr", rates=(1e-1, 1e-4))
+    result, _ = run(swept)
+    own = {"best_step", "layer_weights", "head", "sweep", "history"}
+    assert not own & result.keys()
+    assert len(result["folds"]) == 5
+    for fold in result["folds"]:
+        assert own <= fold.keys()
+        assert any("speakers of this fold" in note for note in fold["notes"])
+    rates = {fold["training"]["learning_rate"] for fold in result["folds"]}
+    assert (len(rates) == 1) == ("learning_rate" in result["training"])
+    assert result["training"]["steps"] == 8
+    assert result["metrics"]["accuracy"] == pytest.approx(sum(f["metrics"]["accuracy"] for f in result["folds"]) / 5)
+    assert result["details"]["examples"] == []
+    assert sum(map(sum, result["details"]["confusion"]["counts"])) == 20  # every recording is tested once
+    assert list(pictures.each_fold({"m": result})) == [f"fold {n} of m" for n in range(1, 6)]
+    assert set(pictures.draw(result)) == {"training", "confusion"}
+    result["training"].pop("learning_rate", None)
+    text = report.page({"m": {"er": result}}, COLUMNS)
+    assert "<td>–</td><td>–</td>" in text
 
 
 def test_each_fold_leaves_a_checkpoint_until_a_run_begins_anew(folds, tmp_path):
