@@ -304,10 +304,8 @@ class Training:
     def predict(self, split: Split) -> list[Any]:
         """Predictions in the order of the split's items."""
         self.probe.eval()
-        size = self.settings.batch
-        order = sorted(range(len(split.items)), key=lambda index: -self.recordings.samples(split.items[index]))
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        predictions: list[Any] = [None] * len(order)
+        groups = self.features.groups(split.items)
+        predictions: list[Any] = [None] * len(split.items)
         stream = self.features.stream([[split.items[i] for i in group] for group in groups])
         with contextlib.closing(stream):  # type: ignore[type-var]
             for group, (layers, lengths) in zip(groups, stream, strict=True):

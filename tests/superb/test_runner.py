@@ -247,8 +247,20 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0  # seeds share features
 
 
+def test_scored_batches_are_bounded_in_seconds(config, monkeypatch, tmp_path):
+    plain, _ = run(config)
+    seen, stream = [], features.Features.stream
+    monkeypatch.setattr(features.Features, "stream", lambda self, g: seen.append([*map(len, g)]) or stream(self, g))
+    monkeypatch.setattr(features, "BATCH_SECONDS", 0.7)
+    result, _ = run(replace(config, out=str(tmp_path / "again")))
+    assert (result["metrics"], result["dev"]) == (plain["metrics"], plain["dev"])
+    scored = [sizes for sizes in seen if sum(sizes) in {result["data"][name]["items"] for name in ("dev", "test")}]
+    assert len(scored) == 4  # dev three times, and test
+    assert {size for sizes in scored for size in sizes} <= {1, 2}  # of 0.3 s
+
+
 def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "CACHE_BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(features, "BATCH_SECONDS", 1.0)
     cached = replace(config, cache=str(tmp_path / "features"))
     result, _ = run(cached, should_stop=lambda: True)
     assert result == {}
