@@ -269,8 +269,9 @@ def _superb(content: dict[str, Any], folder: Path) -> list[str]:
     return [
         "SUPERB's ten tasks, its heads and metrics, on five hours of LibriSpeech and at most an hour of any other"
         " speech: few steps, smaller LSTMs for asr and sf, rates chosen on dev from the same candidates for"
-        f" every model (`bench/superb-mini.yaml`; {_conditions(content)}). The rows compare with each other, **not with"
-        " published ones**. Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher.",
+        f" every model (`bench/superb-mini.yaml`; {_conditions(content)}). PER counts phones without stress. The rows"
+        " compare with each other, **not with published ones**."
+        " Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher.",
         *([note] if (note := content["rows"][0].get("note")) else []),
         "\n".join(lines),
         "![learning curves and layer weights](bench/results/superb-mini.png)",

@@ -44,7 +44,7 @@ def summarize(name: str, folder: Path) -> dict[str, Any]:
 def _task(result: dict[str, Any], decides: str) -> dict[str, Any]:
     return {
         **{key: result[key] for key in KEPT if result.get(key)},
-        "learning_rate": result["training"]["learning_rate"],
+        "learning_rate": result["training"].get("learning_rate"),  # folds may have one each
         "seed": result["config"]["seed"],
         "layer_weights": [round(weight, 4) for weight in result.get("layer_weights", ())],
         "dev_curve": [[row["step"], row[decides]] for row in result.get("history", ()) if row["kind"] == "dev"],

@@ -100,13 +100,13 @@ class FeatureCache:
         return Plan(len(missing), size, shutil.disk_usage(self.folder).free, self.folder)
 
     def read(self, digest: str) -> Tensor:
-        """[L, T, D] float32 of an item that is in the cache."""
+        """[L, T, D] of an item that is in the cache, in fp16 as it is stored."""
         place = self._index[digest]
         if place.shard not in self._maps:
             self._maps[place.shard] = np.memmap(self._shard(place.shard), np.float16, mode="r")
         start = place.offset // 2
         size = self.count * place.frames * self.width
-        flat = np.asarray(self._maps[place.shard][start : start + size], np.float32)
+        flat = np.array(self._maps[place.shard][start : start + size])
         return torch.from_numpy(flat).view(self.count, place.frames, self.width)
 
     @contextlib.contextmanager

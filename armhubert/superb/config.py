@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import Defaults, Options, Task
+from armhubert.superb.task import SPLITS, Defaults, Options, Task
 from armhubert.superb.tasks import find
 from armhubert.superb.upstream import FeatureChoice
 
@@ -119,7 +119,7 @@ class EvaluateConfig:
         if not Path(self.data).is_dir():
             raise ArmhubertError(f"data root {self.data!r} must be a folder that exists: {task.data}")
         for name in given_in_vain(task, vars(self)):
-            what = {"fold": "folds", "head_size": "head whose size can be set"}.get(name, "training")
+            what = _ABSENT.get(name, "training")
             raise ArmhubertError(f"{task.name} has no {what}: leave out --{name.replace('_', '-')}")
         if self.fold is not None and not 1 <= self.fold <= task.folds:
             raise ArmhubertError(f"fold must be within 1 and {task.folds} for {task.name}, got {self.fold}")
@@ -152,11 +152,24 @@ class EvaluateConfig:
 
 
 def given_in_vain(task: Task, settings: Mapping[str, Any]) -> list[str]:
-    """Settings that a task has no use for and that would be thought to work: of training, folds, the head's size."""
-    useless = {"fold": task.folds == 1, "head_size": not task.defaults.head_size, "sweep": not task.defaults.steps}
+    """Settings that a task has no use for and that would be thought to work: of its data, of training, of the head."""
+    useless = {field.name for field in dataclasses.fields(Options)} - {"seed", *task.reads}
+    if not task.defaults.head_size:
+        useless.add("head_size")
     if not task.defaults.steps:
-        useless |= dict.fromkeys((field.name for field in dataclasses.fields(Defaults)), True)
-    return [name for name, value in settings.items() if value is not None and useless.get(name, False)]
+        useless |= {field.name for field in dataclasses.fields(Defaults)} | {"sweep", "normalize_layers"}
+    return [n for n, value in settings.items() if n in useless and value not in (None, (), []) and value is not False]
+
+
+_ABSENT = {
+    "fold": "folds",
+    "head_size": "head whose size can be set",
+    "lexicon": "lexicon",
+    "g2p": "lexicon",
+    "language_model": "language model",
+    **{split: f"choice of {split} subsets" for split in SPLITS},
+}
+"""What a task lacks that is given one of these in vain; another setting is of training."""
 
 
 # What may differ when a run is resumed: how it is carried out, not what it computes.

@@ -14,7 +14,8 @@ from armhubert.superb.progress import CachePlanned, Caching, Stopped
 from armhubert.superb.task import Item
 from armhubert.superb.upstream import Upstream
 
-CACHE_BATCH_SECONDS = 60.0
+BATCH_SECONDS = 60.0
+"""Of a batch whose size is not the task's to choose: a minute of HuBERT Base's layers takes 120 MB."""
 
 
 class Features:
@@ -27,7 +28,7 @@ class Features:
         self.device, self.workers = device, workers
 
     def stream(self, groups: Sequence[Sequence[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """([L, B, T, D], valid frames [B]) of each group, on the device."""
+        """([L, B, T, D] float32, valid frames [B]) of each group, on the device."""
         if self.cache is not None:
             cache, digest = self.cache, self.recordings.digest
             for rows in ahead(lambda group: [cache.read(digest(item)) for item in group], groups, self.workers):
@@ -35,10 +36,16 @@ class Features:
                 layers = rows[0].new_zeros(rows[0].shape[0], len(rows), int(lengths.max()), rows[0].shape[2])
                 for number, row in enumerate(rows):
                     layers[:, number, : row.shape[1]] = row
-                yield layers.to(self.device), lengths.to(self.device)
+                yield layers.to(self.device).float(), lengths.to(self.device)  # fp16 until here
         else:
             for waveforms, lengths in ahead(self._read, groups, self.workers):
                 yield self.upstream(waveforms.to(self.device), lengths.to(self.device))
+
+    def groups(self, items: Sequence[Item]) -> list[list[int]]:
+        """Places of items in batches of similar length, the longest first, of bounded memory."""
+        found = [Utterance(item.key, self.recordings.samples(item)) for item in items]
+        batches = plan_epoch(found, batch_seconds=BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False)
+        return [[crop.index for crop in batch] for batch in batches]
 
     def _read(self, group: Sequence[Item]) -> tuple[Tensor, Tensor]:
         return padded([self.recordings.waveform(item) for item in group])
@@ -66,11 +73,7 @@ class Features:
             missing = [(digest, item) for digest, item in by_digest.items() if digest not in self.cache]
             if not missing:
                 return  # another process has been faster
-            found = [Utterance(digest, self.recordings.samples(item)) for digest, item in missing]
-            batches = plan_epoch(
-                found, batch_seconds=CACHE_BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False
-            )
-            groups = [[missing[crop.index] for crop in batch] for batch in batches]
+            groups = [[missing[place] for place in group] for group in self.groups([item for _, item in missing])]
             done = 0
             waveforms = ahead(lambda group: self._read([item for _, item in group]), groups, self.workers)
             with contextlib.closing(waveforms):  # type: ignore[type-var]

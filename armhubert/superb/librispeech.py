@@ -178,6 +178,12 @@ def is_timit(folder: Path) -> bool:
     return next(folder.rglob(_LABELS), None) is not None
 
 
+def fold(phones: Iterable[str]) -> tuple[str, ...]:
+    """TIMIT's or CMUdict's phones as CMUdict's 39: without stress, closures, pauses and allophones."""
+    plain = (phone.lower().rstrip("012") for phone in phones)
+    return tuple(_TIMIT.get(phone, phone.upper()) for phone in plain if phone not in _TIMIT_SILENT)
+
+
 def read_timit(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """(audio, phones of the hand labels folded to CMUdict's 39) of every sentence."""
     sentences = []
@@ -185,9 +191,8 @@ def read_timit(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
         audio = next(
             (p for p in sorted(labels.parent.glob(f"{labels.stem}.*")) if p.suffix.lower() in AUDIO_SUFFIXES), None
         )
-        phones = [line.split()[-1].lower() for line in read_lines(labels, "TIMIT labels")]
-        folded = tuple(_TIMIT.get(phone, phone.upper()) for phone in phones if phone not in _TIMIT_SILENT)
-        if audio is not None and folded:
+        phones = [line.split()[-1] for line in read_lines(labels, "TIMIT labels")]
+        if audio is not None and (folded := fold(phones)):
             sentences.append((audio, folded))
     if not sentences:
         raise ArmhubertError(f"none of the .phn files in {folder} has audio beside it: check the folder")

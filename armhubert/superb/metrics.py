@@ -27,6 +27,13 @@ def accuracy(predictions: Sequence[Hashable], truth: Sequence[Hashable]) -> floa
     return 100 * sum(a == b for a, b in zip(predictions, truth, strict=True)) / len(truth)
 
 
+def mean_recall(predictions: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
+    """Accuracy within each class that the truth has, averaged over the classes: that of balanced data, in percent."""
+    total = Counter(truth)
+    right = Counter(b for a, b in zip(predictions, truth, strict=True) if a == b)
+    return 100 * sum(right[label] / count for label, count in total.items()) / len(total)
+
+
 # ---------------------------------------------------------------------------------------------------- edit distances
 
 

@@ -16,17 +16,28 @@ LONGEST = 40
 
 def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
     """Every picture that a result has data for, by name."""
-    details = result["details"]
+    details, source = result["details"], result["model"]["source"]
+    runs = each_fold({source: result})
+    weighted = {name: run for name, run in runs.items() if len(run.get("layer_weights") or ()) > 1}
     found = {
-        "training": training({result["model"]["source"]: result}) if result.get("history") else None,
-        "layers": layer_weights({result["model"]["source"]: result})
-        if len(result.get("layer_weights") or ()) > 1
-        else None,
+        "training": training(runs) if all(run.get("history") for run in runs.values()) else None,
+        "layers": layer_weights(weighted) if weighted else None,
         "confusion": confusion(details["confusion"]) if details["confusion"] else None,
         "labels": errors_by_label(details["by_label"]) if details["by_label"] else None,
-        "det": det({result["model"]["source"]: details["detection"]}) if details["detection"] else None,
+        "det": det({source: details["detection"]}) if details["detection"] else None,
     }
     return {name: picture for name, picture in found.items() if picture is not None}
+
+
+def each_fold(by_model: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Results by name; one of several folds becomes as many, each with what is its own."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, result in by_model.items():
+        folds = result.get("folds", ())
+        found |= {f"fold {number} of {name}": {**result, **own} for number, own in enumerate(folds, 1)}
+        if not folds:
+            found[name] = result
+    return found
 
 
 def plain(text: str) -> str:

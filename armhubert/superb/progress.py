@@ -23,7 +23,7 @@ class Started(NamedTuple):
     """Items and seconds of each."""
     notes: tuple[str, ...]
     changed: Mapping[str, Any]
-    """Training settings that are not SUPERB's."""
+    """Settings that are not SUPERB's."""
     parameters: int
     """Of head and weighted sum."""
     first_step: int

@@ -198,17 +198,24 @@ def _plain(value: float | None, digits: int) -> str:
 
 
 def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
-    task, first = find(name), next(iter(by_model.values()))
-    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, by_model)]
-    data = "; ".join(f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in first["data"].items())
-    changed = ", ".join(f"{key} {value}" for key, value in first["changed"].items()) or "none"
-    parts.append(f"<p class=note>Data: {escape(data)}. Settings that are not {_standard(task)}: {escape(changed)}.</p>")
-    if first["notes"]:
-        parts.append("<ul class=note>" + "".join(f"<li>{escape(note)}</li>" for note in first["notes"]) + "</ul>")
+    task = find(name)
+    # Folds of a sweep may have a rate each: the table then shows a dash, as where nothing is trained.
+    rated = {m: r if "learning_rate" in r["training"] else {**r, "training": {"steps": 0}} for m, r in by_model.items()}
+    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, rated)]
+    said: dict[str, list[str]] = {}  # by each line, the models of which it is true
+    for model, result in by_model.items():
+        data = [f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in result["data"].items()]
+        changed = ", ".join(f"{key} {value}" for key, value in result["changed"].items()) or "none"
+        lines = [f"Data: {'; '.join(data)}.", f"Settings that are not {_standard(task)}: {changed}.", *result["notes"]]
+        for line in dict.fromkeys(lines):
+            said.setdefault(line, []).append(model)
+    items = [line if len(models) == len(by_model) else f"{', '.join(models)}: {line}" for line, models in said.items()]
+    parts.append(f"<ul class=note>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>")
     shown = []
-    if trained := {m: r for m, r in by_model.items() if r.get("history")}:
+    runs = pictures.each_fold(by_model)
+    if trained := {m: r for m, r in runs.items() if r.get("history")}:
         shown.append(_figure(pictures.training(trained), f"{task.title}: training"))
-    if weighted := {m: r for m, r in by_model.items() if len(r.get("layer_weights") or ()) > 1}:
+    if weighted := {m: r for m, r in runs.items() if len(r.get("layer_weights") or ()) > 1}:
         shown.append(_figure(pictures.layer_weights(weighted), "Learned weights of the layers"))
     if detections := {m: r["details"]["detection"] for m, r in by_model.items() if r["details"]["detection"]}:
         shown.append(_figure(pictures.det(detections), "Detection error trade-off"))

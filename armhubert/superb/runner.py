@@ -254,9 +254,12 @@ class _Evaluation:
             yield from self.features.fill(items, self.should_stop)
 
     def changed(self) -> dict[str, Any]:
-        """Training settings that are not SUPERB's."""
+        """Settings that are not SUPERB's."""
         mine, theirs = dataclasses.asdict(self.config.training), dataclasses.asdict(self.task.defaults)
-        return {name: value for name, value in mine.items() if value != theirs[name]}
+        given = {name: getattr(self.config, name) for name in ("normalize_layers", "language_model")}
+        return {name: value for name, value in mine.items() if value != theirs[name]} | {
+            name: value for name, value in given.items() if value
+        }
 
     def _trained(self) -> Generator[Report, None, dict[str, Any]]:
         settings = self.config.training
@@ -287,13 +290,20 @@ class _Evaluation:
         )  # fmt: skip
 
     def _sweep(self, tried: list[dict[str, Any]]) -> Generator[Report, None, Training]:
-        """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up."""
-        choose, steps = self.task.metrics, self.config.training.steps
+        """Successive halving on dev: after 1/8, 1/4 and 1/2 of the steps the worse half of the rates is given up.
+
+        Where all that is left diverges, the best that was given up is trained on.
+        """
+        choose, steps = self.task.choose_by, self.config.training.steps
         rates = sorted(self.config.rates)
+        given_up: list[float] = []  # without having diverged, the best last
         for share in (8, 4, 2, 1):
             until = max(1, steps // share)
             scores: dict[float, dict[str, Any]] = {}
-            for rate in rates:
+            trained = []
+            while rates or (given_up and not scores):
+                rate = rates.pop(0) if rates else given_up.pop()
+                trained.append(rate)
                 training = Training(self.setup, rate, self.folder / f"lr-{rate:g}")
                 with contextlib.suppress(Diverged):
                     yield from training.run(until)
@@ -303,7 +313,8 @@ class _Evaluation:
                 raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
             ranked = sorted(scores, key=lambda rate: rank(choose, scores[rate]), reverse=True)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
-            for rate in rates:
+            given_up += reversed(ranked[len(kept) :])
+            for rate in trained:
                 score = scores[rate][choose[0].name] if rate in scores else None
                 tried.append({"rate": rate, "step": until, "dev": score, "kept": rate in kept})
                 yield RateTried(rate, until, score, rate in kept)
@@ -441,18 +452,27 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
+OF_A_FOLD = ("metrics", "dev", "best_step", "training", "layer_weights", "head", "sweep", "history", "notes")
+"""What each fold has a value of its own for, in `folds` of a result."""
+
+
 def _average(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result; of several folds: the first with the metrics of all averaged."""
+    """One result; of several folds: what they agree on, metrics averaged, and in `folds` what each has of its own."""
     if len(results) == 1:
         return results[0]
-    result = dict(results[0])
+    first = results[0]
+    result = {name: value for name, value in first.items() if name not in OF_A_FOLD}
     for key in ("metrics", "dev"):
-        result[key] = {name: float(np.mean([r[key][name] for r in results])) for name in results[0][key]}
+        result[key] = {name: float(np.mean([r[key][name] for r in results])) for name in first[key]}
     result["tests"] = {"test": result["metrics"]}
-    result["folds"] = [{"metrics": r["metrics"], "dev": r["dev"], "head": r.get("head")} for r in results]
+    result["training"] = {k: v for k, v in first["training"].items() if all(r["training"][k] == v for r in results)}
+    result["train_seconds"] = sum(r["train_seconds"] for r in results)
+    result["notes"] = [note for note in first["notes"] if all(note in r["notes"] for r in results)]
+    result["folds"] = [{name: r[name] for name in OF_A_FOLD} for r in results]
     result["data"] = {f"fold-{n}/{name}": split for n, r in enumerate(results, 1) for name, split in r["data"].items()}
+    result["details"] = _details(Scores({}))
     confusions = [r["details"]["confusion"] for r in results]
     if all(confusions) and len({tuple(c["labels"]) for c in confusions}) == 1:
         total = np.sum([c["counts"] for c in confusions], axis=0).tolist()
-        result["details"] = {**result["details"], "confusion": {"labels": confusions[0]["labels"], "counts": total}}
+        result["details"]["confusion"] = {"labels": confusions[0]["labels"], "counts": total}
     return result

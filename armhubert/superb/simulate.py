@@ -87,8 +87,7 @@ def mixtures(speakers: Speakers, number: int, seed: int, split: str) -> list[Ite
         paths = [speakers[name][int(draw.integers(len(speakers[name])))] for name in pair]
         plans.append((pair, paths, draw.uniform(*_LEVELS_DB, size=2), draw.random()))
     used = sorted({path for _, paths, _, _ in plans for path in paths})
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="mixtures") as pool:
-        talks = dict(zip(used, pool.map(listen, used), strict=True))
+    talks = listen_all(used)
     items: list[Item] = []
     for pair, paths, levels, where in plans:
         first, second = (talks[path] for path in paths)
@@ -110,6 +109,12 @@ def mixtures(speakers: Speakers, number: int, seed: int, split: str) -> list[Ite
 def listen(path: Path) -> Talk:
     """What is said in a recording; measured once, though a suite reads its data to plan and again for each model."""
     return _listened(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+def listen_all(paths: Sequence[Path]) -> dict[Path, Talk]:
+    """`listen` to several recordings at once."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="listen") as pool:
+        return dict(zip(paths, pool.map(listen, paths), strict=True))
 
 
 @functools.cache

@@ -81,7 +81,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Options:
-    """What tasks can be told about their data; fields that a task does not use are ignored by it."""
+    """What tasks can be told about their data; `Task.reads` names the fields that a task uses."""
 
     lexicon: str | None = None
     """pr: file of `WORD<tab or space>PHONES`; none: `lexicon.txt` or `librispeech-lexicon.txt` at the root."""
@@ -149,7 +149,8 @@ class Defaults:
     optimizer: Literal["Adam", "AdamW"] = "Adam"
     validate_every: int = 5_000
     crop_seconds: float | None = None
-    """Train on random crops of this many seconds of features; dev and test are whole."""
+    """Train on random crops of this many seconds of features, which have seen the whole recording (s3prl crops the
+    waveform); dev and test are whole."""
     head_size: int = 0
     """Units of asr's and sf's projection and of each direction of their LSTMs; 0: the head has no such size."""
     balanced: bool = False
@@ -188,7 +189,7 @@ class Scores:
     """What a split's predictions are worth."""
 
     metrics: Mapping[str, float]
-    """By `Metric.name`; the first of `Task.metrics` decides on dev."""
+    """By `Metric.name`; `Task.choose_by` names those that decide on dev."""
     confusion: Confusion | None = None
     by_label: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Errors and occurrences of each token (pr: phones), in the reference."""
@@ -208,11 +209,18 @@ class Task(ABC):
     """One line: the data layouts that `read` takes."""
     folders: tuple[str, ...] = ()
     """Where a suite looks for the data, below its root, before the root itself: names that downloads unpack to."""
+    reads: tuple[str, ...] = ()
+    """Fields of `Options` that the task uses, besides the seed."""
     metrics: tuple[Metric, ...]
-    """The first chooses the best step on dev."""
+    """The first is SUPERB's."""
     defaults: Defaults
     folds: int = 1
     """Cross-validation: the runner trains and tests once for each fold, and averages."""
+
+    @property
+    def choose_by(self) -> tuple[Metric, ...]:
+        """What chooses the best step on dev: the first, between equals the next."""
+        return self.metrics
 
     @abstractmethod
     def read(self, root: Path, options: Options) -> Corpus:

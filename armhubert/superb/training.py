@@ -185,7 +185,7 @@ class Training:
     def best(self, until: int) -> dict[str, Any]:
         """The best row on dev up to a step; a resumed sweep asks for steps that are long past."""
         rows = [row for row in self.state.history if row["kind"] == "dev" and row["step"] <= until]
-        return max(rows, key=lambda row: rank(self.setup.task.metrics, row))
+        return max(rows, key=lambda row: rank(self.setup.task.choose_by, row))
 
     # -- training --
 
@@ -304,10 +304,8 @@ class Training:
     def predict(self, split: Split) -> list[Any]:
         """Predictions in the order of the split's items."""
         self.probe.eval()
-        size = self.settings.batch
-        order = sorted(range(len(split.items)), key=lambda index: -self.recordings.samples(split.items[index]))
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        predictions: list[Any] = [None] * len(order)
+        groups = self.features.groups(split.items)
+        predictions: list[Any] = [None] * len(split.items)
         stream = self.features.stream([[split.items[i] for i in group] for group in groups])
         with contextlib.closing(stream):  # type: ignore[type-var]
             for group, (layers, lengths) in zip(groups, stream, strict=True):
@@ -320,7 +318,7 @@ class Training:
     def _validate(self) -> Validated:
         split = self.corpus.splits["dev"]
         scores = self.setup.task.score(self.predict(split), split, self.corpus)
-        state, choose = self.state, self.setup.task.metrics
+        state, choose = self.state, self.setup.task.choose_by
         metrics = {name: float(value) for name, value in scores.metrics.items()}
         best = not state.best or rank(choose, metrics) > rank(choose, state.best)
         if best:

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,7 +58,7 @@ class Upstream(ABC):
 
     @abstractmethod
     def frames(self, samples: int) -> int:
-        """Frames that so many samples give: at least one, since short waveforms are padded with silence."""
+        """Frames that so many samples give, to plan with: at least one, since short waveforms are padded."""
 
     @abstractmethod
     def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
@@ -234,14 +235,10 @@ class CustomUpstream(Upstream):
         self.device = torch.device(device)
         probe = self._call(torch.zeros(1, SAMPLE_RATE, device=device), torch.tensor([SAMPLE_RATE], device=device))
         self.count, self.width = probe.layers.shape[0], probe.layers.shape[3]
-        self._counts: dict[int, int] = {}
 
     def frames(self, samples: int) -> int:
-        """Asked of the user's function, once for each length."""
-        if samples not in self._counts:
-            zeros = torch.zeros(1, samples, device=self.device)
-            self._counts[samples] = int(self._call(zeros, torch.tensor([samples], device=self.device)).lengths)
-        return self._counts[samples]
+        """By the hop, rounded up: to ask the function would be to run it for every length."""
+        return -(-samples // self.hop)
 
     def __call__(self, waveforms: Tensor, lengths: Tensor) -> States:
         """The user's features, checked."""
@@ -265,11 +262,17 @@ class CustomUpstream(Upstream):
 def _make(module: str, function: str) -> Any:
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            # Under no name that an import could mean.
+            spec = importlib.util.spec_from_file_location(f"armhubert upstream {Path(module).stem}", module)
             assert spec is not None
             assert spec.loader is not None
             loaded = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded)
+            sys.modules[spec.name] = loaded  # where dataclasses look up what annotations name
+            try:
+                spec.loader.exec_module(loaded)
+            except BaseException:
+                del sys.modules[spec.name]
+                raise
         else:
             loaded = importlib.import_module(module)
         make = getattr(loaded, function)

@@ -28,6 +28,11 @@ def test_joint_accuracy_needs_every_slot():
     assert metrics.accuracy(guess, truth) == pytest.approx(200 / 3)
 
 
+def test_mean_recall_weighs_classes_alike():
+    assert metrics.mean_recall(["a", "a", "a", "a"], ["a", "a", "a", "b"]) == 50.0
+    assert metrics.mean_recall(["a", "b", "b", "c"], ["a", "a", "b", "b"]) == 50.0
+
+
 def test_accuracy_of_nothing():
     with pytest.raises(ArmhubertError, match="at least one test utterance"):
         metrics.accuracy([], [])

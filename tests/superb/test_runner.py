@@ -13,12 +13,13 @@ from armhubert.config import read_mapping
 from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
-from armhubert.superb import features
+from armhubert.superb import features, pictures, report
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
 from armhubert.superb.runner import as_text, evaluate, load_run_config
+from armhubert.superb.suite import COLUMNS
 from armhubert.superb.tasks import find
-from armhubert.superb.training import plan_batches, rank
+from armhubert.superb.training import Diverged, Training, plan_batches, rank
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
 
@@ -146,6 +147,12 @@ def test_a_large_result_is_read_back(tmp_path):
     assert text.count("\n") < 1400 + 20
 
 
+def test_what_is_not_superbs_is_told(config):
+    result, reports = run(replace(config, normalize_layers=True))
+    assert result["changed"]["normalize_layers"] is True
+    assert next(r for r in reports if isinstance(r, Started)).changed == result["changed"]
+
+
 def test_another_seed_is_another_run(config, tmp_path):
     first, _ = run(config)
     second, _ = run(replace(config, seed=1, out=str(tmp_path / "again")))
@@ -206,6 +213,28 @@ def test_a_run_begun_anew_takes_nothing_from_the_one_before(folds, tmp_path):
     assert resumed["folds"] == fresh["folds"]
 
 
+def test_an_average_over_folds_has_nothing_of_a_single_one(folds, tmp_path):
+    swept = replace(folds, model="fbank_no_cmvn", steps=8, sweep="lr", rates=(1e-1, 1e-4))
+    result, _ = run(swept)
+    own = {"best_step", "layer_weights", "head", "sweep", "history"}
+    assert not own & result.keys()
+    assert len(result["folds"]) == 5
+    for fold in result["folds"]:
+        assert own <= fold.keys()
+        assert any("speakers of this fold" in note for note in fold["notes"])
+    rates = {fold["training"]["learning_rate"] for fold in result["folds"]}
+    assert (len(rates) == 1) == ("learning_rate" in result["training"])
+    assert result["training"]["steps"] == 8
+    assert result["metrics"]["accuracy"] == pytest.approx(sum(f["metrics"]["accuracy"] for f in result["folds"]) / 5)
+    assert result["details"]["examples"] == []
+    assert sum(map(sum, result["details"]["confusion"]["counts"])) == 20  # every recording is tested once
+    assert list(pictures.each_fold({"m": result})) == [f"fold {n} of m" for n in range(1, 6)]
+    assert set(pictures.draw(result)) == {"training", "confusion"}
+    result["training"].pop("learning_rate", None)
+    text = report.page({"m": {"er": result}}, COLUMNS)
+    assert "<td>–</td><td>–</td>" in text
+
+
 def test_each_fold_leaves_a_checkpoint_until_a_run_begins_anew(folds, tmp_path):
     run(folds)
     assert len(list((tmp_path / "run").glob("fold-*/checkpoint.pt"))) == 5
@@ -253,8 +282,20 @@ def test_cached_features_give_the_same_numbers(config, tmp_path):
     assert next(r.plan for r in reports if isinstance(r, CachePlanned)).items == 0  # seeds share features
 
 
+def test_scored_batches_are_bounded_in_seconds(config, monkeypatch, tmp_path):
+    plain, _ = run(config)
+    seen, stream = [], features.Features.stream
+    monkeypatch.setattr(features.Features, "stream", lambda self, g: seen.append([*map(len, g)]) or stream(self, g))
+    monkeypatch.setattr(features, "BATCH_SECONDS", 0.7)
+    result, _ = run(replace(config, out=str(tmp_path / "again")))
+    assert (result["metrics"], result["dev"]) == (plain["metrics"], plain["dev"])
+    scored = [sizes for sizes in seen if sum(sizes) in {result["data"][name]["items"] for name in ("dev", "test")}]
+    assert len(scored) == 4  # dev three times, and test
+    assert {size for sizes in scored for size in sizes} <= {1, 2}  # of 0.3 s
+
+
 def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "CACHE_BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(features, "BATCH_SECONDS", 1.0)
     cached = replace(config, cache=str(tmp_path / "features"))
     result, _ = run(cached, should_stop=lambda: True)
     assert result == {}
@@ -265,11 +306,18 @@ def test_an_interrupted_cache_is_completed(config, monkeypatch, tmp_path):
 
 def test_between_equals_the_next_metric_decides():
     rows = [{"accuracy": 0.0, "slot_accuracy": 51.0}, {"accuracy": 0.0, "slot_accuracy": 60.0}]
-    first, second = (rank(find("ic").metrics, row) for row in rows)
+    first, second = (rank(find("ic").choose_by, row) for row in rows)
     assert second > first
     errors = [{"wer": 100.0, "cer": 99.0}, {"wer": 100.0, "cer": 70.0}, {"wer": 90.0, "cer": 80.0}]
-    ranks = [rank(find("asr").metrics, row) for row in errors]
+    ranks = [rank(find("asr").choose_by, row) for row in errors]
     assert ranks == sorted(ranks)
+
+
+def test_ks_is_chosen_by_mean_recall_as_on_balanced_data():
+    guessing = {"accuracy": 90.0, "mean_recall": 50.0}
+    fair = {"accuracy": 80.0, "mean_recall": 80.0}
+    first, second = (rank(find("ks").choose_by, row) for row in (guessing, fair))
+    assert second > first
 
 
 def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
@@ -284,6 +332,29 @@ def test_a_sweep_chooses_on_dev_and_gives_bad_rates_up(config, monkeypatch):
     best = max(r.metric for r in tried if r.metric is not None and r.step == 16)
     assert result["dev"]["accuracy"] == pytest.approx(best)
     assert len([r for r in tried if r.step == 16]) == 1
+
+
+def test_a_sweep_goes_back_to_a_rate_where_the_last_one_diverges(config, monkeypatch, tmp_path):
+    swept = replace(config, learning_rate=None, sweep="lr", rates=(1e-2, 1e-3, 1e-4), steps=16)
+    usual, _ = run(swept)
+    doomed = {usual["training"]["learning_rate"]}
+    step = Training._step
+
+    def diverging(self, micros):
+        if self.rate in doomed and self.state.step >= 12:
+            raise Diverged("not finite")
+        return step(self, micros)
+
+    monkeypatch.setattr(Training, "_step", diverging)
+    result, _ = run(replace(swept, out=str(tmp_path / "again")))
+    last = {row["rate"]: row["kept"] for row in result["sweep"] if row["step"] == 16}
+    assert last == {doomed.pop(): False, result["training"]["learning_rate"]: True}
+    second = next(row for row in reversed(usual["sweep"]) if not row["kept"])
+    assert result["training"]["learning_rate"] == second["rate"]
+    assert result["history"][-1]["step"] == 16
+    doomed.update(swept.rates)
+    with pytest.raises(Diverged, match=re.escape("every learning rate of the sweep diverged (0.01, 0.001, 0.0001)")):
+        run(replace(swept, out=str(tmp_path / "all")))
 
 
 def test_a_resumed_sweep_records_what_an_uninterrupted_one_does(config, tmp_path):
@@ -347,6 +418,12 @@ def test_global_state_is_left_alone(config):
         ({"head_size": 8}, "ks has no head whose size can be set: leave out --head-size"),
         ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
         ({"task": "qbe"}, "qbe has no training: leave out --learning-rate"),
+        ({"test": ("x",)}, "ks has no choice of test subsets: leave out --test"),
+        ({"task": "sid", "dev": ("x",)}, "sid has no choice of dev subsets: leave out --dev"),
+        ({"task": "pr", "language_model": "x"}, "pr has no language model: leave out --language-model"),
+        ({"task": "asr", "lexicon": "x"}, "asr has no lexicon: leave out --lexicon"),
+        ({"task": "asr", "g2p": True}, "asr has no lexicon: leave out --g2p"),
+        ({"task": "qbe", "train": ("x",)}, "qbe has no choice of train subsets: leave out --train"),
         ({"learning_rate": 1e30}, "a learning rate must be at most 10, got 1e+30"),
         ({"rates": (1e-3, 1e-4)}, "add --sweep lr"),
         ({"rates": (1e-3, 1e3), "sweep": "lr", "learning_rate": None}, "a learning rate must be at most 10, got 1000"),

@@ -180,6 +180,19 @@ def test_the_report_is_one_file_with_everything_inside(small, tmp_path):
     assert f"{accuracy:.2f}" in page.text
 
 
+def test_what_differs_between_models_is_said_of_each(small, tmp_path):
+    *_, finished = run_suite(small, tmp_path / "out")
+    other = {"changed": {"steps": 9}, "notes": ["drawn anew"]}
+    results = {"one": finished.results["fbank"], "two": {"ks": {**finished.results["fbank"]["ks"], **other}}}
+    page = Page()
+    page.feed(report_module.page(results, COLUMNS))
+    assert "two: Settings that are not SUPERB's: steps 9." in page.text
+    assert re.search("one: Settings that are not SUPERB's: .*batch 4", page.text)
+    assert "two: drawn anew" in page.text
+    assert page.text.count("Data: train") == 1
+    assert ": Data: train" not in page.text
+
+
 def test_what_strangers_named_is_escaped(small, tmp_path):
     *_, finished = run_suite(small, tmp_path / "out")
     results = {"<script>alert(1)</script>": finished.results["fbank"]}
@@ -202,6 +215,16 @@ def test_settings_for_single_tasks(tmp_path, waves):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"kss": {}})
     with pytest.raises(ArmhubertError, match="unknown key 'step' in the settings of ks; did you mean 'steps'"):
         plan_suite("superb", ["fbank"], str(tmp_path / "words"), "out", {}, {"ks": {**per_task["ks"], "step": 1}})
+
+
+def test_a_suite_gives_no_task_what_it_has_no_use_for(tmp_path, waves):
+    waves(*(f"keywords/{word}/{n}.wav" for word in ("cat", "dog") for n in range(24)))
+    common = {"test": ["x"], "g2p": True, "language_model": "lm.arpa", "fold": 2}
+    plan = plan_suite("superb", ["fbank"], str(tmp_path), "out", common, {})
+    (ks,) = plan.configs
+    assert (ks.task, ks.test, ks.g2p, ks.language_model, ks.fold) == ("ks", (), False, None, None)
+    with pytest.raises(ArmhubertError, match="ks has no choice of test subsets"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"test": ["x"]}})
 
 
 def test_data_for_nothing(tmp_path):

@@ -29,6 +29,7 @@ def test_folders_of_speakers(waves):
         assert not one & other
     assert corpus.labels == (tuple(sorted(names["train"])),)
     assert "no trial list: 6 trials drawn from 2 test speakers" in corpus.notes
+    assert any("silence is not trimmed" in note for note in corpus.notes)
     assert TASK.read(root, Options()) == corpus
     assert TASK.read(root, Options(seed=1)) != corpus
 

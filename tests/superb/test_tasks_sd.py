@@ -1,5 +1,6 @@
 import math
 import os
+from threading import current_thread
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_speech_intervals_against_hand_labels(shared_speech):
 
 def test_a_recording_is_listened_to_once_until_it_changes(tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr(simulate, "read_audio", lambda path: heard.append(path) or read_audio(path))
+    monkeypatch.setattr(simulate, "read_audio", lambda path: heard.append(current_thread().name) or read_audio(path))
     names = [f"{split}/{part}/a" for split in ("train", "dev", "test") for part in ("s1", "s2", "mix_both")]
     for seed, name in enumerate(names):
         tone(tmp_path / f"{name}.wav", (0.2, 1.0 + 0.1 * seed))
@@ -69,6 +70,8 @@ def test_a_recording_is_listened_to_once_until_it_changes(tmp_path, monkeypatch)
     os.utime(tmp_path / "test/s1/a.wav", ns=(0, 0))
     assert TASK.read(tmp_path, Options()) != first
     assert len(heard) == 7
+    assert all(name.startswith("listen") for name in heard)
+    assert any("SUPERB takes it from LibriMix's rttm" in note for note in first.notes)
 
 
 # ---- simulated mixtures ----------------------------------------------------

@@ -109,7 +109,12 @@ def test_further_test_sets_and_timit(name, tmp_path, waves):
     audio.with_suffix(".PHN" if name.isupper() else ".phn").write_text(labels)
     corpus = TASKS["pr"].read(tmp_path, Options(test=("test-clean", "timit")))
     assert corpus.splits["test:timit"].items[0].label == ("DH", "IH", "K", "ER")
-    assert corpus.splits["test"].items[0].label[:2] == ("HH", "AH")  # hand labels have no stress
+    assert corpus.splits["test"].items[0].label[:2] == ("HH", "AH0")
+    assert corpus.labels[0] == ("AE1", "AH0", "HH", "K", "L", "OW1", "T")
+    assert any("phones of test:timit that training lacks count as errors: DH, ER, IH" in n for n in corpus.notes)
+    spoken = ["DH", "IH1", "K", "ER0"]
+    assert TASKS["pr"].score([spoken], corpus.splits["test:timit"], corpus).metrics["per"] == 0
+    assert TASKS["pr"].score([["HH", "AH1"]], Split((Item("a", (), ("HH", "AH0")),)), corpus).metrics["per"] == 50
 
 
 def test_named_subsets_must_exist(tmp_path, waves):

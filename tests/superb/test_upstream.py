@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from armhubert.config import mini
 from armhubert.errors import ArmhubertError
 from armhubert.s3prl import UpstreamExpert
 from armhubert.student import ARMHuBERT
-from armhubert.superb.upstream import load_upstream
+from armhubert.superb.upstream import CustomUpstream, load_upstream
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,40 @@ def test_the_last_layer_is_what_leaves_the_encoder(tmp_path):
         torch.testing.assert_close(layers[-1], expected.last_hidden_state)
         torch.testing.assert_close(layers[-2], expected.hidden_states[-2])
     assert not torch.allclose(expected.last_hidden_state, expected.hidden_states[-1])
+
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+
+@dataclass
+class Model:
+    asked: ClassVar[int] = 0
+    hop: int = 400
+
+    def __call__(self, waveforms, lengths):
+        Model.asked += 1
+        return [waveforms[:, ::400, None].expand(-1, -1, 3)], -(-lengths // 400)
+
+def make():
+    return Model()
+"""
+
+
+def test_a_file_with_dataclasses_is_asked_for_features_alone(tmp_path):
+    (tmp_path / "json.py").write_text(OWN)
+    upstream = load_upstream(f"{tmp_path / 'json.py'}:make")
+    assert isinstance(upstream, CustomUpstream)
+    assert [upstream.frames(samples) for samples in (400, 401, 16_000)] == [1, 2, 40]
+    assert upstream.function.asked == 1  # when it was loaded
+    assert sys.modules["json"] is json
+    (tmp_path / "json.py").write_text("1 / 0")
+    before = set(sys.modules)
+    with pytest.raises(ArmhubertError, match="ZeroDivisionError"):
+        load_upstream(f"{tmp_path / 'json.py'}:make")
+    assert set(sys.modules) <= before
 
 
 def test_what_cannot_be_an_upstream(tmp_path, student):

@@ -32,6 +32,7 @@ class SpeechRecognition(Task):
     title = "Speech recognition"
     data = "LibriSpeech"
     folders = ("LibriSpeech",)
+    reads = ("train", "dev", "test", "language_model")
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
     defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 

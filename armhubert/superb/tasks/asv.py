@@ -41,7 +41,7 @@ TRIAL_LISTS = ("trials.txt", "veri_test2.txt", "voxceleb1_test_v2.txt", "veri_te
 """Looked for in the data root, in this order; the second and third are VoxCeleb1-O as cleaned, which SUPERB uses."""
 
 MIN_TRAIN_SECONDS = 2.0
-"""Shorter training recordings are left out, as s3prl does."""
+"""Shorter training recordings are left out; s3prl measures them without the silence that it trims."""
 
 DRAWN_TRIALS = 18_860
 """Of each kind, at most, where trials are drawn: VoxCeleb1-O has as many."""
@@ -59,6 +59,7 @@ class SpeakerVerification(Task):
     title = "Speaker verification"
     data = f"speech by speaker ({LAYOUTS}), and a trial list ({', '.join(TRIAL_LISTS[:2])}: `1 a.wav b.wav`) or none"
     folders = ("VoxCeleb1", "voxceleb1", "LibriSpeech")
+    reads = ("train", "dev", "test")
     metrics = (Metric("eer", "EER", False), Metric("min_dcf", "minDCF", False, ""))
     defaults = Defaults(
         learning_rate=1e-4,
@@ -99,7 +100,7 @@ class SpeakerVerification(Task):
             for speaker, path in found
             if seconds(path) > MIN_TRAIN_SECONDS
         ]
-        notes = list(splits.notes)
+        notes = [*splits.notes, "not as in s3prl: silence is not trimmed, and no speaker of dev is trained on"]
         if short := len(found) - len(train):
             notes.append(f"{short} training recordings of at most {MIN_TRAIN_SECONDS:g} s left out")
         speakers = tuple(sorted({item.label[0] for item in train}))

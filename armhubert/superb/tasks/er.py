@@ -45,6 +45,7 @@ class EmotionRecognition(Task):
     title = "Emotion recognition"
     data = "IEMOCAP (Session1 to Session5), RAVDESS (by its file names), or folders emotion/speaker or speaker/emotion"
     folders = ("IEMOCAP", "IEMOCAP_full_release", "RAVDESS", "emotions")
+    reads = ("fold",)
     metrics = (Metric("accuracy", "Accuracy", True),)
     defaults = Defaults(learning_rate=1e-4, batch=4, accumulate=8, steps=30_000, validate_every=1_000)
     folds = FOLDS

@@ -9,7 +9,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import CTCLinear
-from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, is_timit, read_subset, read_timit
+from armhubert.superb.librispeech import Transcribed, choose_subsets, fold, hold_out, is_timit, read_subset, read_timit
 from armhubert.superb.task import (
     Corpus,
     Defaults,
@@ -38,6 +38,7 @@ class PhonemeRecognition(Task):
     title = "Phoneme recognition"
     data = "LibriSpeech with lexicon.txt (WORD, tab or space, phones) beside it"
     folders = ("LibriSpeech",)
+    reads = ("lexicon", "g2p", "train", "dev", "test")
     metrics = (Metric("per", "PER", False),)
     defaults = Defaults(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
 
@@ -47,7 +48,7 @@ class PhonemeRecognition(Task):
         timit = {
             split: paths[0] for split, paths in folders.items() if split[:4] == "test" and any(map(is_timit, paths))
         }
-        lexicon = read_lexicon(find_lexicon(root, options), stress=not timit)  # hand labels have none
+        lexicon = read_lexicon(find_lexicon(root, options))
         speech: dict[SplitName, list[Transcribed]] = {}
         for split in [split for split in folders if split not in timit]:
             speech[split] = []
@@ -70,18 +71,26 @@ class PhonemeRecognition(Task):
                     items[split].append(Item(utterance.key, (Part(str(utterance.path)),), phones))
         for split, path in timit.items():
             items[split] = [Item.of_file(audio, path, phones) for audio, phones in read_timit(path)]
-            notes.append(f"{split} is TIMIT's hand labels, folded to 39 phones without closures and pauses")
+            notes.append(
+                f"{split} is TIMIT's hand labels; they and what is recognised there are folded to 39 phones without "
+                "stress, closures and pauses"
+            )
         _check_lexicon(missing, items, notes, options)
-        notes += unseen_tokens(items, "phones")
+        notes += unseen_tokens({split: found for split, found in items.items() if split not in timit}, "phones")
+        folded = [item._replace(label=fold(item.label)) for item in items["train"]]
+        notes += unseen_tokens({"train": folded, **{split: items[split] for split in timit}}, "phones")
         tokens = tuple(sorted({phone for item in items["train"] for phone in item.label}))
-        return Corpus({split: Split(tuple(found)) for split, found in items.items()}, (tokens,), tuple(notes))
+        splits = {split: Split(tuple(found)) for split, found in items.items()}
+        return Corpus(splits, (tokens,), tuple(notes), extra=frozenset(timit))
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCLinear:
         """Linear to 256, linear to the phones."""
         return CTCLinear(width, corpus.labels[0])
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
-        """PER, the errors by phone, and some transcripts."""
+        """PER, the errors by phone, and some transcripts; against TIMIT's hand labels, of folded predictions."""
+        if any(split is corpus.splits[name] for name in corpus.extra or ()):
+            predictions = [fold(prediction) for prediction in predictions]
         references = [item.label for item in split.items]
         return Scores(
             {"per": metrics.error_rate(predictions, references)},
@@ -107,7 +116,7 @@ def find_lexicon(root: Path, options: Options) -> Path:
     )
 
 
-def read_lexicon(path: Path, *, stress: bool = True) -> dict[str, tuple[str, ...]]:
+def read_lexicon(path: Path) -> dict[str, tuple[str, ...]]:
     """Upper-case word -> phones of its first pronunciation, with the stress marks of vowels (AH0) that it may have."""
     lexicon: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(read_lines(path, "lexicon"), start=1):
@@ -115,7 +124,7 @@ def read_lexicon(path: Path, *, stress: bool = True) -> dict[str, tuple[str, ...
         if not phones:
             raise ArmhubertError(f"{path}:{number}: a word must be followed by its phones, got {line[:60]!r}")
         word = re.sub(r"\(\d+\)$", "", word).upper()  # CMUdict numbers further pronunciations
-        lexicon.setdefault(word, tuple(phone.upper() if stress else phone.upper().rstrip("012") for phone in phones))
+        lexicon.setdefault(word, tuple(phone.upper() for phone in phones))
     if not lexicon:
         raise ArmhubertError(f"lexicon {path} is empty: it needs lines of a word and its phones")
     return lexicon

@@ -67,6 +67,7 @@ class QueryByExample(Task):
         "queries from; recordings with transcripts alone (LibriSpeech) are searched too"
     )
     folders = ("quesst14Database", "timit-sample", "TIMIT")
+    reads = ("test",)
     metrics = (Metric("mtwv", "MTWV", True, ""), Metric("layer", "Layer", None, ""))
     defaults = Defaults(steps=0)
 

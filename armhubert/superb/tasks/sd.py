@@ -16,7 +16,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.kernels.runtime import frame_mask
 from armhubert.superb import metrics
 from armhubert.superb.metrics import Turn
-from armhubert.superb.simulate import as_turns, listen, mixtures
+from armhubert.superb.simulate import as_turns, listen_all, mixtures
 from armhubert.superb.speakers import LAYOUTS, speaker_splits
 from armhubert.superb.task import (
     SPLITS,
@@ -66,6 +66,7 @@ class SpeakerDiarization(Task):
         f"segments and utt2spk or rttm), or speech to simulate two-speaker mixtures from: {LAYOUTS}"
     )
     folders = ("Libri2Mix", "LibriSpeech")
+    reads = ("train", "dev", "test")
     metrics = (
         Metric("der", "DER", False),
         Metric("der_best", "DER, best setting on test", False),
@@ -82,7 +83,10 @@ class SpeakerDiarization(Task):
             splits = {split: list(read_kaldi(folder, root)) for split, folder in folders.items()}
         elif (folders := _librimix_folders(root, options)) is not None:
             splits = {split: list(read_librimix(folder, root)) for split, folder in folders.items()}
-            notes = ("who speaks when is measured on s1 and s2 by their energy",)
+            notes = (
+                "who speaks when is measured on s1 and s2 by their energy; SUPERB takes it from LibriMix's rttm: give "
+                "the Kaldi folders that its prepare_diarization.py writes",
+            )
         else:
             speakers = speaker_splits(root, options)
             splits = {}
@@ -256,15 +260,19 @@ def read_librimix(folder: Path, root: Path) -> Iterator[Item]:
     if mixed is None:
         raise ArmhubertError(f"{folder} has sources but no mixtures: expected one of {', '.join(_MIXED)}")
     sources = sorted(path for path in folder.glob("s[0-9]") if path.is_dir())
+    cleans: dict[Path, list[tuple[str, Path]]] = {}
     for path in audio_files(mixed):
-        turns: list[Turn] = []
+        cleans[path] = []
         for source in sources:
             clean = next(
                 (clean for s in sorted(AUDIO_SUFFIXES) if (clean := source / f"{path.stem}{s}").is_file()), None
             )
             if clean is None:
                 raise ArmhubertError(f"mixture {path} has no source in {source}: complete the data, or remove it")
-            turns += as_turns(listen(clean).spoken, source.name)
+            cleans[path].append((source.name, clean))
+    talks = listen_all([clean for named in cleans.values() for _, clean in named])
+    for path, named in cleans.items():
+        turns = [turn for name, clean in named for turn in as_turns(talks[clean].spoken, name)]
         yield Item.of_file(path.absolute(), root.absolute(), tuple(sorted(turns)))
 
 

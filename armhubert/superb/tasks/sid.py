@@ -37,6 +37,7 @@ class SpeakerIdentification(Task):
     title = "Speaker identification"
     data = f"VoxCeleb1 with {LIST}, a LibriSpeech subset, or a folder for each speaker"
     folders = ("VoxCeleb1", "voxceleb1", "LibriSpeech/train-clean-100", "LibriSpeech/train-clean-5")
+    reads = ("train",)
     metrics = (Metric("accuracy", "Accuracy", True),)
     defaults = Defaults(learning_rate=1e-4, batch=8, accumulate=4, steps=200_000, crop_seconds=8.0)
 
