@@ -112,10 +112,11 @@ def _read(path: Path) -> Result:
         task = find(content["task"])
         metric = task.metrics[0]
         model, value = content["model"], content["metrics"][metric.name]
-        texts = (model["source"], model["identity"], model["features"], content["data"]["test"]["hash"])
+        tests = [split["hash"] for name, split in content["data"].items() if name.rpartition("/")[2] == "test"]
+        texts = (model["source"], model["identity"], model["features"], " ".join(tests))  # a test a fold
         if not all(isinstance(text, str) for text in texts) or type(value) not in (int, float) or value != value:
             raise TypeError
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise ArmhubertError(f"{path} is no result of armhubert evaluate: name a {RESULT_FILE} that it wrote") from None
     except ArmhubertError as error:
         raise ArmhubertError(f"{path}: {error}") from None

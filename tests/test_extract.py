@@ -383,10 +383,10 @@ def test_what_no_window_can_be_made_of(speech, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_length(student, tmp_path):
-    """One minute and eleven, in processes of their own: without windows the second takes gigabytes more."""
+    """One minute and twenty-one, in processes of their own: without windows the second takes gigabytes more."""
     rng = np.random.default_rng(0)
     peaks = []
-    for minutes in (1, 11):
+    for minutes in (1, 21):
         folder = tmp_path / str(minutes)
         folder.mkdir()
         with soundfile.SoundFile(folder / "long.wav", "w", 16_000, 1) as file:
@@ -402,8 +402,8 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
-    assert len(np.load(tmp_path / "11/out/long.npy", mmap_mode="r")[0]) == TINY.frames(11 * 60 * 16_000)
-    assert peaks[1] - peaks[0] < 30, peaks  # MiB; the waveform alone is 42 MB, its features 13 MB
+    assert len(np.load(tmp_path / "21/out/long.npy", mmap_mode="r")[0]) == TINY.frames(21 * 60 * 16_000)
+    assert peaks[1] - peaks[0] < 60, peaks  # MiB; the waveform alone is 81 MB, its features 25 MB
 
 
 def test_the_library_says_what_it_computes_in_reports_only(student, speech, tmp_path, capfd):

@@ -52,6 +52,14 @@ def compared(results: tuple[quality.Result, ...], *models: Model) -> quality.Com
     return quality.compare(profile(*models), results, lambda source: IDENTITIES.get(source, frozenset()))
 
 
+def test_a_result_of_several_folds_is_read(tmp_path):
+    content = json.loads(result("ks", 60.0, "small", "s"))
+    content["data"] = {f"fold-{n}/{split}": {"hash": f"{split}{n}"} for n in (1, 2) for split in ("dev", "test")}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    (found,) = quality.read_results([tmp_path])
+    assert (found.value, found.data) == (60.0, "test1 test2")
+
+
 def test_results_are_found_by_file_folder_and_suite(folder):
     whole = quality.read_results([folder])
     assert len(whole) == 5

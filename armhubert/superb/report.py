@@ -199,9 +199,7 @@ def _plain(value: float | None, digits: int) -> str:
 
 def _task(name: str, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     task = find(name)
-    # Folds of a sweep may have a rate each: the table then shows a dash, as where nothing is trained.
-    rated = {m: r if "learning_rate" in r["training"] else {**r, "training": {"steps": 0}} for m, r in by_model.items()}
-    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, rated)]
+    parts = [f"<h2 id={escape(name)}>{escape(task.title)}</h2>", _scores_table(task, by_model)]
     said: dict[str, list[str]] = {}  # by each line, the models of which it is true
     for model, result in by_model.items():
         data = [f"{split} {d['items']} in {d['seconds'] / 3600:.2f} h" for split, d in result["data"].items()]
@@ -251,9 +249,10 @@ def _scores_table(task: Task, by_model: Mapping[str, Mapping[str, Any]]) -> str:
             for _, metric, values in columns
             for top in (_best(values, metric),)
         ]
-        trained = bool(result["training"]["steps"])
+        training = result["training"]
+        chosen = training["steps"] and "learning_rate" in training  # not where folds of a sweep have one each
         cells += [_cell(str(result["best_step"]) if "best_step" in result else "–")]
-        cells += [_cell(f"{result['training']['learning_rate']:g}" if trained else "–")]
+        cells += [_cell(f"{training['learning_rate']:g}" if chosen else "–")]
         cells += [_cell(_plain(result["wall_seconds"] / 60, 1))]
         rows.append(_row(model, cells))
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -204,7 +204,8 @@ class _Evaluation:
                     out.rmdir()  # where the dry run made it
 
     def _checked(self, corpus: Corpus) -> Corpus:
-        for name in ("train", "dev", "test") if self.config.training.steps else ("dev", "test"):
+        needed = ("train", "dev", "test") if self.config.training.steps else ("dev", "test")
+        for name in dict.fromkeys((*needed, *(name for name in corpus.splits if name.startswith("test")))):
             if name not in corpus.splits or not corpus.splits[name].items:
                 raise ArmhubertError(f"the {name} split of {self.config.data} has no utterances: {self.task.data}")
         files: dict[str, str] = {}

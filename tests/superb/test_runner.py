@@ -104,6 +104,15 @@ def test_a_folder_takes_one_run_at_a_time(config):
     assert isinstance([*reports][-1], Finished)
 
 
+def test_a_further_test_set_without_utterances_is_told_before_training(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=3, dev_clean=2, test_clean=2, test_other=1)
+    speaker = tmp_path / "test-other/10/1/10-1.trans.txt"
+    speaker.write_text("10-1-0000 UNKNOWN\n")
+    config = EvaluateConfig(model="fbank", task="pr", data=str(tmp_path), out=str(tmp_path / "run"), steps=1)
+    with pytest.raises(ArmhubertError, match=r"the test:test-other split of .* has no utterances"):
+        list(evaluate(replace(config, test=("test-clean", "test-other"))))
+
+
 def test_recordings_are_not_trained_on_and_scored(tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_100=3, dev_clean=2, test_clean=2)
     config = EvaluateConfig(model="fbank", task="asr", data=str(tmp_path), out=str(tmp_path / "run"), steps=1)
