@@ -244,7 +244,8 @@ def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
     ):
         monkeypatch.setitem(sys.modules, missing, None)
         out = tmp_path / ("m.pt2" if settings else "m.onnx")
-        with pytest.raises(ArmhubertError, match=rf'{missing} must be installed for this: pip install "armhubert\[{extra}\]"'):
+        remedy = rf'{missing} must be installed for this: pip install "armhubert\[{extra}\]"'
+        with pytest.raises(ArmhubertError, match=remedy):
             next(export(ExportConfig(str(student), str(out), **settings)))
 
 
