@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from armhubert.config import EncoderConfig
 from armhubert.encoder import ComputingAttention, EncoderLayer, ReusingAttention, SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.frontend import normalize_waveform
+from armhubert.frontend import FrontEnd, normalize_waveform
 
 HUBERT_BASE = EncoderConfig(
     conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
@@ -31,6 +31,19 @@ HUBERT_BASE = EncoderConfig(
 def has_released_way(config: EncoderConfig) -> bool:
     """Whether the released code could compute such a model."""
     return not config.position_buckets and config.layer_heads is None and config.layer_ffn is None
+
+
+def released_front_end(front_end: FrontEnd, waveforms: Tensor) -> Tensor:
+    """[B, S] -> [B, T, C]: each convolution, norm and GELU a pass of its own, padding inside the group norm."""
+    x = waveforms[:, None]
+    for layer in (front_end.first, *front_end.rest):
+        x = layer.conv(x)
+        if isinstance(layer.norm, nn.GroupNorm):
+            x = layer.norm(x)
+        elif layer.norm is not None:
+            x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
+        x = F.gelu(x)
+    return x.transpose(1, 2)
 
 
 class ReleasedWay(nn.Module):
@@ -54,15 +67,7 @@ class ReleasedWay(nn.Module):
         model = self.student
         if model.config.normalize_input:
             waveforms = normalize_waveform(waveforms, None)
-        x = waveforms[:, None]
-        for layer in (model.front_end.first, *model.front_end.rest):
-            x = layer.conv(x)
-            if isinstance(layer.norm, nn.GroupNorm):
-                x = layer.norm(x)
-            elif layer.norm is not None:
-                x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(x)
-        x = model.feature_norm(x.transpose(1, 2))
+        x = model.feature_norm(released_front_end(model.front_end, waveforms))
         if isinstance(model.feature_projection, nn.Linear):
             x = _linear(model.feature_projection, x)
         x = x + F.gelu(model.position.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
@@ -158,12 +163,12 @@ def baseline(name: str) -> nn.Module:
         return BASELINES[name]().eval().requires_grad_(False)
 
 
-def macs(config: EncoderConfig, samples: int, *, heads: bool = True) -> int:
+def macs(config: EncoderConfig, samples: int) -> int:
     """Multiply-accumulates of one utterance of `samples` samples, as the papers count them.
 
     Convolutions, linear maps and the two attention products of every layer; a reusing layer has one, since its map is
-    there already (recomputing it tile by tile, as some of our kernels do, is a choice of speed and not counted). With
-    `heads`, the distillation heads too, where there are any.
+    there already (recomputing it tile by tile, as some of our kernels do, is a choice of speed and not counted). The
+    distillation heads count where the configuration has them.
     """
     total, channels, length = 0, 1, samples
     for outputs, kernel, stride in config.conv_layers:
@@ -183,6 +188,6 @@ def macs(config: EncoderConfig, samples: int, *, heads: bool = True) -> int:
         total += 2 * frames * width * config.ffn_width(layer)
         if config.position_buckets:
             total += frames * kept * 8
-    if heads and config.head_width:
+    if config.head_width:
         total += config.layers * frames * width * config.head_width
     return total

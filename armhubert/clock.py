@@ -30,6 +30,21 @@ def summarize(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds))
 
 
+def wait(device: torch.device | None) -> None:
+    """Until a GPU has done what it was given; a CPU has."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Seconds of one run, of a GPU's work too."""
+    wait(device)
+    started = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - started
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1, device: torch.device | None = None
 ) -> dict[str, Timing]:
@@ -38,22 +53,13 @@ def interleave(
     Only figures of one call may be compared with each other.
     """
 
-    def timed(run: Callable[[], Any]) -> float:
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        run()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
     for run in candidates.values():
         for _ in range(warmup):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            seconds[name].append(timed(run))
+            seconds[name].append(timed(run, device))
     return {name: summarize(values) for name, values in seconds.items()}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from armhubert.errors import ArmhubertError, nearest, shown
+from armhubert.errors import ArmhubertError, brief, nearest, shown
 
 ConvLayer = tuple[int, int, int]
 """(output channels, kernel, stride) of one waveform convolution."""
@@ -98,6 +99,7 @@ class EncoderConfig:
     """Pruned models: a learned factor on each of the convolution's channels, before `feature_norm`."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("width", "layers", "heads", "ffn", "position_kernel", "position_groups"):
             most = MAX_LAYERS if name == "layers" else MAX_SIZE
             if not 1 <= getattr(self, name) <= most:
@@ -381,7 +383,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         text = content.decode("utf-8")
         data = json.loads(text) if kind == "JSON" else yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML's constructors raise KeyError, IndexError and more for a value of a wrong kind
-        raise ArmhubertError(f"{path} is not valid {kind}: {' '.join(str(error).split())[:300]}") from None
+        raise ArmhubertError(f"{path} is not valid {kind}: {brief(error)}") from None
     if not isinstance(data, dict):
         raise ArmhubertError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     return data
@@ -419,6 +421,20 @@ def coerced(cls: type, data: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise ArmhubertError(f"unknown key {key!r} in {source}{nearest(str(key), known)}")
         values[key] = _coerce(value, hints[key], f"{key} in {source}")
     return values
+
+
+def check_fields(config: Any) -> None:
+    """What `build` checks of settings and Python does not: choices are among those that there are, numbers are finite.
+
+    Raises:
+        ArmhubertError: naming the setting, the rule and the value.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if any(typing.get_origin(each) is Literal for each in (hint, *typing.get_args(hint))):
+            _coerce(value, hint, name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ArmhubertError(f"{name} must be a finite number, got {value}")
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

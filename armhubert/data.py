@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.files import write_atomic
 
 SCAN_CACHE = ".armhubert-scan.json"
@@ -541,7 +541,7 @@ def batches(
             except RuntimeError as error:
                 if not any(words in str(error) for words in ("exited unexpectedly", "is killed by signal")):
                     raise
-                died = " ".join(str(error).split())
+                died = brief(error)
             if died:  # raised out here, where no traceback keeps the iterator and its other workers alive
                 raise ReaderDied(
                     f"a process that reads audio died ({died}): memory or /dev/shm may be full; use fewer workers, or 0"

@@ -45,7 +45,7 @@ from armhubert.data import (
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distributed import World, chance, device_name, pick_device, world
 from armhubert.encoder import SpeechEncoder
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.files import held, make_folder, write_atomic
 from armhubert.forecast import high_water_mark
 from armhubert.kernels.onednn import emulated
@@ -589,9 +589,7 @@ class Run:
             if saved.scaler:
                 self.scaler.load_state_dict(saved.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ArmhubertError(
-                f"the checkpoint does not fit the student: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise ArmhubertError(f"the checkpoint does not fit the student: {brief(error)}") from None
 
 
 class _Window:

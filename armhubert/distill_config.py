@@ -1,13 +1,12 @@
 """What a distillation run is told: one flat, frozen set of settings, from the command line or a file."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.bundled import TRAINING_SPEECH
-from armhubert.config import AttentionMode, EncoderConfig, parse_conv_layers, preset
+from armhubert.config import AttentionMode, EncoderConfig, check_fields, parse_conv_layers, preset
 from armhubert.data import MAX_WORKERS
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
@@ -114,12 +113,10 @@ class DistillConfig:
     """Stop early after this many validations without improvement; none: never."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         parse_loss(self.loss)
         if self.steps is not None and self.epochs is not None:
             raise ArmhubertError(f"give steps or epochs, not both, got {self.steps} and {self.epochs}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ArmhubertError(f"{name} must be a finite number, got {value}")
         for name in ("width", "layers", "heads", "ffn", "steps", "epochs", "accumulate", "batch_seconds", "max_seconds",
                      "mask_length", "log_every",
                      "validate_every", "save_every", "patience", "learning_rate", "epsilon", "clip"):  # fmt: skip

@@ -24,7 +24,7 @@ from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
-from armhubert.kernels.runtime import frame_mask, tracing
+from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
 from armhubert.weights import Weights
 
 
@@ -255,9 +255,7 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        parameters = list(self.conv.parameters())
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient):
+        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
             assert self.conv.bias is not None
             return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
         return F.gelu(self._convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)

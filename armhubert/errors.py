@@ -24,6 +24,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def brief(error: BaseException) -> str:
+    """What another library's exception says, as a part of one line: its first 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or the list of them where none is near.
 

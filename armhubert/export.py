@@ -32,6 +32,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, interleave
+from armhubert.config import check_fields
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
@@ -75,6 +76,7 @@ class ExportConfig:
     """Replace an existing file."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         suffix = _SUFFIX[self.format]
         if Path(self.out).suffix != suffix:
             formats = " or ".join(name for name, other in _SUFFIX.items() if other == Path(self.out).suffix)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
-from armhubert.config import EncoderConfig, read_mapping
+from armhubert.config import EncoderConfig, check_fields, read_mapping
 from armhubert.data import (
     MAX_WORKERS,
     Crop,
@@ -59,6 +59,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WRITERS = 4
+_STEPS_AHEAD = 2
 _SETTINGS = "features.json"
 _INDEX = "index.jsonl"
 
@@ -102,6 +103,7 @@ class ExtractConfig:
     """Compute everything anew, whatever `out` holds."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.data:
             raise ArmhubertError("data must be given: name a folder, audio files or a manifest")
         if self.dtype == "bf16" and self.format == "npy":
@@ -277,6 +279,8 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
     config = dataclasses.replace(config, workers=workers)
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ArmhubertError(f"{out} is a file: --out must name a folder")
     paths = discover(config.data)
     names = output_names(config.data, paths, "." + config.format)
     model = ARMHuBERT.from_pretrained(
@@ -481,12 +485,12 @@ def _bytes(x: Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _ahead(steps: Iterator[list[Future[_Row]]], depth: int = 2) -> Iterator[list[_Row]]:
-    """Results of each step once `depth` more are under way: bounded memory, and disks do not hold up the model."""
+def _ahead(steps: Iterator[list[Future[_Row]]]) -> Iterator[list[_Row]]:
+    """Results of each step once _STEPS_AHEAD more are under way: bounded memory, and disks do not hold up the model."""
     waiting: list[list[Future[_Row]]] = []
     for futures in steps:
         waiting.append(futures)
-        while len(waiting) > depth:
+        while len(waiting) > _STEPS_AHEAD:
             yield [future.result() for future in waiting.pop(0)]
     for futures in waiting:
         yield [future.result() for future in futures]
@@ -545,8 +549,6 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
     """
     if not out.exists():
         return {}
-    if not out.is_dir():
-        raise ArmhubertError(f"{out} is a file: --out must name a folder")
     path = out / _SETTINGS
     if not path.is_file():
         if any(out.iterdir()):

@@ -5,7 +5,6 @@ Attention that stores its maps needs 12 x 15,000^2 floats for 5 minutes of audio
 
 import ctypes
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from armhubert.audio import SAMPLE_RATE
+from armhubert.clock import timed
 
 PROBES = (1.0, 4.0, 10.0)
 """Seconds of audio that show how a candidate's cost grows; no longer one runs without a forecast."""
@@ -91,14 +91,14 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        seconds = _timed(run, device)
+        seconds = timed(run, device)
         return Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
     try:
         forget_peak()
         before = resident("VmRSS")
     except OSError:
-        return Cost(_timed(run, device), None)
-    seconds = _timed(run, device)
+        return Cost(timed(run, device), None)
+    seconds = timed(run, device)
     peak = resident("VmHWM")
     _return_free_pages()
     return Cost(seconds, max(0, peak - before), resident("VmRSS") - before)
@@ -119,14 +119,6 @@ def _return_free_pages() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def resident(kind: str) -> int:

@@ -35,7 +35,7 @@ from armhubert.candidates import (
     load_run,
     split_baseline,
 )
-from armhubert.clock import Timing, conditions, interleave
+from armhubert.clock import Timing, conditions, interleave, wait
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
@@ -137,16 +137,15 @@ def stages(module: nn.Module, waveforms: Tensor, repeats: int) -> dict[str, floa
         for stage, pattern in _STAGES
         if re.fullmatch(pattern, name)
     }
-    wait = functools.partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
     passes: list[dict[str, float]] = []
     began: list[float] = []
 
     def enter(child: nn.Module, *_: Any) -> None:
-        wait()
+        wait(waveforms.device)
         began.append(time.perf_counter())
 
     def leave(child: nn.Module, *_: Any) -> None:
-        wait()
+        wait(waveforms.device)
         passes[-1][owner[child]] = passes[-1].get(owner[child], 0.0) + time.perf_counter() - began.pop()
 
     handles = [
@@ -158,7 +157,7 @@ def stages(module: nn.Module, waveforms: Tensor, repeats: int) -> dict[str, floa
             started = time.perf_counter()
             with torch.no_grad():
                 module(waveforms)
-            wait()
+            wait(waveforms.device)
             passes[-1]["between them"] = time.perf_counter() - started - sum(passes[-1].values())
     finally:
         for handle in handles:
@@ -177,7 +176,7 @@ class Rates(NamedTuple):
     """Copy of 256 MiB, bytes read and written."""
 
 
-def machine_rates(device: torch.device, repeats: int = 5) -> Rates:
+def machine_rates(device: torch.device) -> Rates:
     """Measure the matrix rate and the bandwidth."""
     size, count = 1536, 1 << 26
     a, b = (torch.ones(size, size, device=device) for _ in range(2))
@@ -186,7 +185,7 @@ def machine_rates(device: torch.device, repeats: int = 5) -> Rates:
         products.append(lambda: onednn.product(a, b, longest=size))
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
     runs = {"copy": lambda: target.copy_(source), **{f"product {n}": product for n, product in enumerate(products)}}
-    timings = interleave(runs, repeats=repeats, device=device)
+    timings = interleave(runs, repeats=5, device=device)
     copy = timings.pop("copy")
     return Rates(size**3 / min(timing.median for timing in timings.values()), 8 * count / copy.median)
 

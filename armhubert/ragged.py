@@ -57,7 +57,8 @@ def measure(
         lengths: seconds of each recording.
     """
     samples = [round(s * SAMPLE_RATE) for s in lengths]
-    batched = {way: [_batch(batch, way, device) for batch in plan] for way, plan in _plans(samples).items()}
+    plans = _plans(samples)
+    batched = {way: [_batch(batch, way, device) for batch in plan] for way, plan in plans.items()}
 
     def passes(run: Callable[..., Tensor], way: str) -> Callable[[], None]:
         def once() -> None:
@@ -72,7 +73,7 @@ def measure(
         warmup=warmup,
         device=device,
     )
-    padding = {way: padding_waste(plan) for way, plan in _plans(samples).items()}
+    padding = {way: padding_waste(plan) for way, plan in plans.items()}
     audio = sum(samples) / SAMPLE_RATE
     return [Ragged(name, audio, {way: timings[f"{way}/{name}"] for way in WAYS}, padding) for name in runs]
 

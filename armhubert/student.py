@@ -13,7 +13,7 @@ from typing_extensions import Self
 from armhubert.config import SAMPLE_RATE, AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.encoder import EncoderOutput, SpeechEncoder, scale_gradient
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.files import write_atomic
 from armhubert.kernels import Impl, linear
 
@@ -99,11 +99,7 @@ class ARMHuBERT(SpeechEncoder):
         Raises:
             ArmhubertError: nothing usable at `source`; the message says what is missing.
         """
-        weights = load_weights(source)
-        if attention_mode is not None:
-            weights = weights.read_as(attention_mode)
-        if not heads:
-            weights = weights.without_heads()
+        weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
         return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
@@ -169,7 +165,7 @@ class ARMHuBERT(SpeechEncoder):
                     create_pr=create_pr,
                 )
             except (HTTPError, OSError, HFValidationError) as error:  # refused by the hub, no network, no such name
-                reason = " ".join(str(error).split())[:200]
+                reason = brief(error)
                 raise ArmhubertError(
                     f"cannot upload to {repo_id!r}: {reason}; check the name, the network and the token (hf auth login)"
                 ) from None

@@ -1,19 +1,21 @@
 """Where a distillation step's time goes: the loop's own steps on real batches, with their parts timed."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from armhubert.clock import Timing, conditions, summarize
-from armhubert.data import Scan, discover, scan
+from armhubert.clock import Timing, conditions, summarize, wait
+from armhubert.data import Scanning, discover, scan
 from armhubert.distill import Data, Run, load_models
 from armhubert.distill_config import DistillConfig
 from armhubert.distributed import World, pick_device
 from armhubert.errors import ArmhubertError
+from armhubert.files import write_atomic
 from armhubert.forecast import high_water_mark
 from armhubert.teacher import TeacherTargets
 
@@ -41,6 +43,12 @@ class TrainingProfile(NamedTuple):
         """Hours of audio an hour that one reading process delivers."""
         return self.audio_seconds / self.parts["data"].median
 
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        parts = {name: timing._asdict() for name, timing in self.parts.items()}
+        content = {**self._asdict(), "step": self.step._asdict(), "parts": parts}
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
+
 
 class Step(NamedTuple):
     """A step was measured."""
@@ -56,16 +64,12 @@ class _TimedRun(Run):
     """Seconds of the step by part."""
 
     def timed(self, part: str, run: Callable[..., Any], *args: Any) -> Any:
-        self._wait()
+        wait(self.world.device)
         started = time.perf_counter()
         result = run(*args)
-        self._wait()
+        wait(self.world.device)
         self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
         return result
-
-    def _wait(self) -> None:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor) -> TeacherTargets:
         targets: TeacherTargets = self.timed("teacher", super().targets, waveforms, lengths, mask)
@@ -84,7 +88,9 @@ class _TimedRun(Run):
         return norm, finite
 
 
-def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) -> Iterator[Step | TrainingProfile]:
+def profile_training(
+    config: DistillConfig, *, steps: int = 5, warmup: int = 1
+) -> Iterator[Scanning | Step | TrainingProfile]:
     """Measure `steps` steps of the distillation that `config` describes; the last report is the result.
 
     The steps are those of `armhubert.distill`, by one process, without those that are left out as not finite; on a GPU
@@ -98,7 +104,9 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
         raise ArmhubertError(f"repeats must be at least 1 and warmup at least 0, got {steps} and {warmup}")
     device, total = pick_device(config.device), warmup + steps
     teacher, student, _ = load_models(config, device)
-    found = _scan(config, student.config.receptive_field)
+    shortest = student.config.receptive_field
+    found = yield from scan(discover(config.sources), min_samples=shortest, cache=None, workers=config.workers)
+    found.require_utterances()
     planned = dataclasses.replace(config, workers=0, epochs=None, steps=2 * total + SPARE)
     run = _TimedRun(planned, World(0, 1, device), teacher, student, Data(found.utterances, (), found))
     seconds: dict[str, list[float]] = {name: [] for name in (*PARTS, "step")}
@@ -133,15 +141,3 @@ def profile_training(config: DistillConfig, *, steps: int = 5, warmup: int = 1) 
         timings,
         high_water_mark(device),
     )
-
-
-def _scan(config: DistillConfig, shortest: int) -> Scan:
-    examined = scan(discover(config.sources), min_samples=shortest, cache=None, workers=config.workers)
-    while True:
-        try:
-            next(examined)
-        except StopIteration as end:
-            found: Scan = end.value
-            break
-    found.require_utterances()
-    return found

@@ -26,20 +26,25 @@ class Weights(NamedTuple):
         """The same tensors under a changed configuration."""
         return self._replace(config=dataclasses.replace(self.config, **changes))
 
-    def read_as(self, mode: AttentionMode) -> "Weights":
-        """With reusing layers that read their maps as `mode`, whatever is recorded.
-
-        Warns:
-            UserWarning: the maps were read through a second softmax in training, and `exact` leaves it out.
-        """
+    def _read_as(self, mode: AttentionMode) -> "Weights":
         if mode == "exact" and self.config.attention_mode == "resoftmax" and "R" in self.config.pattern:
             warnings.warn(
                 f"{self.source} was trained with maps that pass through the softmax twice (resoftmax), close to mean "
                 "pooling in reusing layers; read as exact, its features are others than the published ones: "
                 "fine-tune it before you use them",
-                stacklevel=3,
+                stacklevel=4,
             )
         return self.with_config(attention_mode=mode)
+
+    def chosen(self, *, heads: bool, attention_mode: AttentionMode | None) -> "Weights":
+        """What a user asks for of them: without the heads unless `heads`; maps read as `attention_mode`, None: as
+        recorded.
+
+        Warns:
+            UserWarning: the maps were read through a second softmax in training, and `exact` leaves it out.
+        """
+        weights = self if attention_mode is None else self._read_as(attention_mode)
+        return weights if heads else weights.without_heads()
 
     def without_heads(self) -> "Weights":
         """Without the distillation heads, if there are any."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from armhubert.baselines import HUBERT_BASE
+from armhubert.baselines import HUBERT_BASE, released_front_end
 from armhubert.config import armhubert
 from armhubert.frontend import FrontEnd
 from armhubert.kernels import AttentionMap, Distance, Impl, Setting, attend, costs, distillation_loss, reattend
@@ -229,19 +229,6 @@ def released_loss(
             frames = frames * (torch.arange(h.shape[1], device=h.device) < lengths[:, None])
         sums.append(frames.sum())
     return torch.stack(sums)
-
-
-def released_front_end(front_end: FrontEnd, waveforms: Tensor) -> Tensor:
-    """[B, S] -> [B, T, C]: each convolution, norm and GELU a pass of its own, padding inside the group norm."""
-    x = waveforms[:, None]
-    for layer in (front_end.first, *front_end.rest):
-        x = layer.conv(x)
-        if isinstance(layer.norm, torch.nn.GroupNorm):
-            x = layer.norm(x)
-        elif layer.norm is not None:
-            x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
-        x = F.gelu(x)
-    return x.transpose(1, 2)
 
 
 def _flex(lengths: Tensor | None, T: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

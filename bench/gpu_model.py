@@ -5,6 +5,7 @@ what it waits for.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert import encoder as encoder_module
-from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline
-from armhubert.bench.cases import released_front_end, released_loss, sdpa_attend, sdpa_reattend
+from armhubert.baselines import HUBERT_BASE, ReleasedWay, baseline, released_front_end
+from armhubert.bench.cases import released_loss, sdpa_attend, sdpa_reattend
 from armhubert.bench.gpu_clock import (
     as_graphs,
     brief,
@@ -201,8 +202,8 @@ def _distillation(job: Job) -> dict[str, Any]:
     student_config = mini() if job.quick else armhubert()
     teacher_config = HUBERT_BASE
     if job.quick:
-        teacher_config = EncoderConfig(**{**_fields(mini()), "width": 160, "pattern": "", "head_width": None})
-        student_config = EncoderConfig(**{**_fields(mini()), "head_width": 160})
+        teacher_config = dataclasses.replace(mini(), pattern="", head_width=None)
+        student_config = dataclasses.replace(mini(), head_width=160)
     teacher = _model(teacher_config, SpeechEncoder, "auto", device).eval().requires_grad_(False)
     teacher_twin = _model(teacher_config, SpeechEncoder, "torch", device).eval().requires_grad_(False)
     layers = layer_mapping(student_config.layers, teacher_config.layers)
@@ -295,7 +296,3 @@ def _distillation(job: Job) -> dict[str, Any]:
         },
         "failed": failed,
     }
-
-
-def _fields(config: EncoderConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -1,6 +1,5 @@
 """Merge what the GPU stages measured into one file, print it, and draw it."""
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from armhubert import figures
 from armhubert.clock import conditions
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
@@ -299,27 +299,16 @@ def _megabytes(count: int | None) -> str:
 
 def draw(content: dict[str, Any], stem: Path) -> None:
     """STEM-roofline.png: operations a second over operations a byte; STEM-bars.png: speed against each baseline."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = measured(content)
     if not rows:
         return
     colours = {"attend": "C0", "reattend": "C1", "pair": "C2", "loss": "C3", "conv": "C4"}
     title = content["conditions"]["device"] + ("" if content["conditions"]["real"] else " (rehearsal)")
 
-    def canvas(width: float, height: float) -> Any:
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure
+    def picture(name: str) -> Path:
+        return stem.with_name(f"{stem.name}-{name}.png")
 
-    def save(figure: Any, name: str) -> None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        write_atomic(stem.with_name(f"{stem.name}-{name}.png"), buffer.getvalue())
-
-    figure = canvas(7.5, 5)
-    axes = figure.subplots()
+    figure, (axes,) = figures.panels(width=7.5, height=5)
     for op in dict.fromkeys(row["cell"]["op"] for row in rows):
         for which, marker in (("forward", "o"), ("forward+backward", "^")):
             mine = [row for row in rows if row["cell"]["op"] == op and row["pass"] == which]
@@ -336,14 +325,12 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="operations a byte (fewest)", ylabel="Tera-operations a second", title=title
     )
-    axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=7)
-    save(figure, "roofline")
+    figures.save(figure, picture("roofline"))
 
     against = [baselines(row) for row in rows]
     names = list(dict.fromkeys(name for others in against for name in others))
-    figure = canvas(9, 1.5 + 0.16 * len(rows) * max(1, len(names) / 2))
-    axes = figure.subplots()
+    figure, (axes,) = figures.panels(width=9, height=1.5 + 0.16 * len(rows) * max(1, len(names) / 2))
     height = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         points = [(i, others[name].ratio) for i, others in enumerate(against) if name in others]
@@ -354,4 +341,4 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     axes.set(xscale="log", xlabel="time over ours", title=title)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=7)
-    save(figure, "bars")
+    figures.save(figure, picture("bars"))

@@ -39,6 +39,7 @@ from armhubert.files import write_atomic
 from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_reuse_attention as attention
+from armhubert.kernels.runtime import frame_counts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -227,7 +228,7 @@ def _frontend_launches(dtype: torch.dtype) -> Iterator[Launch]:
         for keep in (False, True):
             label = f"front end {name}{' training' if keep else ''}"
             yield label, partial(frontend.forward, *common, strides, 1e-5, keep)
-        counts = frontend.frame_counts(3000, [k for _, k, _ in stack], strides)
+        counts = frame_counts(3000, [k for _, k, _ in stack], strides)
         rows = frontend.padded_counts(counts, strides)
         kept: list[Tensor] = [torch.zeros(2, r, c, dtype=dtype) for r, (c, _, _) in zip(rows, stack, strict=True)]
         g = torch.zeros(2, counts[-1], inputs, dtype=dtype)

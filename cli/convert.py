@@ -8,7 +8,6 @@ import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
-from armhubert.errors import ArmhubertError
 
 
 @app.command()
@@ -32,8 +31,6 @@ def convert(
     from armhubert.convert import folder
 
     mode: Any = attention_mode
-    if mode not in (None, "exact", "resoftmax"):
-        raise ArmhubertError(f"--attention-mode must be exact or resoftmax, got {mode!r}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report = folder.convert(source, out, attention_mode=mode, heads=heads, force=force)

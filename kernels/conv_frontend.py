@@ -31,7 +31,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.kernels import onednn
-from armhubert.kernels.runtime import Impl, autocast, frame_mask, register, resolve_impl, tracing
+from armhubert.kernels.runtime import (
+    Impl,
+    autocast,
+    check_lengths,
+    frame_counts,
+    frame_mask,
+    needs_gradient,
+    register,
+    resolve_impl,
+    tracing,
+)
 
 
 class Norm(NamedTuple):
@@ -82,15 +92,6 @@ CHUNK = 8_200_000
 """Numbers in the widest map of a chunk: 10 s of the default student, 33 MB, about the most that malloc keeps mapped."""
 ROWS = 64
 """Frames a row for oneDNN's channels-last weight gradient, which over thousands in a row is five times slower."""
-
-
-def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> list[Any]:
-    """Samples -> frames after each layer."""
-    counts = []
-    for kernel, stride in zip(taps, strides, strict=True):
-        samples = (samples - kernel) // stride + 1
-        counts.append(samples)
-    return counts
 
 
 def _window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -496,27 +497,12 @@ def window_moments(
             f"kernel and stride must be 1 or more and a window fit the waveform, got kernel {kernel}, stride {stride} "
             f"and {waveforms.shape[1]} samples"
         )
-    _check_lengths(lengths, waveforms, 0)
+    check_lengths(lengths, waveforms.shape[0], waveforms.shape[1], waveforms.device, least=0, unit="samples")
     T = (waveforms.shape[1] - kernel) // stride + 1
     frames = None if lengths is None else ((lengths - kernel) // stride + 1).clamp(0, T)
     count = waveforms.new_full((waveforms.shape[0],), T, dtype=torch.float64) if frames is None else frames.double()
     use_op = resolve_impl(impl, waveforms) == "triton" and not waveforms.requires_grad
     return Moments(count, *(_sums if use_op else _window_sums)(waveforms, kernel, stride, frames))
-
-
-def _check_lengths(lengths: Tensor | None, waveforms: Tensor, shortest: int) -> None:
-    if lengths is None:
-        return
-    B, S = waveforms.shape
-    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,) or lengths.device != waveforms.device:
-        raise ValueError(
-            f"lengths must be int32 or int64 [{B}] on {waveforms.device}, got {lengths.dtype} {tuple(lengths.shape)} "
-            f"on {lengths.device}"
-        )
-    if lengths.device.type == "cpu" and lengths.numel() and not tracing():
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < shortest or high > S:
-            raise ValueError(f"lengths must lie in {shortest}..{S} samples, got {lengths.tolist()}")
 
 
 def _check(
@@ -610,7 +596,9 @@ def conv_frontend(
     if lengths is not None and moments is not None:
         raise ValueError("give lengths or moments, got both: moments already say which samples count")
     (first, stride, first_bias, first_norm), *rest = layers
-    _check_lengths(lengths, waveforms, first.shape[2])
+    check_lengths(
+        lengths, waveforms.shape[0], waveforms.shape[1], waveforms.device, least=first.shape[2], unit="samples"
+    )
     low = autocast(first, *(layer.weight for layer in rest))
     biased = any(layer.bias is not None for layer in rest)
     biases = autocast(*(w.new_zeros(w.shape[0]) if b is None else b for w, _, b, _ in rest)) if biased else ()
@@ -636,7 +624,7 @@ def conv_frontend(
     weights = low[1:]
     if chosen == "torch" and (waveforms.device.type != "cpu" or tracing()):
         return _composite(waveforms, shift, w0, b0, weights, biases, norms, strides, eps)[0]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (waveforms, w0, b0, *weights, *biases, *norms))
+    keep = needs_gradient(waveforms, w0, b0, *weights, *biases, *norms)
     sizes = (len(weights), len(biases))
     return _FrontEnd.apply(
         chosen == "triton", keep, strides, eps, sizes, waveforms, shift, w0, b0, *weights, *biases, *norms

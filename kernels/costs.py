@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from armhubert.kernels.runtime import frame_counts
+
 
 class Gpu(NamedTuple):
     """Rates that a well-fed kernel reaches."""
@@ -114,10 +116,7 @@ def conv_frontend(
     reads what forward kept of each map, and reads and writes its gradient; two products for each of forward's, except
     for the waveform.
     """
-    counts = []
-    for _, kernel, stride in layers:
-        samples = (samples - kernel) // stride + 1
-        counts.append(samples)
+    counts = frame_counts(samples, [kernel for _, kernel, _ in layers], [stride for _, _, stride in layers])
     inputs = 1
     products, maps, weights = [], [], 0
     for (channels, kernel, _), frames in zip(layers, counts, strict=True):

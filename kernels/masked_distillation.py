@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from armhubert.kernels.onednn import linear
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl
+from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, needs_gradient, register, resolve_impl
 
 Distance = Literal["mse", "l1"]
 Layers = Tensor | Sequence[Tensor]
@@ -254,7 +254,7 @@ def distillation_loss(
         )
     if masked_layers is None:
         mask = None
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, bias, *hidden_low))
+    keep = needs_gradient(weight, bias, *hidden_low)
     use_op = resolve_impl(impl, weight) == "triton"
     loss = _Distillation.apply(
         use_op,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armhubert.kernels.runtime import tracing
+from armhubert.kernels.runtime import needs_gradient, tracing
 
 ROWS = 1024
 """Rows at a time where there are several pieces, so that they stay in a cache."""
@@ -72,16 +72,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
     rows = x.reshape(-1, x.shape[-1])
-    if _needs_gradient(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         y = _Linear.apply(rows, weight, bias)
         y = F.gelu(y) if gelu else y
     else:
         y = product(rows.contiguous(), weight.contiguous(), bias, gelu=gelu)
     return y.view(*x.shape[:-1], -1)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Linear(torch.autograd.Function):
@@ -162,5 +158,5 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in DTYPES
         and type(weight) in (Tensor, nn.Parameter)  # quantised weights are subclasses with a product of their own
         and x.numel() * len(weight) >= SMALLEST
-        and (serves(x) or not _needs_gradient(x, weight))
+        and (serves(x) or not needs_gradient(x, weight))
     )

@@ -32,7 +32,16 @@ from torch import Tensor
 
 from armhubert.kernels import onednn
 from armhubert.kernels.onednn import linear
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, register, resolve_impl, tracing
+from armhubert.kernels.runtime import (
+    Impl,
+    autocast,
+    check_lengths,
+    frame_mask,
+    needs_gradient,
+    register,
+    resolve_impl,
+    tracing,
+)
 from armhubert.kernels.variants import project_inside, store_map
 
 Setting = Literal["exact", "resoftmax"]
@@ -111,10 +120,6 @@ def _heads_apart(q: Tensor, gradients: bool) -> bool:
     if not onednn.serves(q) or T * T * d < BY_HEADS * torch.get_num_threads():
         return False
     return T <= LONGEST and B * H * T * T <= KEPT_FOR_BACKWARD if gradients else H * T * T <= KEPT
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
 
 
 def _softmax_(logits: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Attention without dropout by PyTorch, and its maps where they are wanted and keeping them pays."""
-    gradients = _needs_gradient(q, k, v)
+    gradients = needs_gradient(q, k, v)
     if not _heads_apart(q, gradients):
         return _sdpa(q, k, v, lengths), None
     if gradients:
@@ -641,7 +646,7 @@ def attend(
             raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
         return _sdpa(q, k, v, lengths, dropout), AttentionMap(q, k, None, lengths)
     key = _seed_tensor(seed, q.device) if dropout else None
-    if chosen == "triton" and not _needs_gradient(q, k, v) and store_map(q, reused):
+    if chosen == "triton" and not needs_gradient(q, k, v) and store_map(q, reused):
         out, lse, kept = _attend_fwd(q, k, v, lengths, key, dropout, True)
         return out, AttentionMap(q, k, lse, lengths, (kept,))
     out, lse = _Attention.apply(chosen == "triton", q, k, v, lengths, key, dropout, False)
@@ -718,8 +723,8 @@ def reattend(
 
     if _resolve(impl, q) == "torch" or lse is None:
         v = values()
-        gradients = _needs_gradient(q, k, v)
-        if maps is not None and _needs_gradient(q, k) and not maps[0].requires_grad:
+        gradients = needs_gradient(q, k, v)
+        if maps is not None and needs_gradient(q, k) and not maps[0].requires_grad:
             maps = None  # made where no gradient was asked for, they would lead none to q and k
         if maps is not None and _heads_apart(q, gradients):
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
@@ -728,7 +733,7 @@ def reattend(
         if tracing():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
-    if maps is not None and not _needs_gradient(q, k, x, weight, bias):
+    if maps is not None and not needs_gradient(q, k, x, weight, bias):
         return _reattend_kept_fwd(maps[0], values(), lengths, resoftmax)
     if weight is not None and project_inside(q):
         return _Reuse.apply(q, k, lse, lengths, resoftmax, x, weight, bias)

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -117,13 +117,29 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def frame_mask(lengths: Tensor, T: int) -> Tensor:
     """Lengths [B] -> [B, T] bool, True inside each utterance: of frames, or of samples."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def check_lengths(lengths: Tensor | None, B: int, T: int, device: torch.device) -> None:
-    """Lengths are integers [B] on the data's device, 1..T; values are read only where that costs no synchronisation."""
+def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> list[Any]:
+    """Samples -> frames after each convolution."""
+    counts = []
+    for kernel, stride in zip(taps, strides, strict=True):
+        samples = (samples - kernel) // stride + 1
+        counts.append(samples)
+    return counts
+
+
+def check_lengths(
+    lengths: Tensor | None, B: int, T: int, device: torch.device, *, least: int = 1, unit: str = "frames"
+) -> None:
+    """Lengths are integers [B] on the data's device, least..T; values are read only where no synchronisation pays."""
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):
@@ -132,5 +148,5 @@ def check_lengths(lengths: Tensor | None, B: int, T: int, device: torch.device) 
         raise ValueError(f"lengths must be on {device} like the data, got {lengths.device}")
     if lengths.device.type == "cpu" and lengths.numel() and not tracing():
         low, high = (int(v) for v in lengths.aminmax())
-        if low < 1 or high > T:
-            raise ValueError(f"lengths must be within 1..{T} (the frames of the batch), got {lengths.tolist()}")
+        if low < least or high > T:
+            raise ValueError(f"lengths must be within {least}..{T} {unit} (of the batch), got {lengths.tolist()}")

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.conv_frontend import frame_counts, padded_counts, waveform_gradient
-from armhubert.kernels.runtime import contiguous, float32_precision
+from armhubert.kernels.conv_frontend import padded_counts, waveform_gradient
+from armhubert.kernels.runtime import contiguous, float32_precision, frame_counts
 
 # ---- tiles ------------------------------------------------------------------
 

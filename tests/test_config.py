@@ -92,6 +92,8 @@ def test_anything_else_in_a_conv_stack_is_refused(text):
     [
         ({"width": 162}, "divisible by heads"),
         ({"heads": 0}, "at least 1"),
+        ({"conv_norm": "batch"}, "conv_norm must be 'group' or 'layer', got 'batch'"),
+        ({"attention_mode": "typo"}, "attention_mode must be 'exact' or 'resoftmax'"),
         ({"position_groups": 7}, "divisible by position_groups"),
         ({"conv_layers": ()}, "at least one"),
         ({"conv_layers": ((0, 1, 1),)}, "1 or more"),
@@ -110,8 +112,8 @@ def test_anything_else_in_a_conv_stack_is_refused(text):
         ({"pattern": "", "position_buckets": 2}, "position_buckets must be 0 or at least 4"),
         ({"pattern": "", "position_buckets": 320, "position_max_distance": 80}, "above a quarter"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0"),
-        ({"norm_eps": float("nan")}, "norm_eps must be above 0"),
-        ({"attention_dropout": float("nan")}, "below 1"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a finite number"),
+        ({"attention_dropout": float("nan")}, "finite"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(changes, rule):

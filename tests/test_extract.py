@@ -230,8 +230,9 @@ def test_a_folder_of_something_else_is_left_alone(student, speech, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ArmhubertError, match="is not empty"):
         run(student, speech, tmp_path)
-    with pytest.raises(ArmhubertError, match="is a file"):
-        run(student, speech, tmp_path / "notes.txt")
+    for force in (False, True):
+        with pytest.raises(ArmhubertError, match="is a file"):
+            run(student, speech, tmp_path / "notes.txt", force=force)
 
 
 # ---- names, and what is refused --------------------------------------------

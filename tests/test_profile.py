@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from armhubert import candidates, cli, forecast, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
-from armhubert.cli.profile import render
+from armhubert.cli.profile_tables import show_profile
 from armhubert.clock import Timing
 from armhubert.config import preset
 from armhubert.encoder import SpeechEncoder
@@ -129,12 +129,12 @@ def test_peak_memory_tells_at_which_shape(student, tmp_path, monkeypatch, capsys
     assert asked == [(student, "eager", 3, 0.2)]
     assert result.memory_shape == (3, 0.2)
     assert json.loads(profile_report.write(result, tmp_path)[0].read_text())["memory_shape"] == [3, 0.2]
-    render(result)
+    show_profile(result)
     assert "peak memory at 3 x 0.2 s" in capsys.readouterr().out
     *_, without = profile.profile(dataclasses.replace(config, memory=False, seconds=(0.2,)))
     assert isinstance(without, profile.Profile)
     assert without.memory_shape is None
-    render(without)
+    show_profile(without)
     assert "peak memory at" not in capsys.readouterr().out
 
 
@@ -157,7 +157,7 @@ def test_what_computes_in_fewer_bits_has_no_share_of_float32s_rate(capsys):
 
     models = tuple(map(model, ("eager", "aot", "bf16", "int8", "onnx-int8")))
     cell = profile.Cell(1, 10.0, {m.name: Timing(1.0, 1.0, 1.0) for m in models}, {}, {})
-    render(profile.Profile({}, profile.Rates(20.0, 1.0), models, (cell,)))
+    show_profile(profile.Profile({}, profile.Rates(20.0, 1.0), models, (cell,)))
     assert capsys.readouterr().out.count("50%") == 2
 
 

@@ -63,11 +63,7 @@ def convert(
         raise ArmhubertError(f"{folder} is the source itself: give another folder")
     if exists and any(folder.iterdir()) and not force:
         raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
-    weights = load_weights(source)
-    if attention_mode is not None:
-        weights = weights.read_as(attention_mode)
-    if not heads:
-        weights = weights.without_heads()
+    weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
     model = ARMHuBERT.from_weights(weights)
     assumed = ""
     if weights.inferred:

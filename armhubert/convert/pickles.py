@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 
 MAX_PICKLE = 2**22
 """Bytes of pickled structure (not of tensors) in a file; real checkpoints have some hundred thousand."""
@@ -92,7 +92,7 @@ def read_pickle(path: Path, *, stand_ins: bool = False) -> Any:
     # Whatever a damaged or hostile file provokes in the parsers is that file's fault, and one line.
     except Exception as error:
         told = isinstance(error, (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError))
-        reason = (" ".join(str(error).split())[:200] if told else "") or "its contents make no sense"
+        reason = (brief(error) if told else "") or "its contents make no sense"
         raise ArmhubertError(f"{path} is damaged or no torch checkpoint: {reason}") from None
     if machine.foreign and not stand_ins:
         raise ArmhubertError(

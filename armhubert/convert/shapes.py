@@ -32,8 +32,9 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], tu
     """
     given = _beside(path)
     kernels = _conv_weights(tensors, path)
+    width, inner, taps = _sized(tensors, _position(tensors, path), 3, path)
     found: dict[str, Any] = {
-        "width": _sized(tensors, _position(tensors, path), 3, path)[0],
+        "width": width,
         "layers": 1 + max((int(m[1]) for m in map(_LAYER.match, tensors) if m), default=-1),
         "ffn": _sized(tensors, _FFN, 2, path)[0],
         "conv_norm": "layer" if "feature_extractor.conv_layers.1.layer_norm.weight" in tensors else "group",
@@ -41,10 +42,9 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], tu
         "feature_norm": "feature_projection.layer_norm.weight" in tensors,
         "feature_projection": "feature_projection.projection.weight" in tensors,
         "mask_embedding": "masked_spec_embed" in tensors,
-        "position_kernel": _sized(tensors, _position(tensors, path), 3, path)[2],
+        "position_kernel": taps,
+        "position_groups": width // max(1, inner),
     }
-    inner = _sized(tensors, _position(tensors, path), 3, path)[1]
-    found["position_groups"] = found["width"] // max(1, inner)
     assumed: dict[str, Any] = {
         "norm_first": found["conv_norm"] == "layer",
         "normalize_input": found["conv_norm"] == "layer",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armhubert.config import read_mapping
 from armhubert.convert.pickles import read_pickle
-from armhubert.errors import ArmhubertError, shown
+from armhubert.errors import ArmhubertError, brief, shown
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         # its parser's errors are its own class, and torch's where a declared type does not exist
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             raise ArmhubertError(f"{path} is damaged or no safetensors file: {reason}") from None
     return tensors_of(read_pickle(path, stand_ins=True), path)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from armhubert.config import EncoderConfig, build
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.tensors import complete, tensors_of
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.weights import Weights
 
 
@@ -39,7 +39,7 @@ def load(name: str) -> Weights:
     try:
         model = bundle.get_model()
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error)
         raise ArmhubertError(f"cannot fetch {name} through torch.hub: {reason}; check the network") from None
     model = getattr(model, "model", model)  # torchaudio wraps models that normalise their input
     return from_model(model, name, normalize=bool(bundle._normalize_waveform))

@@ -1,12 +1,12 @@
 """What an evaluation is told: one flat, frozen set of settings, from the command line or a file."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from armhubert.config import check_fields
 from armhubert.errors import ArmhubertError
 from armhubert.superb.task import SPLITS, Defaults, Options, Task
 from armhubert.superb.tasks import find
@@ -88,10 +88,8 @@ class EvaluateConfig:
     """Check everything, take two steps, score a few utterances, write no result."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         task = find(self.task)
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ArmhubertError(f"{name} must be a finite number, got {value}")
         for name in (
             "learning_rate",
             "batch",

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterable
 
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 
 # espeak-ng's American English phonemes, as IPA, in ARPAbet.
 _PHONES = {
@@ -55,7 +55,7 @@ def pronounce(words: Iterable[str], *, stress: bool) -> tuple[dict[str, tuple[st
             [word.lower() for word in readable], separator=Separator(phone="_", word=" "), strip=True
         )
     except (RuntimeError, OSError) as error:
-        raise ArmhubertError(f"espeak-ng cannot be used for --g2p: {' '.join(str(error).split())[:200]}") from None
+        raise ArmhubertError(f"espeak-ng cannot be used for --g2p: {brief(error)}") from None
     made = {word: _arpabet(text, stress) for word, text in zip(readable, spoken, strict=True)}
     source = f"espeak-ng {'.'.join(map(str, backend.version()))}"
     return {word: phones for word, phones in made.items() if phones}, source

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.kernels.runtime import frame_mask
 from armhubert.superb.task import Batch, Head
 
@@ -153,7 +153,7 @@ class CTCRecurrent(CTCHead):
         decoder: of `beam_decoder` over the same tokens, to search with a language model; None: the best path.
     """
 
-    def __init__(self, width: int, tokens: Sequence[str], size: int = 1024, decoder: Any = None) -> None:
+    def __init__(self, width: int, tokens: Sequence[str], *, size: int, decoder: Any = None) -> None:
         super().__init__(tokens)
         self.project = nn.Linear(width, size)
         self.recurrent = nn.ModuleList(
@@ -239,7 +239,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
                 unk_word=SPECIAL[UNKNOWN],
             )
         except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             raise ArmhubertError(f"language model {beam.language_model} cannot be used: {reason}") from None
 
 

@@ -1,13 +1,13 @@
 """LibriSpeech's layout (subset/speaker/chapter/*.flac and *.trans.txt), for pr, asr and sid; TIMIT's for pr."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from armhubert.audio import AUDIO_SUFFIXES
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import Options, SplitName, read_lines
+from armhubert.superb.task import SPLITS, Options, SplitName, read_lines, some
 
 SUPERB_SUBSETS: dict[SplitName, str] = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"}
 HELD_OUT = 0.1
@@ -52,7 +52,7 @@ def choose_subsets(root: Path, options: Options) -> tuple[dict[SplitName, list[P
         found = {root.name: root}  # one subset alone
     chosen: dict[SplitName, list[Path]] = {}
     notes = []
-    for split in ("train", "dev", "test"):
+    for split in SPLITS:
         names = getattr(options, split)
         if names:
             chosen[split] = [_named(name, bases, found) for name in names]
@@ -109,17 +109,29 @@ def read_subset(folder: Path) -> tuple[list[Transcribed], list[str]]:
                 wordless.append(key)
     notes = []
     if silent:
-        notes.append(f"{folder.name}: {_some(silent, 'transcripts')} without audio left out")
+        notes.append(f"{folder.name}: {len(silent)} transcripts ({some(silent)}) without audio left out")
     if wordless:
-        notes.append(f"{folder.name}: {_some(wordless, 'transcripts')} without words left out")
+        notes.append(f"{folder.name}: {len(wordless)} transcripts ({some(wordless)}) without words left out")
     if audio:
-        notes.append(f"{folder.name}: {_some(audio, 'recordings')} without transcript left out")
+        notes.append(f"{folder.name}: {len(audio)} recordings ({some(audio)}) without transcript left out")
     if not utterances:
         raise ArmhubertError(
             f"none of the {len(silent) + len(wordless)} transcripts in {folder} has both words and audio beside it "
             f"({'; '.join(notes)}): check the folder"
         )
     return utterances, notes
+
+
+def read_splits(folders: Mapping[SplitName, Sequence[Path]]) -> tuple[dict[SplitName, list[Transcribed]], list[str]]:
+    """All utterances of the subsets of each split, and notes of `read_subset`."""
+    splits: dict[SplitName, list[Transcribed]] = {split: [] for split in folders}
+    notes = []
+    for split, paths in folders.items():
+        for path in paths:
+            utterances, more = read_subset(path)
+            splits[split] += utterances
+            notes += more
+    return splits, notes
 
 
 def hold_out(
@@ -155,11 +167,6 @@ def hold_out(
 
 def _rank(split: str, key: str) -> bytes:
     return hashlib.blake2b(f"{split}:{key}".encode(), digest_size=8).digest()
-
-
-def _some(names: Iterable[str], what: str) -> str:
-    names = sorted(names)
-    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 # ---- TIMIT -----------------------------------------------------------------

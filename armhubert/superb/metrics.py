@@ -161,8 +161,6 @@ class DetectionCurve(NamedTuple):
     """[K], ascending from 0 to 1: accepted share of the other trials."""
     misses: NDArray[np.float64]
     """[K], descending from 1 to 0: rejected share of the target trials."""
-    thresholds: NDArray[np.float64]
-    """[K], descending from infinity: scores at or above are accepted."""
 
 
 def detection_curve(targets: ArrayLike, scores: ArrayLike) -> DetectionCurve:
@@ -193,7 +191,6 @@ def detection_curve(targets: ArrayLike, scores: ArrayLike) -> DetectionCurve:
     return DetectionCurve(
         np.concatenate([[0.0], others / (len(score) - number)]),
         np.concatenate([[1.0], 1 - accepted / number]),
-        np.concatenate([[np.inf], score[last]]),
     )
 
 
@@ -322,22 +319,13 @@ TWV_BETA = (1 - 0.0008) * 1 / (0.0008 * 100)
 C_miss 100, an effective prior of 0.0741, so 12.49."""
 
 
-class TermWeightedValue(NamedTuple):
-    """The best term-weighted value and where it is reached."""
-
-    value: float
-    """At most 1; at least 0, for a threshold above all scores detects nothing."""
-    threshold: float
-    """Scores at or above count as detected."""
-
-
 def max_term_weighted_value(
     scores: ArrayLike,
     relevant: ArrayLike,
     *,
     queries: int | None = None,
     documents: int | None = None,
-) -> TermWeightedValue:
+) -> float:
     """MTWV: max over one threshold for all queries of 1 - mean over queries of (P_miss + TWV_BETA P_fa).
 
     Fiscus et al., "Results of the 2006 spoken term detection evaluation" (SIGIR SSCS 2007), with a trial for each pair
@@ -349,6 +337,9 @@ def max_term_weighted_value(
         relevant: [Q, D], whether it is.
         queries: number of queries to average over, where some that occur were not searched for: those are missed.
         documents: number of documents, where some were not searched: nothing is detected there.
+
+    Returns:
+        At most 1; at least 0, for a threshold above all scores detects nothing.
 
     Raises:
         ArmhubertError: no query occurs in any document.
@@ -369,11 +360,7 @@ def max_term_weighted_value(
     order = np.argsort(-score.ravel(), kind="stable")
     sorted_scores = score.ravel()[order]
     last = np.append(np.flatnonzero(np.diff(sorted_scores)), len(order) - 1)
-    values = np.cumsum(gain[order])[last]
-    best = int(values.argmax())
-    if values[best] <= 0:
-        return TermWeightedValue(0.0, float("inf"))
-    return TermWeightedValue(float(values[best]), float(sorted_scores[last[best]]))
+    return max(0.0, float(np.cumsum(gain[order])[last].max()))
 
 
 def _require_pairs(name: str, predictions: Sequence[object], references: Sequence[object]) -> None:

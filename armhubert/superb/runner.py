@@ -28,7 +28,7 @@ from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig
 from armhubert.superb.features import Features
 from armhubert.superb.progress import Finished, RateTried, Report, Searching, Started, Stopped
-from armhubert.superb.task import Corpus, Scores, Split, SplitName, Task
+from armhubert.superb.task import SPLITS, Corpus, Scores, Split, SplitName, Task
 from armhubert.superb.tasks import find
 from armhubert.superb.training import BEST_FILE, CHECKPOINT_FILE, Diverged, Setup, Training, rank
 from armhubert.superb.upstream import Upstream, load_upstream
@@ -204,7 +204,7 @@ class _Evaluation:
                     out.rmdir()  # where the dry run made it
 
     def _checked(self, corpus: Corpus) -> Corpus:
-        needed = ("train", "dev", "test") if self.config.training.steps else ("dev", "test")
+        needed = SPLITS if self.config.training.steps else SPLITS[1:]
         for name in dict.fromkeys((*needed, *(name for name in corpus.splits if name.startswith("test")))):
             if name not in corpus.splits or not corpus.splits[name].items:
                 raise ArmhubertError(f"the {name} split of {self.config.data} has no utterances: {self.task.data}")
@@ -333,7 +333,7 @@ class _Evaluation:
                 yield layers[:, 0, : int(lengths[0])].cpu()
 
         scores: Mapping[SplitName, Scores] = {}
-        for found in self.task.search(states, self.corpus, self.config.options(self.fold)):
+        for found in self.task.search(states, self.corpus):
             if isinstance(found, tuple):
                 yield Searching(*found)
             else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from armhubert import figures
 from armhubert.audio import SAMPLE_RATE, read_audio
+from armhubert.config import check_fields
 from armhubert.convert import load_weights
 from armhubert.data import discover
 from armhubert.distributed import pick_device
@@ -32,9 +33,14 @@ FRAMES_EACH = 100
 
 @dataclass(frozen=True)
 class SimilarityConfig:
-    """Settings of `armhubert evaluate --task similarity`."""
+    """Settings of `armhubert evaluate --task similarity`.
+
+    Raises:
+        ArmhubertError: a setting breaks a rule; the message names the rule, the value and the remedy.
+    """
 
     model: str
+    """A student, or any model that `load_weights` takes."""
     against: str
     """The teacher."""
     data: tuple[str, ...]
@@ -45,9 +51,11 @@ class SimilarityConfig:
     max_seconds: float = 10.0
     """Of each utterance."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.utterances < 2:
             raise ArmhubertError(f"similarity needs at least 2 utterances, got {self.utterances}")
         if self.max_seconds <= 0:

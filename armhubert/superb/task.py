@@ -239,17 +239,13 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} is not trained")
 
     def search(
-        self,
-        states: Callable[[SplitName], Iterator[Tensor]],
-        corpus: Corpus,
-        options: Options,
+        self, states: Callable[[SplitName], Iterator[Tensor]], corpus: Corpus
     ) -> Iterator[tuple[int, int] | Mapping[SplitName, Scores]]:
         """Of tasks without training: from all layers' features to scores, on the CPU.
 
         Args:
             states: the features [L, T, D] (float32) of each item of a split, in order.
             corpus: from `read`.
-            options: as `read` had.
 
         Yields:
             (done, total) while it works; the scores of dev and test last. The choice of layer is made on dev.

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from armhubert.audio import SAMPLE_RATE
-from armhubert.convert.tensors import read_pickle
+from armhubert.convert.pickles import read_pickle
 from armhubert.distributed import chance
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.files import write_atomic
 from armhubert.superb.config import EvaluateConfig
 from armhubert.superb.features import Features
@@ -34,6 +34,17 @@ FORMAT = 1
 MAX_SKIPPED_IN_A_ROW = 10
 BUCKET = 50
 """Batches whose items are sorted by length together."""
+
+
+@contextlib.contextmanager
+def _taking_in(path: Path) -> Iterator[None]:
+    """What a file of ours that somebody has changed raises, as one line."""
+    try:
+        yield
+    except ArmhubertError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ArmhubertError(f"{path} does not fit this training ({brief(error)}): start anew with --force") from None
 
 
 class Diverged(ArmhubertError):
@@ -171,16 +182,21 @@ class Training:
             raise ArmhubertError(f"{error}; start anew with --force") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}): start anew with --force")
-        mine = self.identity()
-        if different := [name for name in mine if content["identity"].get(name) != mine[name]]:
-            raise ArmhubertError(f"{self.folder} was begun with other {', '.join(different)}: start anew with --force")
-        self.probe.load_state_dict(content["probe"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.state = _State(**content["state"])
+        with _taking_in(path):
+            mine, saved = self.identity(), content["identity"]
+            if different := [name for name in mine if saved.get(name) != mine[name]]:
+                raise ArmhubertError(
+                    f"{self.folder} was begun with other {', '.join(different)}: start anew with --force"
+                )
+            self.probe.load_state_dict(content["probe"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.state = _State(**content["state"])
 
     def load_best(self) -> None:
         """The head of the best step on dev."""
-        self.probe.load_state_dict(read_pickle(self.folder / BEST_FILE))
+        path = self.folder / BEST_FILE
+        with _taking_in(path):
+            self.probe.load_state_dict(read_pickle(path))
 
     def best(self, until: int) -> dict[str, Any]:
         """The best row on dev up to a step; a resumed sweep asks for steps that are long past."""

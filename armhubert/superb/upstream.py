@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from armhubert.audio import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 from armhubert.kernels.runtime import frame_mask
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -291,4 +291,4 @@ def _make(module: str, function: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {brief(error)}"

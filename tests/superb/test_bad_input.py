@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from noise import write_wave
 from test_tasks_speech import librispeech  # type: ignore[import-not-found]
 
@@ -149,14 +150,32 @@ def test_classes_without_utterances_are_noted(call):
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
-def test_a_damaged_checkpoint_is_told(content, call):
+@pytest.fixture
+def stopped(call):
+    """A run that was interrupted after its second step."""
     words("cat", "dog")
     steps = iter(range(100))
     config = EvaluateConfig(model="fbank", task="ks", data="data", out="run", steps=4, batch=4, workers=0, device="cpu")
     list(runner.evaluate(config, should_stop=lambda: next(steps) >= 2))
-    Path("run/checkpoint.pt").write_bytes(content)
+    return Path("run/checkpoint.pt")
+
+
+def is_told(call, path):
     code, _, err = call("evaluate", "--resume", "run")
     assert code == 2
-    assert err.splitlines()[-1].startswith("error: run/checkpoint.pt")
+    assert err.splitlines()[-1].startswith((f"error: {path}", "error: run was begun with other"))
     assert err.splitlines()[-1].endswith("start anew with --force")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
+def test_a_damaged_checkpoint_is_told(content, stopped, call):
+    stopped.write_bytes(content)
+    is_told(call, stopped)
+
+
+def test_a_checkpoint_that_lacks_something_is_told(stopped, call):
+    whole = torch.load(stopped)
+    for name in ("identity", "probe", "optimizer", "state"):
+        for other in ({}, {name: {"strange": 1}}, {name: []}):
+            torch.save({key: value for key, value in whole.items() if key != name} | other, stopped)
+            is_told(call, stopped)

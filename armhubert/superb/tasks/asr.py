@@ -7,7 +7,7 @@ from pathlib import Path
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.heads import Beam, CTCRecurrent, beam_decoder
-from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, read_subset
+from armhubert.superb.librispeech import choose_subsets, hold_out, read_splits
 from armhubert.superb.task import (
     Corpus,
     Defaults,
@@ -17,7 +17,6 @@ from armhubert.superb.task import (
     Part,
     Scores,
     Split,
-    SplitName,
     Task,
     unseen_tokens,
 )
@@ -39,14 +38,8 @@ class SpeechRecognition(Task):
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets."""
         folders, notes = choose_subsets(root, options)
-        read: dict[SplitName, list[Transcribed]] = {}
-        for split, paths in folders.items():
-            read[split] = []
-            for path in paths:
-                utterances, more = read_subset(path)
-                read[split] += utterances
-                notes += more
-        read, more = hold_out(read)
+        read, left_out = read_splits(folders)
+        read, held = hold_out(read)
         items = {
             split: tuple(Item(u.key, (Part(str(u.path)),), tuple(" ".join(u.words).upper())) for u in utterances)
             for split, utterances in read.items()
@@ -55,12 +48,12 @@ class SpeechRecognition(Task):
         decoder = None
         if options.language_model is not None:
             decoder = beam_decoder(Beam(options.language_model, arpa_words(Path(options.language_model))), tokens)
-        notes += more + unseen_tokens(items, "characters")
+        notes += left_out + held + unseen_tokens(items, "characters")
         return Corpus({split: Split(found) for split, found in items.items()}, (tokens,), tuple(notes), decoder)
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
         """Linear to 1024, two bidirectional LSTMs of 1024, linear to the characters; SpecAugment while training."""
-        return CTCRecurrent(width, corpus.labels[0], settings.head_size, decoder=corpus.extra)
+        return CTCRecurrent(width, corpus.labels[0], size=settings.head_size, decoder=corpus.extra)
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """WER and CER."""

@@ -35,6 +35,7 @@ from armhubert.superb.task import (
     Split,
     Task,
     read_lines,
+    some,
 )
 
 TRIAL_LISTS = ("trials.txt", "veri_test2.txt", "voxceleb1_test_v2.txt", "veri_test.txt", "voxceleb1_test.txt")
@@ -90,7 +91,7 @@ class SpeakerVerification(Task):
         for name in ("dev", "test"):
             if shared := splits.train.keys() & getattr(splits, name).keys():
                 raise ArmhubertError(
-                    f"{len(shared)} speakers are in training and in {name} ({', '.join(sorted(shared)[:3])}): "
+                    f"{len(shared)} speakers are in training and in {name} ({some(shared)}): "
                     "verification needs unseen speakers; correct the folders"
                 )
         dev = {name: list(paths)[:_DEV_RECORDINGS] for name, paths in splits.dev.items()}
@@ -211,7 +212,7 @@ def _with_list(root: Path, listed: Path, options: Options) -> tuple[SpeakerSplit
             files[name] = path.absolute()
     if missing:
         raise ArmhubertError(
-            f"{len(missing)} recordings of {listed} have no audio below {root} ({', '.join(missing[:3])}): "
+            f"{len(missing)} recordings of {listed} have no audio below {root} ({some(missing)}): "
             "complete the data, or take these trials out of the list"
         )
     for name, path in files.items():

@@ -21,6 +21,7 @@ from armhubert.superb.task import (
     classes,
     classification_scores,
     read_lines,
+    some,
 )
 
 IEMOCAP_CLASSES = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
@@ -108,9 +109,7 @@ def _read_folders(root: Path, paths: Sequence[Path]) -> dict[Path, tuple[str, st
     heard = {p[0] for p in parts.values()}
     silent = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in heard]
     if silent:
-        raise ArmhubertError(
-            f"{len(silent)} folders of {root} hold no audio ({', '.join(sorted(silent)[:3])}): complete or remove them"
-        )
+        raise ArmhubertError(f"{len(silent)} folders of {root} hold no audio ({some(silent)}): complete or remove them")
     shallow = [path for path in paths if len(parts[path]) < 3]
     if shallow:
         raise ArmhubertError(
@@ -150,5 +149,5 @@ def _read_iemocap(root: Path, options: Options) -> Corpus:
         splits["dev" if number in held else "train"].append(item)
     notes = [f"Session{options.fold + 1} is tested; a fifth of the other sessions' utterances, drawn by seed, is dev"]
     if missing:
-        notes.append(f"{len(missing)} labelled utterances have no audio and are left out ({', '.join(missing[:3])})")
+        notes.append(f"{len(missing)} labelled utterances have no audio and are left out ({some(missing)})")
     return classes(splits, "emotion", notes=notes)

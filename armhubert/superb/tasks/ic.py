@@ -24,6 +24,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     classes,
+    some,
 )
 
 SLOTS = ("action", "object", "location")
@@ -116,9 +117,7 @@ def _read_fluent(root: Path) -> Corpus:
             else:
                 missing.append(row["path"])
     notes = (
-        [f"{len(missing)} recordings of the lists have no audio and are left out ({', '.join(missing[:3])})"]
-        if missing
-        else []
+        [f"{len(missing)} recordings of the lists have no audio and are left out ({some(missing)})"] if missing else []
     )
     return classes(splits, SLOTS, notes=notes, extra=SLOTS)
 
@@ -174,9 +173,9 @@ def read_json_slots(root: Path, other: str) -> tuple[list[Labelled], list[str]]:
         raise ArmhubertError(f"none of the {len(entries)} labels of {source} has audio below {root}: check the names")
     notes = []
     if missing:
-        notes.append(f"{len(missing)} labels have no audio and are left out ({', '.join(sorted(missing)[:3])})")
+        notes.append(f"{len(missing)} labels have no audio and are left out ({some(missing)})")
     if audio:
-        notes.append(f"{len(audio)} recordings have no label and are left out ({', '.join(sorted(audio)[:3])})")
+        notes.append(f"{len(audio)} recordings have no label and are left out ({some(audio)})")
     return sorted(labelled, key=lambda utterance: utterance.path), notes
 
 

@@ -77,7 +77,7 @@ class KeywordSpotting(Task):
                 split = place.pop(f"{folder.name}/{path.name}", "train") if listed else which_split(path.name)
                 splits[split].append(_keyword(path, root, label))
         if place:
-            notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some(place, 3)}")
+            notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some(place)}")
         for number, piece in enumerate(_noise(root)):
             splits[("dev", "test")[number % 10 // 9] if number % 10 >= 8 else "train"].append(piece)
         tests = [path for path in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if path.is_dir()]

@@ -9,8 +9,9 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import CTCLinear
-from armhubert.superb.librispeech import Transcribed, choose_subsets, fold, hold_out, is_timit, read_subset, read_timit
+from armhubert.superb.librispeech import Transcribed, choose_subsets, fold, hold_out, is_timit, read_splits, read_timit
 from armhubert.superb.task import (
+    SPLITS,
     Corpus,
     Defaults,
     Item,
@@ -49,15 +50,9 @@ class PhonemeRecognition(Task):
             split: paths[0] for split, paths in folders.items() if split[:4] == "test" and any(map(is_timit, paths))
         }
         lexicon = read_lexicon(find_lexicon(root, options))
-        speech: dict[SplitName, list[Transcribed]] = {}
-        for split in [split for split in folders if split not in timit]:
-            speech[split] = []
-            for path in folders[split]:
-                utterances, more = read_subset(path)
-                speech[split] += utterances
-                notes += more
-        speech, more = hold_out(speech, [split for split in ("dev", "test") if split not in timit])
-        notes += more
+        speech, left_out = read_splits({split: paths for split, paths in folders.items() if split not in timit})
+        speech, held = hold_out(speech, [split for split in ("dev", "test") if split not in timit])
+        notes += left_out + held
         if options.g2p:
             notes += _add_machine_pronunciations(lexicon, speech)
         items: dict[SplitName, list[Item]] = {split: [] for split in folders}
@@ -154,7 +149,7 @@ def _check_lexicon(
         return
     some = ", ".join(word for word, _ in missing.most_common(LISTED)) + (", ..." if len(missing) > LISTED else "")
     remedy = "which --g2p cannot read in the lexicon's phones" if options.g2p else "or let --g2p make pronunciations"
-    for split in ("train", "dev", "test"):
+    for split in SPLITS:
         if split in items and not items[split]:
             raise ArmhubertError(
                 f"every {split} utterance has words outside the lexicon ({len(missing)} words: {some}): "

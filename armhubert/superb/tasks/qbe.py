@@ -30,6 +30,7 @@ from armhubert.superb.task import (
     SplitName,
     Task,
     read_lines,
+    some,
 )
 
 QUERY, DOCUMENT = "query", "document"
@@ -78,10 +79,7 @@ class QueryByExample(Task):
         return _simulate(root, options)
 
     def search(
-        self,
-        states: Callable[[SplitName], Iterator[Tensor]],
-        corpus: Corpus,
-        options: Options,
+        self, states: Callable[[SplitName], Iterator[Tensor]], corpus: Corpus
     ) -> Iterator[tuple[int, int] | Mapping[SplitName, Scores]]:
         """SUPERB's search: frames are normalised over queries and documents; see `armhubert.superb.dtw` for the rest.
 
@@ -133,9 +131,7 @@ def _mtwv(
 ) -> float:
     relevant = np.array([[doc in search.relevant[split][query] for doc in documents] for query in queries])
     number = search.queries[split]
-    return metrics.max_term_weighted_value(
-        standardise(scores), relevant, queries=number, documents=search.documents
-    ).value
+    return metrics.max_term_weighted_value(standardise(scores), relevant, queries=number, documents=search.documents)
 
 
 # ---- normalisation ---------------------------------------------------------
@@ -197,7 +193,7 @@ def _read_quesst(root: Path) -> Corpus:
         absent = [path for path in found if not (root / path).is_file()]
         if absent:
             raise ArmhubertError(
-                f"{len(absent)} recordings of {lists[name]} have no audio ({', '.join(absent[:3])}): complete the data"
+                f"{len(absent)} recordings of {lists[name]} have no audio ({some(absent)}): complete the data"
             )
     documents = _items(root, english["utterances"], DOCUMENT)
     here = {item.key for item in documents}

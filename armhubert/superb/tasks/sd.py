@@ -34,6 +34,7 @@ from armhubert.superb.task import (
     Task,
     audio_files,
     read_lines,
+    some,
 )
 
 THRESHOLD, MEDIAN = 0.5, 11
@@ -216,7 +217,7 @@ def read_kaldi(folder: Path, root: Path) -> Iterator[Item]:
     recordings = dict(_pairs(folder / "wav.scp", "list of recordings"))
     if absent := sorted(turns.keys() - recordings.keys()):
         raise ArmhubertError(
-            f"{len(absent)} recordings of {source} are not in {folder / 'wav.scp'} ({', '.join(absent[:3])}): add them"
+            f"{len(absent)} recordings of {source} are not in {folder / 'wav.scp'} ({some(absent)}): add them"
         )
     for name, text in recordings.items():
         if text.endswith("|") or text == "-":

@@ -73,7 +73,7 @@ class SlotFilling(Task):
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
         """As asr's, over characters and slot tokens."""
-        return CTCRecurrent(width, corpus.labels[0], settings.head_size)
+        return CTCRecurrent(width, corpus.labels[0], size=settings.head_size)
 
     def score(self, predictions: Sequence[Sequence[str]], split: Split, corpus: Corpus) -> Scores:
         """F1 of slot types, CER of slot values, WER of the text without slot tokens."""

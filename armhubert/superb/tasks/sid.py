@@ -9,6 +9,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb.heads import PooledClassifier
 from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, is_librispeech
 from armhubert.superb.task import (
+    SPLITS,
     Corpus,
     Defaults,
     Item,
@@ -80,10 +81,8 @@ class SpeakerIdentification(Task):
                 missing.append(name)
             else:
                 key = name.rpartition(".")[0]
-                items[("train", "dev", "test")[int(code) - 1]].append(
-                    Item(key, (Part(str(path)),), (name.split("/")[0],))
-                )
-        notes = [f"{len(missing)} recordings of {LIST} are missing ({', '.join(missing[:3])})"] if missing else []
+                items[SPLITS[int(code) - 1]].append(Item(key, (Part(str(path)),), (name.split("/")[0],)))
+        notes = [f"{len(missing)} recordings of {LIST} are missing ({some(missing)})"] if missing else []
         return classes(items, "speaker", notes=notes)
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
