@@ -73,7 +73,7 @@ def _measure(job: Job) -> dict[str, Any]:
         memory = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
         timings = interleave(runs, device=device, repeats=job.repeats, seconds=6.0)
         graphs, spoilt = as_graphs(runs, device, failed) if moved < GRAPHS_UP_TO_BYTES else ({}, False)
-        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0)
+        replays = interleave(graphs, device=device, repeats=job.repeats, seconds=3.0) if graphs else {}
     floor = job.cell.floor(gpu_rates(device), backward=job.backward)
     return {
         "cell": {**job.cell._asdict(), "label": job.cell.label},

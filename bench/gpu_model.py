@@ -173,7 +173,8 @@ def _inference(job: Job) -> dict[str, Any]:
             runs = {f"{name}, CUDA graph": run for name, run in graphs.items()}
         # a graph's memory is set aside when it is captured
         memory = {name: None if job.way == "graph" else peak_extra_bytes(run, device) for name, run in runs.items()}
-        timings = interleave(runs, device=device, repeats=3 if job.quick else 30, seconds=8, ahead=False)
+        repeats = 3 if job.quick else 30
+        timings = interleave(runs, device=device, repeats=repeats, seconds=8, ahead=False) if runs else {}
     hours = waveforms.numel() / 16_000 / 3600
     return {
         "seconds_each": waveforms.shape[1] / 16_000,

@@ -81,9 +81,10 @@ class Moments(NamedTuple):
         return Moments(self.windows + other.windows, self.sum + other.sum, self.outer + other.outer)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean [B, K] and covariance [B, K, K]."""
-        mean = self.sum / self.windows[:, None]
-        return mean, self.outer / self.windows[:, None, None] - mean[:, :, None] * mean[:, None]
+        """Mean [B, K] and covariance [B, K, K]; zeros where there is no window."""
+        windows = self.windows.clamp(min=1)
+        mean = self.sum / windows[:, None]
+        return mean, self.outer / windows[:, None, None] - mean[:, :, None] * mean[:, None]
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------

@@ -83,10 +83,12 @@ def _supported(x: Tensor) -> bool:
     """Whether Triton makes code for the device of x: Ampere and later, or AMD's; the interpreter, a CPU."""
     if not x.is_cuda:
         return INTERPRET and x.device.type == "cpu"
-    return torch.compiler.is_compiling() or _capability(x.device.index) >= (
-        8,
-        0,
-    )  # a compiler cannot trace the question
+    return _recent(x.device.index)
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace the question
+def _recent(device: int) -> bool:
+    return _capability(device) >= (8, 0)
 
 
 @cache
