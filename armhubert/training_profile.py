@@ -11,8 +11,9 @@ from torch import Tensor
 
 from armhubert.clock import Timing, conditions, summarize, wait
 from armhubert.data import Scanning, discover, scan
-from armhubert.distill import Data, Run, load_models
+from armhubert.distill import load_models
 from armhubert.distill_config import DistillConfig
+from armhubert.distill_run import Data, Run
 from armhubert.distributed import World, pick_device
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic

@@ -15,7 +15,7 @@ import safetensors.torch
 import soundfile
 import torch
 
-from armhubert import ARMHuBERT, ArmhubertError, checkpoint, data, distill, load_teacher
+from armhubert import ARMHuBERT, ArmhubertError, checkpoint, data, distill, distill_run, load_teacher
 from armhubert.data import ReaderDied
 from armhubert.distill_config import DistillConfig
 from armhubert.kernels.runtime import INTERPRET
@@ -152,7 +152,7 @@ def of(reports, kind):
 @pytest.fixture
 def stop_after(monkeypatch):
     """`should_stop` that says yes after so many more steps."""
-    taken, step = [], distill.Run.step
+    taken, step = [], distill_run.Run.step
 
     def counted(self, group):
         taken.append(group)
@@ -162,7 +162,7 @@ def stop_after(monkeypatch):
         last = len(taken) + steps
         return lambda: len(taken) >= last
 
-    monkeypatch.setattr(distill.Run, "step", counted)
+    monkeypatch.setattr(distill_run.Run, "step", counted)
     return after
 
 
@@ -316,11 +316,11 @@ def test_epochs_count_passes_over_the_data(settings):
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_just_after_the_last_step():
-    rates = [distill.learning_rate(step, 20, 0.25, 1.0) for step in range(21)]
+    rates = [distill_run.learning_rate(step, 20, 0.25, 1.0) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert np.diff(rates[4:20]) == pytest.approx(np.full(15, -1 / 16))
     assert rates[20] == 0.0
-    assert [distill.learning_rate(step, 1, 0.05, 3.0) for step in range(1)] == [3.0]
+    assert [distill_run.learning_rate(step, 1, 0.05, 3.0) for step in range(1)] == [3.0]
 
 
 def test_the_callers_generators_threads_and_dtype_stay_untouched(settings):
@@ -508,7 +508,7 @@ def test_a_random_student_copies_nothing(settings, teacher):
 
 
 def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal(settings, tmp_path, monkeypatch):
-    groups, signalled = distill.Run.groups, []
+    groups, signalled = distill_run.Run.groups, []
 
     def ended(self):
         for number, group in enumerate(groups(self)):
@@ -517,7 +517,7 @@ def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal
                 raise ReaderDied("gone")
             yield group
 
-    monkeypatch.setattr(distill.Run, "groups", ended)
+    monkeypatch.setattr(distill_run.Run, "groups", ended)
     config = settings(out=str(tmp_path / "run"), steps=4)
     last = run(config, should_stop=lambda: bool(signalled))[-1]
     assert (last.reason, last.step) == ("stopped", 2)
@@ -528,7 +528,7 @@ def test_readers_that_are_ended_with_the_process_end_the_run_like_its_own_signal
 
 
 def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(settings, tmp_path, monkeypatch):
-    read, signalled = distill.batches, []
+    read, signalled = distill_run.batches, []
 
     def ended(utterances, plan, **how):
         if how["workers"] == 1 and not signalled:  # the validation's, where training has two
@@ -536,7 +536,7 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
             raise ReaderDied("gone")
         yield from read(utterances, plan, **{**how, "workers": 0})
 
-    monkeypatch.setattr(distill, "batches", ended)
+    monkeypatch.setattr(distill_run, "batches", ended)
     config = settings(steps=4, hold_out=0.3, validate_every=2, workers=2)
     stopped = run(config, should_stop=lambda: bool(signalled))
     assert (stopped[-1].reason, stopped[-1].step, of(stopped, distill.Validated)) == ("stopped", 2, [])
@@ -599,7 +599,7 @@ def test_a_run_that_is_stopped_while_its_audio_is_examined_has_not_begun(setting
     held = write_speech(tmp_path / "held", (0.5, 0.8))
     config, answers = settings(valid=(str(held),)), iter(range(asked))
     with monkeypatch.context() as patch:
-        patch.setattr(distill.Run, "step", lambda *args: pytest.fail("trained"))
+        patch.setattr(distill_run.Run, "step", lambda *args: pytest.fail("trained"))
         *scanning, end = run(config, should_stop=lambda: next(answers, None) is None)
     assert all(isinstance(report, data.Scanning) for report in scanning)
     assert (end.reason, end.step, end.best_loss) == ("not begun", 0, float("inf"))
@@ -743,7 +743,7 @@ def test_sigterm_writes_a_checkpoint_exits_with_143_and_says_how_to_go_on(settin
 
 
 def test_a_step_that_is_not_finite_is_left_out_counted_and_reported(settings, monkeypatch):
-    real, calls = distill.teacher_targets, []
+    real, calls = distill_run.teacher_targets, []
 
     def sometimes(*args, **options):
         calls.append(0)
@@ -752,7 +752,7 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_reported(settings, mo
             targets = targets._replace(masking=tuple(t * float("nan") for t in targets.masking))
         return targets
 
-    monkeypatch.setattr(distill, "teacher_targets", sometimes)
+    monkeypatch.setattr(distill_run, "teacher_targets", sometimes)
     reports = run(config := settings(steps=4))
     assert of(reports, distill.StepSkipped) == [distill.StepSkipped(2, 1)]
     assert [r.step for r in of(reports, distill.Progress)] == [1, 3, 4]
@@ -769,7 +769,7 @@ def held_out_losses(monkeypatch):
     """Replace the first losses of a run's validations."""
 
     def replace(*values: float) -> None:
-        scripted, weighted = iter(values), distill.Run.validate
+        scripted, weighted = iter(values), distill_run.Run.validate
 
         def validate(self, should_stop):
             weights, value = self.layer_weights, next(scripted, None)
@@ -780,7 +780,7 @@ def held_out_losses(monkeypatch):
             finally:
                 self.layer_weights = weights
 
-        monkeypatch.setattr(distill.Run, "validate", validate)
+        monkeypatch.setattr(distill_run.Run, "validate", validate)
 
     return replace
 
@@ -815,14 +815,14 @@ def test_where_no_validation_is_finite_the_last_student_is_written_and_that_is_s
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact(settings, monkeypatch, precision):
     config = settings(steps=100, save_every=4, precision=precision)
-    real, calls = distill.teacher_targets, []
+    real, calls = distill_run.teacher_targets, []
 
     def broken(*args, **options):
         calls.append(0)
         targets = real(*args, **options)
         return targets if len(calls) <= 4 else targets._replace(masking=tuple(t / 0 for t in targets.masking))
 
-    monkeypatch.setattr(distill, "teacher_targets", broken)
+    monkeypatch.setattr(distill_run, "teacher_targets", broken)
     reports = []
     with pytest.raises(
         ArmhubertError, match=r"in a row .* not finite.* start a new run with a learning rate below"
@@ -831,7 +831,7 @@ def test_a_run_of_steps_that_are_not_finite_ends_with_the_last_good_state_intact
     assert "\n" not in str(caught.value)
     saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
     assert all(bool(torch.isfinite(value).all()) for value in saved.student.values())
-    monkeypatch.setattr(distill, "teacher_targets", real)
+    monkeypatch.setattr(distill_run, "teacher_targets", real)
     end = run(dataclasses.replace(config, steps=saved.state.step + 2), resume=True)[-1]
     assert end.reason == "done"
 
