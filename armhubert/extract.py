@@ -49,7 +49,7 @@ from armhubert.data import (
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import append_lines, open_atomic, write_atomic
+from armhubert.files import append_lines, disk_errors, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -327,15 +327,17 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     done, samples, size = 0, 0, 0
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(append_lines(out / _INDEX))
+        with disk_errors(out):
+            log = stack.enter_context(append_lines(out / _INDEX))
         writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
         steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
         for rows in _ahead(steps):
+            with disk_errors(out):
+                log.writelines(json.dumps(row).encode() + b"\n" for row, _ in rows)
+                log.flush()
             for row, count in rows:
                 index[row["features"]] = row
-                log.write(json.dumps(row).encode() + b"\n")
                 done, samples, size = done + 1, samples + row["samples"], size + count
-            log.flush()
             yield Progress(done, len(missing), samples / SAMPLE_RATE, time.perf_counter() - started)
     write_atomic(out / _INDEX, "".join(json.dumps(index[name]) + "\n" for name in sorted(index)))
     yield Finished(

@@ -63,6 +63,17 @@ def make_folder(path: Path) -> None:
         raise ArmhubertError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
 
 
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What is written piece by piece in `folder`: a full disk, or one that is gone, is an ArmhubertError."""
+    try:
+        yield
+    except OSError as error:
+        raise ArmhubertError(
+            f"cannot write in {folder}: {error.strerror}; free space or choose another folder"
+        ) from None
+
+
 def append_lines(path: Path) -> BinaryIO:
     """Open a file of lines to add to; a last line that an interruption tore is ended first, lest it swallow the next.
 

@@ -5,13 +5,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from armhubert import figures
-from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
 
@@ -30,7 +28,7 @@ class RunLog:
         write_atomic(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
         if not step:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        with _disk_errors(folder):
+        with disk_errors(folder):
             self._board = _Board(folder / "tensorboard", step)
             self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
@@ -44,7 +42,7 @@ class RunLog:
         row: dict[str, Any] = {"kind": kind, "step": step, **{name: _finite(x) for name, x in scalars.items()}}
         row["layers"] = [_finite(round(x, 6)) for x in layers]
         self.rows.append(row)
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
             by_layer = {f"layer_{number:02d}": value for number, value in enumerate(layers, start=1)}
@@ -91,16 +89,6 @@ class _Board:
     def _write(self, **content: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
         self._records.flush()
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArmhubertError(
-            f"cannot write in {folder}: {error.strerror}; free space or choose another folder"
-        ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from armhubert.files import make_folder
 if TYPE_CHECKING:
     from armhubert.superb import progress
     from armhubert.superb.similarity import Similarity
-    from armhubert.superb.suite import Column, SuiteFinished, SuitePlanned
+    from armhubert.superb.suite import SuiteFinished, SuitePlanned
 
 RUN, DATA, TRAINING, SIMILARITY = "Run", "Data", "Training (what is not given is SUPERB's)", "--task similarity"
 Show = Callable[[str, float, float | None], None]
@@ -287,7 +287,7 @@ def show_plan(plan: "SuitePlanned") -> None:
 
 def suite_table(finished: "SuiteFinished") -> Table:
     """Our rows, and SUPERB's published ones under them."""
-    from armhubert.superb.suite import COLUMNS, PUBLISHED, overall, row_of, superb_score
+    from armhubert.superb.suite import COLUMNS, PUBLISHED, overall, printed, row_of, superb_score
 
     superb = finished.columns == COLUMNS
     table = Table("model", *(column.title for column in finished.columns), *(("overall", "SUPERB_s") if superb else ()))
@@ -295,10 +295,9 @@ def suite_table(finished: "SuiteFinished") -> Table:
         column.justify = "right"
 
     def add(name: str, row: Sequence[float | None], style: str | None) -> None:
-        cells = [_cell(value, column) for value, column in zip(row, finished.columns, strict=True)]
+        cells = [column.shown(value) for value, column in zip(row, finished.columns, strict=True)]
         if superb:
-            total, score = overall(tuple(row)), superb_score(tuple(row))
-            cells += ["–" if total is None else f"{total:.1f}", "–" if score is None else f"{score:.0f}"]
+            cells += [printed(overall(tuple(row)), 1), printed(superb_score(tuple(row)), 0)]
         table.add_row(name, *cells, style=style)
 
     for name, results in finished.results.items():
@@ -308,10 +307,6 @@ def suite_table(finished: "SuiteFinished") -> Table:
         for name, row in PUBLISHED.items():
             add(f"{name} (published)", row, "dim")
     return table
-
-
-def _cell(value: float | None, column: "Column") -> str:
-    return "–" if value is None else f"{value:.4f}" if column.scale != 1 else f"{value:.2f}"
 
 
 # ---- reports ---------------------------------------------------------------

@@ -17,6 +17,7 @@ from armhubert.superb.suite import (
     Row,
     SuiteFinished,
     overall,
+    printed,
     row_of,
     superb_score,
 )
@@ -157,11 +158,11 @@ def _body(
     lines = []
     for name, row in rows.items():
         cells = [
-            _cell(_number(value, column), value is not None and value == top)
+            _cell(column.shown(value), value is not None and value == top)
             for value, column, top in zip(row, columns, best, strict=True)
         ]
         if columns == COLUMNS:
-            cells += [_cell(_plain(overall(row), 1)), _cell(_plain(superb_score(row), 0))]
+            cells += [_cell(printed(overall(row), 1)), _cell(printed(superb_score(row), 0))]
         lines.append(_row(name, cells))
     return f"<tbody{kind}>{label}{''.join(lines)}</tbody>"
 
@@ -182,16 +183,8 @@ def _best(values: Sequence[float | None], column: Column | Metric) -> float | No
     return max(known) if column.higher_is_better else min(known)
 
 
-def _number(value: float | None, column: Column) -> str:
-    return _plain(value, 4 if column.scale != 1 else 2)
-
-
 def _digits(metric: Metric) -> int:
     return 0 if metric.higher_is_better is None else 2 if metric.unit else 4
-
-
-def _plain(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 # ---- one task --------------------------------------------------------------
@@ -245,7 +238,7 @@ def _scores_table(task: Task, by_model: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for place, (model, result) in enumerate(by_model.items()):
         cells = [
-            _cell(_plain(values[place], _digits(metric)), top is not None and values[place] == top)
+            _cell(printed(values[place], _digits(metric)), top is not None and values[place] == top)
             for _, metric, values in columns
             for top in (_best(values, metric),)
         ]
@@ -253,7 +246,7 @@ def _scores_table(task: Task, by_model: Mapping[str, Mapping[str, Any]]) -> str:
         chosen = training["steps"] and "learning_rate" in training  # not where folds of a sweep have one each
         cells += [_cell(str(result["best_step"]) if "best_step" in result else "–")]
         cells += [_cell(f"{training['learning_rate']:g}" if chosen else "–")]
-        cells += [_cell(_plain(result["wall_seconds"] / 60, 1))]
+        cells += [_cell(printed(result["wall_seconds"] / 60, 1))]
         rows.append(_row(model, cells))
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 

@@ -27,6 +27,15 @@ class Column(NamedTuple):
     scale: float = 1.0
     """Factor to percent: QbE's MTWV is printed plain and counted times 100."""
 
+    def shown(self, value: float | None) -> str:
+        """A number of this column as tables print it."""
+        return printed(value, 4 if self.scale != 1 else 2)
+
+
+def printed(value: float | None, digits: int) -> str:
+    """A number of a table, a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
 
 COLUMNS = (
     Column("PER", "pr", "per", False),
