@@ -30,7 +30,7 @@ class DistillConfig:
     hold_out: float = 0.05
     """Share of the data held out for validation where `valid` is not given; 0: no validation."""
     teacher: str = "mini"
-    """`mini` (bundled), a Hugging Face folder, a hub id, or a torchaudio pipeline."""
+    """`mini` (bundled), a Hugging Face folder, a checkpoint file, a hub id, or a torchaudio pipeline."""
 
     preset: str | None = None
     """Student: armhubert, armhubert-s, armwavlm-s, maskhubert or mini; none: mini for teacher mini, else armhubert."""

@@ -78,7 +78,8 @@ def device_name(device: torch.device) -> str:
     """Readable name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def processor_name() -> str:

@@ -317,7 +317,8 @@ class SpeechEncoder(nn.Module):
 
     Args:
         config: what to build.
-        impl: implementation of the attention ops: `auto` (Triton on a GPU, PyTorch elsewhere), `triton` or `torch`.
+        impl: implementation of the attention and waveform convolution ops: `auto` (Triton on a GPU, PyTorch elsewhere),
+            `triton` or `torch`.
     """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:

@@ -92,7 +92,7 @@ class ARMHuBERT(SpeechEncoder):
                 `.yaml` beside it, or any source that `load_teacher` takes (a student that reuses nothing).
             heads: keep the distillation heads, if there are any; without them the model is smaller and faster.
             attention_mode: read the maps in another way than recorded; None: as recorded.
-            impl: implementation of the attention ops.
+            impl: implementation of the attention and waveform convolution ops.
             dtype: of the parameters.
             device: where the model goes.
 

@@ -552,7 +552,9 @@ def _collect(count: int, seed: int, out: Path) -> None:
 
 def main() -> None:
     """Run it, print the counts, write them down; any defect is an exit code of 1."""
-    parser = argparse.ArgumentParser(description="Damaged and hostile model files against the loaders.")
+    parser = argparse.ArgumentParser(
+        "python -m armhubert.bench fuzz", description="Damaged and hostile model files against the loaders."
+    )
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))

@@ -7,8 +7,7 @@
 #   bench/gpu.sh check model report          some of them, which share the time
 #   bench/gpu.sh tests                       tests/kernels, where pytest and hypothesis are there
 #
-# Fifteen minutes of a GPU, starts and copies included, are best spent on two calls; name OUT in both, as a file that is
-# there already is added to:
+# Where a GPU is lent for minutes at a time, make two calls; name OUT in both, as a file that is there already is added to:
 #
 #   OUT=DIR LIMIT=480 bench/gpu.sh check micro model variants report
 #   OUT=DIR LIMIT=220 bench/gpu.sh compiled report

@@ -1,5 +1,6 @@
 """Render bench/results/*.json: what a user chooses by into the README, between its markers, the rest into docs."""
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -100,12 +101,13 @@ def _overview(machines: list[Path]) -> list[str]:
         for content in profiles
     )
     return [
-        "`armhubert profile` on CPUs: how many times faster a student (preset armhubert) is than transformers' HuBERT "
-        "Base (sdpa, fp32), whose own time its row tells; the fastest in bold.",
+        "`armhubert profile` on CPUs: how many times faster than transformers' HuBERT Base (sdpa, fp32) each model "
+        "runs; HuBERT Base's own row gives its time. The student has the preset armhubert. Fastest in bold.",
         _table(titles, rows.values()),
         f"Medians of {profiles[0]['conditions']['repeats']} interleaved runs, random weights, no heads. Where a "
         "processor has no instructions for bf16 and int8 (AVX2 alone), these modes are emulated. Memory is what "
-        "loading and the largest batch add to a process; it and the feature error are the largest of all machines. "
+        "loading and the largest batch add to a process; it and the feature error are the largest of all machines. The "
+        "matrix rate is what a large product reaches, in multiply-accumulates a second. "
         f"{runs}.",
         f"![profile](bench/results/{machines[0].name}/profile/profile.png)",
     ]
@@ -223,11 +225,11 @@ _BASELINES = {
 def _distillation(content: dict[str, Any], folder: Path) -> list[str]:
     rows = content["rows"]
     step = last_common_step(rows)
-    lines = ["| student | parameters | held-out loss | error by layer |", "|---|---|---|---|"]
+    lines = []
     for row in rows:
         at = next(v for v in row["validations"] if v["step"] == step)
         layers = " ".join(f"{x:.3f}" for x in at["layers"])
-        lines.append(f"| {row['name']} | {row['parameters_without_heads']:,} | {at['loss']:.4f} | {layers} |")
+        lines.append([row["name"], f"{row['parameters_without_heads']:,}", f"{at['loss']:.4f}", layers])
     settings = rows[0]["settings"]
     return [
         "## Distillation with and without map reuse",
@@ -235,7 +237,7 @@ def _distillation(content: dict[str, Any], folder: Path) -> list[str]:
         f"LibriSpeech train-clean-5 ({_conditions(content)}). The error is that of clean input against the clean "
         "teacher on held-out utterances, which is what `plain` trains for; `masking` also has to learn the masked "
         "frames and, after so few steps, is far behind on it. Whose features are better is for SUPERB's tasks to say.",
-        "\n".join(lines),
+        _table(["student", "parameters", "held-out loss", "error by layer"], lines),
         "![held-out error](../bench/results/distill-mini.png)",
     ]
 
@@ -258,36 +260,38 @@ _SUPERB = (
 
 def _superb(content: dict[str, Any], folder: Path) -> list[str]:
     """The ten tasks on little real speech, and what may be concluded from them."""
-    lines = [f"| model | {' | '.join(title for title, *_ in _SUPERB)} |", f"|---|{'---|' * len(_SUPERB)}"]
+    rows = []
     for row in content["rows"]:
-        cells = []
+        cells = [row["name"]]
         for _, task, test, metrics in _SUPERB:
             found = row["tasks"].get(task, {}).get("tests", {}).get(test)
             digits = 3 if task == "qbe" else 1
             cells.append(", ".join(f"{found[metric]:.{digits}f}" for metric in metrics) if found else "")
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+        rows.append(cells)
     return [
         "SUPERB's ten tasks, its heads and metrics, on five hours of LibriSpeech and at most an hour of any other"
         " speech: few steps, smaller LSTMs for asr and sf, rates chosen on dev from the same candidates for"
         f" every model (`bench/superb-mini.yaml`; {_conditions(content)}). PER counts phones without stress. The rows"
         " compare with each other, **not with published ones**."
-        " Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher.",
+        " Error rates (PER, WER, CER, ASV's EER, SD's DER) are better lower, the rest higher; QbE is the maximum"
+        " term-weighted value, at most 1, the rest is in percent.",
         *([note] if (note := content["rows"][0].get("note")) else []),
-        "\n".join(lines),
+        _table(["model", *(title for title, *_ in _SUPERB)], rows),
         "![learning curves and layer weights](bench/results/superb-mini.png)",
     ]
 
 
 def _teacher_views(content: dict[str, Any], folder: Path) -> list[str]:
-    lines = ["| batch | two plain passes | one pass, two views | ratio |", "|---|---|---|---|"]
+    rows = []
     for row in content["rows"]:
         two, one = row["two_plain_passes_s"]["median"], row["teacher_targets_s"]["median"]
-        lines.append(f"| {row['batch']} x {row['seconds']:g} s | {two:.2f} s | {one:.2f} s | {row['speedup']:.2f}x |")
+        batch = f"{row['batch']} x {row['seconds']:g} s"
+        rows.append([batch, f"{two:.2f} s", f"{one:.2f} s", f"{row['speedup']:.2f}x"])
     return [
         "### The teacher's two views",
         "Both views of a HuBERT Base teacher (random weights, float32), against running it twice; medians of "
         f"interleaved runs ({_conditions(content)}).",
-        "\n".join(lines),
+        _table(["batch", "two plain passes", "one pass, two views", "ratio"], rows),
     ]
 
 
@@ -305,41 +309,32 @@ def _step(content: dict[str, Any], folder: Path) -> list[str]:
 
 def _loader(content: dict[str, Any], folder: Path) -> list[str]:
     stages = list(content["rows"][0]["rates"])
-    titles = [f"{name} processes" if name.isdecimal() else name for name in stages]
-    cells = [[f"{row['rates'][name]['cpu']:,.0f}" for name in stages] for row in content["rows"]]
-    lines = [
-        f"| format | {' | '.join(titles)} |",
-        f"|---|{'---|' * len(stages)}",
-        *(f"| {row['format']} | {' | '.join(shown)} |" for row, shown in zip(content["rows"], cells, strict=True)),
-    ]
+    titles = ["format", *(_counted(int(name), "process", "processes") if name.isdecimal() else name for name in stages)]
+    rows = [[row["format"], *(f"{row['rates'][name]['cpu']:,.0f}" for name in stages)] for row in content["rows"]]
     return [
         "### The loader",
         "The loader of distillation alone, in times real time that one core delivers (seconds of audio a second of CPU "
         f"time; medians of interleaved runs, {_conditions(content)}): the codec, with mixing down and resampling, the "
         "first run's scan, and batches from so many processes. 10,000 times real time on 16 cores is 625 a core.",
-        "\n".join(lines),
+        _table(titles, rows),
     ]
 
 
 def _cpu(content: dict[str, Any], folder: Path) -> list[str]:
-    lines = [
-        "| op, float32 | pass | ours | released way | ratio | memory, ours and released |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in content["rows"]:
         ours, released = row["candidates"]["ours"], row["candidates"]["released"]
         memory = " and ".join(f"{c['peak_extra_bytes'] / 2**20:.0f}" for c in (ours, released))
-        lines.append(
-            f"| {row['cell']['label']} | {row['pass']} | {ours['median'] * 1e3:.1f} ms | "
-            f"{released['median'] * 1e3:.1f} ms | {released['median'] / ours['median']:.2f}x | {memory} MB |"
-        )
+        times = [f"{c['median'] * 1e3:.1f} ms" for c in (ours, released)]
+        ratio = f"{released['median'] / ours['median']:.2f}x"
+        rows.append([row["cell"]["label"], row["pass"], *times, ratio, f"{memory} MB"])
     load = content["rows"][0]["machine_load"]
     return [
         "### Ops on a CPU",
         "The PyTorch twins against the released code's way of computing on a CPU; medians of interleaved runs, peak "
         f"extra memory ({_conditions(content)}; load average {load['load_before']} before and {load['load_after']} "
         f"after, {load['cores']} cores). {_LONE}",
-        "\n".join(lines),
+        _table(["op, float32", "pass", "ours", "released way", "ratio", "memory, ours and released"], rows),
     ]
 
 
@@ -361,10 +356,15 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
         f"replayed as CUDA graphs where little is moved ({_conditions(content)}). Ours is behind the best baseline in "
         f"{behind} of {len(rows)} rows."
     )
-    whole = ["| end to end | batch | way | time | over ours | hours of audio a second |", "|---|---|---|---|---|---|"]
-    whole += [
-        f"| {row['kind']} | {row['batch']} x {row['seconds_each']:g} s | {name} | {c['median'] * 1e3:.2f} ms | "
-        f"{over_ours(row, name):.2f}x | {c['hours_of_audio_per_second']:.3f} |"
+    whole = [
+        [
+            row["kind"],
+            f"{row['batch']} x {row['seconds_each']:g} s",
+            name,
+            f"{c['median'] * 1e3:.2f} ms",
+            f"{over_ours(row, name):.2f}x",
+            f"{c['hours_of_audio_per_second']:.3f}",
+        ]
         for row in content["model"]
         for name, c in row.get("candidates", {}).items()
     ]
@@ -373,31 +373,40 @@ def _gpu(content: dict[str, Any], path: Path) -> list[str]:
         for kind in ("roofline", "bars")
         if path.with_name(f"{path.stem}-{kind}.png").is_file()
     ]
-    times = ["\n".join(whole)] if len(whole) > 2 else []
+    titles = ["end to end", "batch", "way", "time", "over ours", "hours of audio a second"]
+    times = [_table(titles, whole)] if whole else []
     return [f"### {device}", runs, *([faster] if rows else []), *times, *pictures]
 
 
 def _gpu_ops(content: dict[str, Any]) -> list[str]:
     """Every op and pass that was timed."""
-    lines = [
-        "| op, bf16 | pass | ours | x of floor | best baseline | against it | against the released way | memory |",
-        "|---|---|---|---|---|---|---|---|",
+    titles = [
+        "op, bf16",
+        "pass",
+        "ours",
+        "x of floor",
+        "best baseline",
+        "against it",
+        "against the released way",
+        "memory",
     ]
+    rows = []
     for row in measured(content):
         ours, other, released = best(row["candidates"]), best_baseline(row), baselines(row).get("released")
         memory = row["candidates"]["ours"]["peak_extra_bytes"]
-        cells = [
-            row["cell"]["label"],
-            row["pass"],
-            f"{ours * 1e6:.1f} us",
-            f"{ours / row['floor_s']:.2f}" if row["floor_s"] else "",
-            f"{other.name}, {other.seconds * 1e6:.1f} us" if other else "",
-            f"{other.ratio:.2f}x" if other else "",
-            f"{released.ratio:.2f}x" if released else "",
-            "" if memory is None else f"{memory / 2**20:.1f} MB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [f"## Ops on {content['conditions']['device']}", _LONE, "\n".join(lines)] if len(lines) > 2 else []
+        rows.append(
+            [
+                row["cell"]["label"],
+                row["pass"],
+                f"{ours * 1e6:.1f} us",
+                f"{ours / row['floor_s']:.2f}" if row["floor_s"] else "",
+                f"{other.name}, {other.seconds * 1e6:.1f} us" if other else "",
+                f"{other.ratio:.2f}x" if other else "",
+                f"{released.ratio:.2f}x" if released else "",
+                "" if memory is None else f"{memory / 2**20:.1f} MB",
+            ]
+        )
+    return [f"## Ops on {content['conditions']['device']}", _LONE, _table(titles, rows)] if rows else []
 
 
 _LONE = (
@@ -412,8 +421,13 @@ def _conditions(content: dict[str, Any]) -> str:
     return f"{processor}{c['device']}, torch {c['torch']}, {c['date']}"
 
 
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
+
+
 def main() -> None:
     """Rewrite the README's section and docs/measured.md."""
+    argparse.ArgumentParser("python -m armhubert.bench report", description=__doc__).parse_args()
     text = README.read_text("utf-8")
     before, rest = text.split(BEGIN)
     write_atomic(README, before + summary() + rest.split(END)[1])

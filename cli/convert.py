@@ -19,7 +19,10 @@ def convert(
             "a Hugging Face folder or hub id, or a torchaudio pipeline."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write: config.json, model.safetensors, README.md.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write: config.json, preprocessor_config.json, model.safetensors, README.md."),
+    ],
     attention_mode: Annotated[
         str | None,
         typer.Option(help="Read the maps of a released student as exact, for fine-tuning.", show_default="as recorded"),

@@ -3,7 +3,8 @@
     python examples/s3prl_speakers.py runs/demo /data/LibriSpeech runs/sid --steps 200
 
 s3prl's own recipe trains; what changes in a configuration for HuBERT is marked. The data are LibriSpeech's folders in
-place of VoxCeleb, the first utterance of each speaker held out, so that the script can be tried on little.
+place of VoxCeleb, the first utterance of each speaker held out, so that the script can be tried on little. Needs s3prl:
+`pip install s3prl==0.4.18`.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from armhubert import ARMHuBERT, ArmhubertError
-from armhubert.bundled import TRAINING_SPEECH
+from armhubert import ARMHuBERT, ArmhubertError, load_teacher
+from armhubert.bundled import TEACHER, TEST_SPEECH, TRAINING_SPEECH
 from armhubert.config import preset
 
 transformers = pytest.importorskip("transformers")
@@ -21,6 +23,7 @@ from transformers import (  # noqa: E402
     AutoModelForCTC,
     HubertConfig,
     HubertForCTC,
+    HubertModel,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
 )
@@ -28,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
 from armhubert.huggingface import ARMHuBERTConfig, ARMHuBERTForCTC, ARMHuBERTModel  # noqa: E402
 
+README = Path(__file__).parents[1] / "README.md"
 LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 
@@ -201,6 +205,32 @@ def test_padding_changes_no_features(folder, batch):
         padded = model(waves, mask).last_hidden_state[1:, : alone.shape[1]]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
     assert model._get_feat_extract_output_lengths(mask.sum(-1)).tolist() == [24, 15]
+
+
+def test_padding_moves_the_features_of_others_as_far_as_the_readme_tells():
+    """2 s of speech padded to 4 and to 30 s, the last layer of the bundled teacher in transformers and in ours."""
+    theirs = HubertModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    ours = load_teacher("mini")
+    moved = {4: [], 30: []}
+    for path in sorted(TEST_SPEECH.rglob("*.opus"))[::20]:
+        speech = torch.from_numpy(soundfile.read(path, dtype="float32")[0])[8000:40000]
+        waves = ((speech - speech.mean()) / speech.var().sqrt())[None]
+        with torch.inference_mode():
+            alone = theirs(waves).last_hidden_state
+            for seconds, found in moved.items():
+                room = 16_000 * seconds - waves.shape[1]
+                padded, mask = F.pad(waves, (0, room)), F.pad(torch.ones_like(waves).long(), (0, room))
+                features = theirs(padded, attention_mask=mask).last_hidden_state[:, : alone.shape[1]]
+                found.append(float((features - alone).norm() / alone.norm()))
+                same = ours(padded, torch.tensor([waves.shape[1]])).last_hidden_state[:, : alone.shape[1]]
+                torch.testing.assert_close(same, ours(waves).last_hidden_state, atol=1e-4, rtol=0)
+    told = re.search(
+        r"move by (\d+) % padded to 4 s, and by (\d+) % padded to 30 s", " ".join(README.read_text().split())
+    )
+    assert told is not None
+    assert [100 * sum(found) / len(found) for found in moved.values()] == pytest.approx(
+        [*map(int, told.groups())], abs=1
+    )
 
 
 def test_frames_for_pooling_are_those_of_hubert(folder, batch):
