@@ -377,7 +377,6 @@ def test_torchaudio_state_dicts_need_what_shapes_do_not_tell(kind, form, tmp_pat
         load_weights(path)
 
 
-@pytest.mark.slow
 def test_published_sizes_are_told_by_their_shapes(tmp_path):
     torch.manual_seed(0)
     theirs = torchaudio.models.hubert_base().eval()

@@ -112,7 +112,6 @@ print([list(x.shape) for x in outputs], "armhubert" in sys.modules)
     assert done.stdout.strip() == "[[1, 49, 64], [1]] False"
 
 
-@pytest.mark.slow
 def test_a_program_compiled_ahead_gives_what_the_model_gives(student, tmp_path):
     path = tmp_path / "student.pt2"
     list(export(ExportConfig(str(student), str(path), format="aot")))

@@ -462,7 +462,6 @@ def test_what_runs_in_fewer_bits_is_weighed_without_the_model_that_it_was(studen
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(student):
     config = profile.ProfileConfig(student, device="cpu")
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
