@@ -214,7 +214,7 @@ def test_the_length_of_a_run_on_the_command_line_replaces_the_one_in_the_file(
     refused("distill", "--config", tmp_path / "run.yaml", "--steps", 1, "--epochs", 2, says="steps or epochs, not both")
 
 
-def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run, tmp_path):
+def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run):
     code, _, err = call("distill", "--resume", old_run, "--steps", 9, "--log-every", 3, "--seed", 0)
     assert (code, err) == (0, "")
     ((config, how),) = handed_over

@@ -146,7 +146,7 @@ def extras(fairseq) -> dict:
     }
 
 
-def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module, *, padded: bool = True) -> None:
+def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module) -> None:
     """All of them to 1e-4; alone, masked, and padded as transformers pads (right only without a group norm)."""
     torch.manual_seed(1)
     x = torch.randn(2, 3000)
@@ -159,15 +159,14 @@ def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module, *, padded: 
             assert len(want) == len(got) == ours.config.layers + 1
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-        if padded:
-            lengths = torch.tensor([3000, 1700])
-            x = torch.where(torch.arange(3000) < lengths[:, None], x, 0)
-            attention = (torch.arange(3000) < lengths[:, None]).long()
-            want = theirs(x, attention_mask=attention, output_hidden_states=True).hidden_states
-            got = ours(x, lengths)
-            for a, b in zip(got.hidden_states, want, strict=True):
-                for i, valid in enumerate(got.lengths):
-                    torch.testing.assert_close(a[i, :valid], b[i, :valid], atol=1e-4, rtol=0)
+        lengths = torch.tensor([3000, 1700])
+        x = torch.where(torch.arange(3000) < lengths[:, None], x, 0)
+        attention = (torch.arange(3000) < lengths[:, None]).long()
+        want = theirs(x, attention_mask=attention, output_hidden_states=True).hidden_states
+        got = ours(x, lengths)
+        for a, b in zip(got.hidden_states, want, strict=True):
+            for i, valid in enumerate(got.lengths):
+                torch.testing.assert_close(a[i, :valid], b[i, :valid], atol=1e-4, rtol=0)
 
 
 def encoder(path: Path, **changes) -> SpeechEncoder:

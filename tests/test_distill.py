@@ -496,7 +496,7 @@ def test_a_reusing_layer_starts_from_the_values_of_its_teacher_layer(settings, t
     assert torch.equal(ours["layers.1.attention.value.bias"], theirs["layers.1.attention.qkv.bias"][64:])
 
 
-def test_a_random_student_copies_nothing(settings, teacher):
+def test_a_random_student_copies_nothing(settings):
     reports = run(settings(steps=1))
     assert of(reports, distill.Started)[0].copied_from_teacher == 0
 

@@ -163,7 +163,7 @@ def test_settings_at_loading_reach_the_encoder(folder):
     assert default.config._attn_implementation == "sdpa"
 
 
-def test_an_encoder_that_lacks_tensors_is_an_error(student, folder, tmp_path):
+def test_an_encoder_that_lacks_tensors_is_an_error(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     state = load_file(folder / "model.safetensors")

@@ -501,7 +501,7 @@ def test_a_misspelt_baseline_is_told_before_anything_is_loaded(student):
         next(profile.profile(profile.ProfileConfig(student, baselines=(student, "wavlm-bas:bf16"), device="cpu")))
 
 
-def test_features_do_not_need_a_student(tmp_path):
+def test_features_do_not_need_a_student():
     """A teacher is profiled like a student."""
     teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", head_width=None))
     assert profile.stages(teacher.eval(), torch.zeros(1, 4000), 1)["attention"] > 0

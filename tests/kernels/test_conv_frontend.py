@@ -372,7 +372,7 @@ def test_autocast(name, impl):
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(got.sum(), leaves))
 
 
-def test_the_twin_keeps_one_map_a_layer(monkeypatch):
+def test_the_twin_keeps_one_map_a_layer():
     """What backward needs is z_1 .. z_{L-1}; activations and the widest map are made again."""
     saved: list[int] = []
     layers, norm, _ = build(STACKS["student"], torch.float32)

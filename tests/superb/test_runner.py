@@ -222,7 +222,7 @@ def test_a_run_begun_anew_takes_nothing_from_the_one_before(folds, tmp_path):
     assert resumed["folds"] == fresh["folds"]
 
 
-def test_an_average_over_folds_has_nothing_of_a_single_one(folds, tmp_path):
+def test_an_average_over_folds_has_nothing_of_a_single_one(folds):
     swept = replace(folds, model="fbank_no_cmvn", steps=8, sweep="lr", rates=(1e-1, 1e-4))
     result, _ = run(swept)
     own = {"best_step", "layer_weights", "head", "sweep", "history"}
@@ -400,7 +400,7 @@ def test_settings_of_a_resumed_run_are_its_own(config):
         load_run_config(Path(config.out), {"steps": 100})
 
 
-def test_checkpoints_of_other_data_are_refused(config, tmp_path, waves):
+def test_checkpoints_of_other_data_are_refused(config, waves):
     steps = iter(range(100))
     run(config, should_stop=lambda: next(steps) >= 4)
     waves("words/cat/more.wav", seconds=0.4)

@@ -37,7 +37,7 @@ def result_of(config):
     return result
 
 
-def test_a_model_is_like_itself(waves, tmp_path):
+def test_a_model_is_like_itself(waves):
     folder = waves("a.wav", "b.wav", "c.wav", seconds=1)
     result = result_of(SimilarityConfig("mini", "mini", (str(folder),)))
     assert all(result.cka[layer][layer] == pytest.approx(1) for layer in range(7))

@@ -72,12 +72,12 @@ def test_queries_do_not_depend_on_each_other():
 # ---- search ----------------------------------------------------------------
 
 
-def planted(seed=0, layers=3, good=1):
+def planted(good):
     """Two layers of noise, and one in which documents hold the queries' frames."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
 
     def noise(frames):
-        return torch.randn(layers, frames, 8, generator=draw) * 3 + 5
+        return torch.randn(3, frames, 8, generator=draw) * 3 + 5
 
     queries = {name: noise(12) for name in ("d0", "d1", "t0", "t1")}
     documents = {f"doc{n}": noise(40) for n in range(30)}

@@ -127,7 +127,7 @@ def test_a_file_with_dataclasses_is_asked_for_features_alone(tmp_path):
     assert set(sys.modules) <= before
 
 
-def test_what_cannot_be_an_upstream(tmp_path, student):
+def test_what_cannot_be_an_upstream(tmp_path):
     with pytest.raises(ArmhubertError, match="need a student with heads"):
         load_upstream("mini", features="heads")
     with pytest.raises(ArmhubertError, match="cannot be imported"):
