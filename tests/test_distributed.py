@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 
-from test_distill import write_speech, write_teacher
+from made import SHAPE, write_speech, write_teacher
 
 SCRIPT = """
 import json, os, sys
@@ -15,7 +15,7 @@ from armhubert import data
 from armhubert.distill import distill
 from armhubert.distill_config import DistillConfig
 
-folder, speech, teacher = sys.argv[1:]
+folder, settings = sys.argv[1:]
 measure, barrier, all_reduce, calls = data.measure, dist.barrier, dist.all_reduce, []
 
 def patience(group=None):
@@ -35,21 +35,22 @@ def reduced(values):
     return all_reduce(values)
 
 data.measure, dist.barrier, dist.all_reduce = measured, waited, reduced
-config = DistillConfig(
-    out=f"{folder}/run", data=(speech,), teacher=teacher, preset="mini", width=32, layers=2, heads=2, ffn=32,
-    conv_layers="[(8, 10, 5)] + [(8, 3, 2)] * 4 + [(32, 2, 2)] * 2", steps=1, hold_out=0.0, workers=0, device="cpu",
-)
-assert [report for report in distill(config)][-1].reason == "done"
+*_, finished = distill(DistillConfig(**json.loads(settings)))
+assert finished.reason == "done"
 Path(folder, os.environ["RANK"]).write_text(json.dumps(calls))
 """
 
 
 def test_the_lead_may_take_days_to_scan_and_nothing_else_may(tmp_path):
-    speech, teacher = write_speech(tmp_path / "speech", (0.6,)), write_teacher(tmp_path / "teacher")
+    settings = {
+        "out": str(tmp_path / "run"), "data": [str(write_speech(tmp_path / "speech", (0.6,)))],
+        "teacher": str(write_teacher(tmp_path / "teacher")), **SHAPE, "steps": 1, "hold_out": 0.0, "workers": 0,
+        "device": "cpu",
+    }  # fmt: skip
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "script.py"), str(tmp_path), str(speech), str(teacher)],
+         str(tmp_path / "script.py"), str(tmp_path), json.dumps(settings)],
         capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from noise import write_wave
-from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+from corpora import librispeech, write_wave
 
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from noise import write_wave
-from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+from corpora import UPSTREAM, librispeech, write_wave
 
 from armhubert.config import read_mapping
 from armhubert.distributed import processor_name
@@ -22,26 +21,6 @@ from armhubert.superb.tasks import find
 from armhubert.superb.training import Diverged, Training, plan_batches, rank
 
 WORDS = [f"{word}/{name}.wav" for word in ("cat", "dog") for name in range(16)]
-
-UPSTREAM = """
-import torch
-
-class Model(torch.nn.Module):
-    hop = 400
-
-    def __init__(self):
-        super().__init__()
-        weight = torch.arange(400 * 6, dtype=torch.float32).view(6, 400)
-        self.weight = torch.nn.Parameter(torch.sin(weight * weight * 0.01))
-
-    def forward(self, waveforms, lengths):
-        frames = torch.nn.functional.pad(waveforms, (0, -waveforms.shape[1] % 400)).unflatten(1, (-1, 400))
-        layer = frames @ self.weight.T
-        return [layer, layer.tanh()], -(-lengths // 400)
-
-def make():
-    return Model()
-"""
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_runner import UPSTREAM  # type: ignore[import-not-found]
+from corpora import UPSTREAM
 
 from armhubert.config import mini
 from armhubert.errors import ArmhubertError
