@@ -137,7 +137,7 @@ def transformers_model(kind: str, **settings) -> torch.nn.Module:
     return model
 
 
-def torchaudio_model(kind: str) -> torch.nn.Module:
+def torchaudio_model(kind: str, aux: int | None = 5) -> torch.nn.Module:
     torch.manual_seed(0)
     stack = [(16, 10, 5), (16, 3, 2), (24, 2, 2)]
     rest = {
@@ -164,7 +164,7 @@ def torchaudio_model(kind: str) -> torch.nn.Module:
     else:
         model = torchaudio.models.wav2vec2_model(
             extractor_mode="layer_norm" if kind == "large" else "group_norm", extractor_conv_bias=kind == "large",
-            encoder_ff_interm_features=64, encoder_layer_norm_first=kind == "large", aux_num_out=5, **shape, **rest,
+            encoder_ff_interm_features=64, encoder_layer_norm_first=kind == "large", aux_num_out=aux, **shape, **rest,
         )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

@@ -96,7 +96,6 @@ def extras(fairseq) -> dict:
 
 def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module) -> None:
     """All of them to 1e-4; alone, masked, and padded as transformers pads (right only without a group norm)."""
-    torch.manual_seed(1)
     x = torch.randn(2, 3000)
     mask = torch.zeros(2, ours.config.frames(3000), dtype=torch.bool)
     mask[0, 10:40] = True
@@ -325,7 +324,6 @@ def test_torchaudio_state_dicts_need_what_shapes_do_not_tell(kind, form, tmp_pat
 
 
 def test_published_sizes_are_told_by_their_shapes(tmp_path):
-    torch.manual_seed(0)
     theirs = torchaudio.models.hubert_base().eval()
     torch.save(theirs.state_dict(), tmp_path / "hubert.pt")
     weights = load_weights(tmp_path / "hubert.pt")
@@ -389,7 +387,6 @@ def test_reading_a_released_student_as_exact_warns_what_that_changes():
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_tensors_of_any_layout_come_back_equal(legacy, tmp_path):
-    torch.manual_seed(0)
     base = torch.randn(6, 8)
     content = {
         "transposed": base.T,

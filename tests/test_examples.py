@@ -21,9 +21,10 @@ EXAMPLES = REPOSITORY / "examples"
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("student")
-    ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR")).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR")).save_pretrained(folder)
     return folder
 
 
@@ -31,7 +32,6 @@ def student(tmp_path_factory) -> Path:
 def hubert(tmp_path_factory) -> Path:
     """A HuBERT of the student's size, as transformers writes it."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("hubert")
     config = transformers.HubertConfig(
         hidden_size=160,
@@ -41,7 +41,9 @@ def hubert(tmp_path_factory) -> Path:
         conv_dim=(32,) * 7,
         layerdrop=0.0,
     )
-    transformers.HubertModel(config).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.HubertModel(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
     return folder
 

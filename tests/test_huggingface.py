@@ -32,8 +32,9 @@ LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 
 def small(**settings) -> ARMHuBERT:
-    torch.manual_seed(0)
-    return ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR", **settings)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR", **settings)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -307,7 +307,6 @@ def test_a_median_filter_removes_blips():
 
 
 def test_head_learns(golden_features):
-    torch.manual_seed(0)
     _, lengths = golden_features
     items = items_of([[(0, 10, "p"), (6, 25, "q")]] * 3)
     features = torch.randn(3, 30, 6)
