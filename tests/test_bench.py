@@ -285,8 +285,8 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     wait_for(lambda: not worker.exists() or "\nState:\tZ" in (worker / "status").read_text())
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    stop = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any]) -> None:
+    stop = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < stop
         time.sleep(0.1)
@@ -410,7 +410,7 @@ def test_stages_become_one_report(measured, capsys):
         gpu_report.adopt(path)
 
 
-def test_the_readme_keeps_runs_and_faster_apart(measured, capsys, monkeypatch):
+def test_the_readme_keeps_runs_and_faster_apart(measured, monkeypatch):
     path = gpu_report.report(measured)
     content = json.loads(path.read_text())
     content["conditions"] |= {"real": True, "device": "Some GPU", "capability": "sm_90"}
@@ -468,7 +468,7 @@ def test_times_that_may_be_the_hosts_are_named():
     assert gpu_report.host_bound(*gpu_report.measured(content)) == []
 
 
-def test_a_later_run_adds_to_a_report(measured, tmp_path_factory, capsys):
+def test_a_later_run_adds_to_a_report(measured, tmp_path_factory):
     """A stage that runs again replaces its rows, the others stay; a report of another folder is taken in alike."""
     path = gpu_report.report(measured)
     before = json.loads(path.read_text())

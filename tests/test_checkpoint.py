@@ -128,7 +128,7 @@ def test_a_checkpoint_with_another_state(full, tmp_path, state):
         checkpoint.load(path)
 
 
-def test_another_format(full, tmp_path):
+def test_another_format(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in ({"format": 2}, [1, 2], torch.zeros(2)):
         torch.save(content, path)

@@ -6,7 +6,6 @@ import resource
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ import safetensors.torch
 import soundfile
 import torch
 import typer
+from made import SHAPE, digests, write_speech, write_teacher
 from rich.text import Text
-from test_distill import SHAPE, digests, write_speech, write_teacher
 
 from armhubert import cli, data, distill
 from armhubert.cli.app import app
@@ -36,25 +35,6 @@ def speech(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run `armhubert ...` in this process: exit code, standard output, standard error."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
-        monkeypatch.setenv("COLUMNS", "100")
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -214,7 +194,7 @@ def test_the_length_of_a_run_on_the_command_line_replaces_the_one_in_the_file(
     refused("distill", "--config", tmp_path / "run.yaml", "--steps", 1, "--epochs", 2, says="steps or epochs, not both")
 
 
-def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run, tmp_path):
+def test_resume_takes_the_runs_own_settings_and_the_changes_allowed(call, handed_over, old_run):
     code, _, err = call("distill", "--resume", old_run, "--steps", 9, "--log-every", 3, "--seed", 0)
     assert (code, err) == (0, "")
     ((config, how),) = handed_over

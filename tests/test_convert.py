@@ -9,40 +9,15 @@ import safetensors.torch
 import torch
 import torchaudio
 from huggingface_hub.errors import HTTPError
+from made import GOLDEN, LARGE, SMALL, one_line, torchaudio_model, transformers_model
 from safetensors.torch import load_file
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.convert import load_weights, released
 from armhubert.convert import torchaudio as from_torchaudio
 
-GOLDEN = Path(__file__).parent / "golden" / "released"
 LARGE_GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "reuse-3by2-headdim36"
 needs_large_golden = pytest.mark.skipif(not LARGE_GOLDEN.is_dir(), reason="9 MB that are not in the repository")
-
-SMALL = {
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "conv_dim": (16, 16, 24),
-    "conv_kernel": (10, 3, 2),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
-LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
-
-
-def transformers_model(kind: str, **settings) -> torch.nn.Module:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings)
-    model = getattr(transformers, f"{kind}Model")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +33,6 @@ def copy(folder: Path, to: Path, **changes) -> Path:
     (to / "config.json").write_text(json.dumps(config | changes))
     (to / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     return to
-
-
-def one_line(caught: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Hugging Face
@@ -216,7 +186,6 @@ def test_shards_are_put_together(hubert, tmp_path):
 def test_the_encoder_is_found_inside_a_larger_model_in_shards(kind, extra, tmp_path):
     import transformers
 
-    torch.manual_seed(0)
     whole = getattr(transformers, kind)(getattr(transformers, f"{kind.split('For')[0]}Config")(**SMALL)).eval()
     whole.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -355,41 +324,6 @@ def test_what_is_not_there_is_one_line(source):
 
 
 # torchaudio
-
-
-def torchaudio_model(kind: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    stack = [(16, 10, 5), (16, 3, 2), (24, 2, 2)]
-    rest = {
-        "encoder_projection_dropout": 0.0,
-        "encoder_attention_dropout": 0.0,
-        "encoder_ff_interm_dropout": 0.0,
-        "encoder_dropout": 0.0,
-        "encoder_layer_drop": 0.0,
-    }
-    shape = {
-        "extractor_conv_layer_config": stack,
-        "encoder_embed_dim": 48,
-        "encoder_pos_conv_kernel": 16,
-        "encoder_pos_conv_groups": 4,
-        "encoder_num_layers": 3,
-        "encoder_num_heads": 4,
-    }
-    if kind == "wavlm":
-        model = torchaudio.models.wavlm_model(
-            extractor_mode="group_norm", extractor_conv_bias=False, encoder_ff_interm_features=64,
-            encoder_layer_norm_first=False, encoder_num_buckets=16, encoder_max_distance=40, aux_num_out=None,
-            **shape, **rest,
-        )  # fmt: skip
-    else:
-        model = torchaudio.models.wav2vec2_model(
-            extractor_mode="layer_norm" if kind == "large" else "group_norm", extractor_conv_bias=kind == "large",
-            encoder_ff_interm_features=64, encoder_layer_norm_first=kind == "large", aux_num_out=5, **shape, **rest,
-        )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", ["base", "large", "wavlm"])

@@ -152,7 +152,6 @@ HF_DISTILHUBERT = {
 def test_distilhubert_of_the_hub_is_transformers_hubert(tmp_path):
     import transformers
 
-    torch.manual_seed(0)
     narrow = {"conv_dim": [24] * 7, "hidden_size": 48, "intermediate_size": 96, "num_conv_pos_embeddings": 16}
     theirs = transformers.HubertModel(transformers.HubertConfig(**HF_DISTILHUBERT | narrow)).eval()
     with torch.no_grad():
@@ -468,7 +467,6 @@ def unpruned(model: torch.nn.Module, width: int, heads: int, wavlm: bool) -> tup
 
 @pytest.mark.parametrize("wavlm", [False, True])
 def test_unpruned_dphubert_is_torchaudios_model(wavlm, tmp_path):
-    torch.manual_seed(0)
     settings = {
         "extractor_mode": "group_norm",
         "extractor_conv_layer_config": CONV,

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import GOLDEN, transformers_model
-from test_convert_files import fairseq_state, model_settings
+from made import GOLDEN, fairseq_state, model_settings, transformers_model
 from typer.testing import CliRunner
 
 from armhubert import ARMHuBERT, ArmhubertError, load_teacher

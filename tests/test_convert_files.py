@@ -2,7 +2,6 @@
 
 import argparse
 import enum
-import re
 import sys
 import types
 from collections import OrderedDict
@@ -11,46 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torchaudio
+from made import GOLDEN, LARGE, fairseq_state, model_settings, one_line, torchaudio_model, transformers_model
 from safetensors.torch import load_file
-from test_convert import LARGE, one_line, torchaudio_model, transformers_model
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.convert import load_weights
 from armhubert.convert.pickles import StandIn, fields, read_pickle, scalar
 
-GOLDEN = Path(__file__).parent / "golden" / "released"
-CONV = "[(16, 10, 5)] + [(16, 3, 2)] + [(24,2,2)]"
-ATTENTION = {"rel_attn_embed": "relative_attention_bias", "gru_rel_pos_linear": "grep_linear"}
-
-
-# ---- fairseq's names and objects -------------------------------------------
-
-
-def fairseq_name(name: str) -> str:
-    """transformers' name of a parameter -> fairseq's, as transformers' conversion scripts pair them."""
-    if name == "masked_spec_embed":
-        return "mask_emb"
-    name = name.replace("parametrizations.weight.original0", "weight_g")
-    name = name.replace("parametrizations.weight.original1", "weight_v")
-    name = name.replace("feature_projection.projection", "post_extract_proj")
-    name = name.replace("feature_projection.layer_norm", "layer_norm")
-    name = name.replace("pos_conv_embed.conv.", "pos_conv.0.")
-    name = name.replace("feed_forward.intermediate_dense", "fc1").replace("feed_forward.output_dense", "fc2")
-    name = re.sub(r"(encoder\.layers\.\d+)\.layer_norm", r"\1.self_attn_layer_norm", name)
-    name = name.replace("attention.gru_rel_pos_const", "self_attn.grep_a")
-    for theirs, fairseq in ATTENTION.items():
-        name = name.replace(f"attention.{theirs}", f"self_attn.{fairseq}")
-    name = re.sub(r"\.attention\.", ".self_attn.", name)
-    return re.sub(r"(conv_layers\.\d+)\.conv\.", r"\1.0.", name)
-
-
-def fairseq_state(model: torch.nn.Module, *, layer_norm: bool) -> dict[str, torch.Tensor]:
-    """The parameters by fairseq's names; a layer norm sits one level deeper there than a group norm."""
-    norm = r"\1.2.1." if layer_norm else r"\1.2."
-    return {
-        re.sub(r"(conv_layers\.\d+)\.layer_norm\.", norm, fairseq_name(name)): value.detach().clone()
-        for name, value in model.state_dict().items()
-    }
+# ---- fairseq's objects -----------------------------------------------------
 
 
 @pytest.fixture
@@ -116,25 +83,6 @@ def fairseq(monkeypatch) -> types.SimpleNamespace:
     )
 
 
-def model_settings(*, large: bool, **changes) -> dict:
-    return {
-        "extractor_mode": "layer_norm" if large else "default",
-        "encoder_layers": 3,
-        "encoder_embed_dim": 48,
-        "encoder_ffn_embed_dim": 64,
-        "encoder_attention_heads": 4,
-        "activation_fn": "gelu",
-        "layer_norm_first": large,
-        "conv_feature_layers": CONV,
-        "conv_bias": large,
-        "conv_pos": 16,
-        "conv_pos_groups": 4,
-        "dropout": 0.1,
-        "activation_dropout": 0.05,
-        "dropout_input": 0.2,
-    } | changes
-
-
 def extras(fairseq) -> dict:
     """What else a fairseq checkpoint holds."""
     return {
@@ -146,9 +94,8 @@ def extras(fairseq) -> dict:
     }
 
 
-def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module, *, padded: bool = True) -> None:
+def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module) -> None:
     """All of them to 1e-4; alone, masked, and padded as transformers pads (right only without a group norm)."""
-    torch.manual_seed(1)
     x = torch.randn(2, 3000)
     mask = torch.zeros(2, ours.config.frames(3000), dtype=torch.bool)
     mask[0, 10:40] = True
@@ -159,15 +106,14 @@ def same_hidden_states(ours: SpeechEncoder, theirs: torch.nn.Module, *, padded: 
             assert len(want) == len(got) == ours.config.layers + 1
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-        if padded:
-            lengths = torch.tensor([3000, 1700])
-            x = torch.where(torch.arange(3000) < lengths[:, None], x, 0)
-            attention = (torch.arange(3000) < lengths[:, None]).long()
-            want = theirs(x, attention_mask=attention, output_hidden_states=True).hidden_states
-            got = ours(x, lengths)
-            for a, b in zip(got.hidden_states, want, strict=True):
-                for i, valid in enumerate(got.lengths):
-                    torch.testing.assert_close(a[i, :valid], b[i, :valid], atol=1e-4, rtol=0)
+        lengths = torch.tensor([3000, 1700])
+        x = torch.where(torch.arange(3000) < lengths[:, None], x, 0)
+        attention = (torch.arange(3000) < lengths[:, None]).long()
+        want = theirs(x, attention_mask=attention, output_hidden_states=True).hidden_states
+        got = ours(x, lengths)
+        for a, b in zip(got.hidden_states, want, strict=True):
+            for i, valid in enumerate(got.lengths):
+                torch.testing.assert_close(a[i, :valid], b[i, :valid], atol=1e-4, rtol=0)
 
 
 def encoder(path: Path, **changes) -> SpeechEncoder:
@@ -377,9 +323,7 @@ def test_torchaudio_state_dicts_need_what_shapes_do_not_tell(kind, form, tmp_pat
         load_weights(path)
 
 
-@pytest.mark.slow
 def test_published_sizes_are_told_by_their_shapes(tmp_path):
-    torch.manual_seed(0)
     theirs = torchaudio.models.hubert_base().eval()
     torch.save(theirs.state_dict(), tmp_path / "hubert.pt")
     weights = load_weights(tmp_path / "hubert.pt")
@@ -443,7 +387,6 @@ def test_reading_a_released_student_as_exact_warns_what_that_changes():
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_tensors_of_any_layout_come_back_equal(legacy, tmp_path):
-    torch.manual_seed(0)
     base = torch.randn(6, 8)
     content = {
         "transposed": base.T,

@@ -371,7 +371,6 @@ def test_half_precision_runs():
         assert difference < 0.1  # of values of about 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reuse", "resoftmax"])
 def test_compiles_whole(name):
     torch._dynamo.reset()

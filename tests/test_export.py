@@ -112,7 +112,6 @@ print([list(x.shape) for x in outputs], "armhubert" in sys.modules)
     assert done.stdout.strip() == "[[1, 49, 64], [1]] False"
 
 
-@pytest.mark.slow
 def test_a_program_compiled_ahead_gives_what_the_model_gives(student, tmp_path):
     path = tmp_path / "student.pt2"
     list(export(ExportConfig(str(student), str(path), format="aot")))
@@ -182,7 +181,7 @@ def test_a_program_that_differs_is_not_written(student, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
-def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, tmp_path, kind, monkeypatch):
+def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, kind):
     if kind == "torch":
         pytest.importorskip("torchao", reason="needs armhubert[int8]")
     path, _ = onnx_file if kind == "onnx" else torch_file

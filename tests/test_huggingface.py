@@ -36,8 +36,9 @@ LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 
 
 def small(**settings) -> ARMHuBERT:
-    torch.manual_seed(0)
-    return ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR", **settings)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ARMHuBERT(dataclasses.replace(preset("mini"), layers=4, pattern="CRCR", **settings)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_settings_at_loading_reach_the_encoder(folder):
     assert default.config._attn_implementation == "sdpa"
 
 
-def test_an_encoder_that_lacks_tensors_is_an_error(student, folder, tmp_path):
+def test_an_encoder_that_lacks_tensors_is_an_error(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     state = load_file(folder / "model.safetensors")

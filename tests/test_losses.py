@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_distill import write_teacher
+from made import write_teacher
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.config import EncoderConfig

@@ -52,7 +52,7 @@ def test_a_teacher_without_a_masked_view_is_given_a_loss_that_needs_none(tmp_pat
     check_views(config, SpeechEncoder.from_weights(bare.without_heads()))
 
 
-def test_the_published_student_is_found_at_its_own_budget(tmp_path):
+def test_the_published_student_is_found_at_its_own_budget():
     """22,015,552 parameters for a HuBERT Base teacher give width 480 and FFN 864."""
     base = dataclasses.replace(preset("armhubert"), width=768, ffn=3072, pattern="", feature_projection=True)
     kind, settings = plan._kinds("teacher", base, "masking")[0]

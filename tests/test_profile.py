@@ -462,7 +462,6 @@ def test_what_runs_in_fewer_bits_is_weighed_without_the_model_that_it_was(studen
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(student):
     config = profile.ProfileConfig(student, device="cpu")
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
@@ -502,7 +501,7 @@ def test_a_misspelt_baseline_is_told_before_anything_is_loaded(student):
         next(profile.profile(profile.ProfileConfig(student, baselines=(student, "wavlm-bas:bf16"), device="cpu")))
 
 
-def test_features_do_not_need_a_student(tmp_path):
+def test_features_do_not_need_a_student():
     """A teacher is profiled like a student."""
     teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", head_width=None))
     assert profile.stages(teacher.eval(), torch.zeros(1, 4000), 1)["attention"] > 0

@@ -163,7 +163,7 @@ def test_what_was_not_run_together_is_refused(folder, tmp_path):
         quality.read_results([folder])
 
 
-def test_identities_are_those_of_evaluate(tmp_path):
+def test_identities_are_those_of_evaluate():
     from armhubert.superb.upstream import load_upstream
 
     known: Any = quality.identities("mini")

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_distill import SHAPE, write_speech, write_teacher
+from made import SHAPE, write_speech, write_teacher
 
 from armhubert import ArmhubertError, distill, distill_run, encoder, load_teacher
 from armhubert.data import Scanning

@@ -24,7 +24,6 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_and_its_gradients_match_float64(monkeypatch, calls, shape, outputs, with_bias):
     monkeypatch.setattr(onednn, "SMALLEST", 1)
-    torch.manual_seed(0)
     inputs = [torch.randn(shape), torch.randn(outputs, shape[-1]), torch.randn(outputs)][: 3 if with_bias else 2]
     upstream = torch.randn(*shape[:-1], outputs)
 
@@ -46,7 +45,6 @@ def test_linear_and_its_gradients_match_float64(monkeypatch, calls, shape, outpu
 def test_gelu_of_a_linear_map_matches_float64(monkeypatch, calls, dtype, longest, width):
     monkeypatch.setattr(onednn, "SMALLEST", 1)
     monkeypatch.setattr(onednn, "LONGEST", longest)
-    torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 131, width), (96, width), (96,)))
     high = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
     assert_no_worse_than_torch("y", linear(x, weight, bias, gelu=True), F.gelu(F.linear(x, weight, bias)), high)
@@ -75,7 +73,6 @@ def test_without_avx512_nothing_goes_to_onednn(monkeypatch, calls):
 
 
 def test_gelu_of_a_convolution_matches_float64():
-    torch.manual_seed(0)
     image = torch.randn(1, 24, 1, 301).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(40, 24, 1, 3), torch.randn(40)
     low = F.gelu(F.conv2d(image, weight, bias, (2, 2)))

@@ -377,7 +377,7 @@ def test_dropout_of_the_twin_is_drawn_piece_by_piece(monkeypatch):
     """In no more memory than a piece takes, and the same numbers as if they were drawn for the whole map."""
     drawn = Mock(wraps=torch.rand)
     monkeypatch.setattr(torch, "rand", drawn)
-    q = draw(2, 40, 3, 16, dtype=torch.float64).requires_grad_()
+    q = draw(2, 40, 3, 16, dtype=torch.float64).requires_grad_()  # pieces add up in another order
     results = []
     for piece in (module.PIECE, 400):
         drawn.reset_mock()

@@ -1,13 +1,10 @@
 """Small data sets of noise, in the layouts that the readers take."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from noise import write_wave
-
-from armhubert import cli
+from corpora import write_wave
 
 
 @pytest.fixture
@@ -20,24 +17,6 @@ def waves(tmp_path):
         return tmp_path
 
     return write
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Run `armhubert ...` in this process, in tmp_path: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["armhubert", *map(str, argv)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from noise import write_wave
-from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+from corpora import librispeech, write_wave
 
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig

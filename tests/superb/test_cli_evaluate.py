@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_tasks_speech import librispeech  # type: ignore[import-not-found]
+from corpora import librispeech
 
 from armhubert.superb import progress, runner
 

@@ -37,7 +37,7 @@ def result_of(config):
     return result
 
 
-def test_a_model_is_like_itself(waves, tmp_path):
+def test_a_model_is_like_itself(waves):
     folder = waves("a.wav", "b.wav", "c.wav", seconds=1)
     result = result_of(SimilarityConfig("mini", "mini", (str(folder),)))
     assert all(result.cka[layer][layer] == pytest.approx(1) for layer in range(7))
@@ -52,9 +52,7 @@ def test_a_model_is_like_itself(waves, tmp_path):
 
 def test_a_random_student_is_not_like_its_teacher(waves, tmp_path):
     folder = waves("speech/a.wav", "speech/b.wav", "speech/c.wav", seconds=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ARMHuBERT(mini()).save_pretrained(tmp_path / "student")
+    ARMHuBERT(mini()).save_pretrained(tmp_path / "student")
     config = SimilarityConfig(str(tmp_path / "student"), "mini", (str(folder / "speech"),), str(tmp_path / "out"))
     result = result_of(config)
     assert result.cosine_by == "heads"

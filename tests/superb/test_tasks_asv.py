@@ -13,8 +13,8 @@ from armhubert.superb.tasks.asv import FIELD, SpeakerVerification, XVector, draw
 TASK = SpeakerVerification()
 
 
-def speakers(number, each=2, prefix=""):
-    return [f"{prefix}s{s:02d}/u{u}.wav" for s in range(number) for u in range(each)]
+def speakers(number, prefix=""):
+    return [f"{prefix}s{s:02d}/u{u}.wav" for s in range(number) for u in range(2)]
 
 
 # ---- readers ---------------------------------------------------------------

@@ -18,9 +18,9 @@ from armhubert.superb.tasks.sd import Activity, FrameActivity, SpeakerDiarizatio
 TASK = SpeakerDiarization()
 
 
-def tone(path, *stretches, seconds=3.0):
-    """A file that is loud in the stretches (seconds) and almost silent elsewhere."""
-    wave = np.random.default_rng(0).normal(size=int(seconds * 16_000)) * 1e-5
+def tone(path, *stretches):
+    """A file of three seconds that is loud in the stretches (seconds) and almost silent elsewhere."""
+    wave = np.random.default_rng(0).normal(size=3 * 16_000) * 1e-5
     for start, end in stretches:
         wave[int(start * 16_000) : int(end * 16_000)] *= 1e4
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +307,6 @@ def test_a_median_filter_removes_blips():
 
 
 def test_head_learns(golden_features):
-    torch.manual_seed(0)
     _, lengths = golden_features
     items = items_of([[(0, 10, "p"), (6, 25, "q")]] * 3)
     features = torch.randn(3, 30, 6)

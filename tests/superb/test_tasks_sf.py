@@ -174,7 +174,6 @@ def test_no_slots_at_all(waves):
 
 
 def test_gradients_reach_the_layer_weights(snips):
-    torch.manual_seed(0)
     corpus = TASK.read(snips, Options())
     items = corpus.splits["train"].items
     layers, weights = torch.randn(3, 2, 60, 240), torch.zeros(3, requires_grad=True)

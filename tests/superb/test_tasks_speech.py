@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from corpora import librispeech
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb.g2p import pronounce
@@ -16,19 +17,6 @@ from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
 from armhubert.superb.tasks.ks import GAIN, which_split
-
-
-def librispeech(root, waves, **subsets):
-    """subset=number of utterances: two speakers in turn, transcripts of HELLO and CAT."""
-    for subset, count in subsets.items():
-        folder = root / subset.replace("_", "-")
-        for number in range(count):
-            chapter = folder / str(10 + number % 2) / "1"
-            key = f"{10 + number % 2}-1-{number:04d}"
-            waves(str((chapter / f"{key}.wav").relative_to(root)))
-            with open(chapter / f"{10 + number % 2}-1.trans.txt", "a") as file:
-                file.write(f"{key} {('HELLO CAT', 'CAT')[number % 2]}\n")
-    (root / "lexicon.txt").write_text("HELLO\tHH AH0 L OW1\nHELLO(2)\tHH EH0 L OW1\nCAT\tK AE1 T\n")
 
 
 def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
