@@ -72,8 +72,11 @@ def judge(
     A rounding step is one of the largest true value or, where that is larger, of the name's scale: that of the addends
     of a sum that is truly 0.
     """
+    assert names
     worst, at = -1.0, ""
     for name, g, t, h in zip(names, got, low, high, strict=True):
+        assert g.shape == t.shape == h.shape, (name, g.shape, t.shape, h.shape)
+        assert bool(torch.isfinite(h).all()), f"{name}: the true value is not finite"
         step = torch.finfo(t.dtype).eps * max(h.abs().max().item(), (scales or {}).get(name, 0.0))
         allowed = 2 * ((t.double() - h).abs().max().item() + step)
         error = (g.double() - h).abs().max().item() if bool(torch.isfinite(g).all()) else float("inf")

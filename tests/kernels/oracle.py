@@ -26,7 +26,6 @@ def assert_no_worse_than_torch(name: str, got: torch.Tensor, low: torch.Tensor, 
 
     A step of its own would not do: on a few numbers PyTorch may have the luck to round exactly.
     """
-    assert got.shape == low.shape == high.shape, (name, got.shape, low.shape, high.shape)
     row = judge([name], [got], [low], [high])
     assert row["ok"], row["at"]
 
