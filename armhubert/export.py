@@ -173,6 +173,8 @@ def export(config: ExportConfig) -> Iterator[Report]:
         _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     elif config.int8:
         _require("torchao", extra="int8")
+    if config.format == "aot":
+        _require_compiler()
     weights = load_weights(config.model)
     weights = weights if config.heads else weights.without_heads()
     # Two models that share their tensors, since folding a weight norm changes the class of every copy
@@ -251,6 +253,7 @@ def aot_file(encoder: ARMHuBERT) -> bytes:
     Raises:
         ArmhubertError: no C++ compiler.
     """
+    _require_compiler()
     return _to_bytes(_trace(_folded(encoder)), {}, "aot")
 
 
@@ -287,6 +290,18 @@ def quantise(module: nn.Module) -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ArmhubertError(
+            "compiling ahead of time needs a C++ compiler: install g++ or clang++, or name one in CXX"
+        ) from None
 
 
 def _require(*packages: str, extra: str) -> None:
@@ -354,16 +369,8 @@ def _to_bytes(program: torch.export.ExportedProgram, metadata: dict[str, str], k
         torch.export.save(program, stream, extra_files=named)
         return stream.getvalue()
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-    try:
-        aoti_compile_and_package(program, package_path=stream, inductor_configs={"aot_inductor.metadata": named})
-    except (InductorError, InvalidCxxCompiler) as error:
-        if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
-            raise
-        raise ArmhubertError(
-            "compiling ahead of time needs a C++ compiler: install g++ or clang++, or name one in CXX"
-        ) from None
+    aoti_compile_and_package(program, package_path=stream, inductor_configs={"aot_inductor.metadata": named})
     return stream.getvalue()
 
 
