@@ -86,9 +86,12 @@ def _supported(x: Tensor) -> bool:
     return _recent(x.device.index)
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace the question
 def _recent(device: int) -> bool:
     return _capability(device) >= (8, 0)
+
+
+# A compiler cannot trace that question: what torch.compiler.assume_constant_result does, without its import of Dynamo.
+_recent._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
