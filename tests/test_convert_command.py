@@ -112,7 +112,7 @@ def test_nothing_is_written_when_the_source_is_bad(checkpoint, tmp_path, force):
         code, _, message = run(source, tmp_path / "out", *force)
         assert code == 2
         assert "\n" not in message.strip()
-    assert "--attention-mode must be" in run(checkpoint, tmp_path / "out", "--attention-mode", "soft")[2]
+    assert "attention_mode must be" in run(checkpoint, tmp_path / "out", "--attention-mode", "soft")[2]
     assert [file.name for file in tmp_path.iterdir()] == ["torn.pt"]
 
 
