@@ -181,7 +181,7 @@ def machine_rates(device: torch.device) -> Rates:
     size, count = 1536, 1 << 26
     a, b = (torch.ones(size, size, device=device) for _ in range(2))
     products = [lambda: a @ b]
-    if onednn.serves(a):
+    if onednn.runs(a):
         products.append(lambda: onednn.product(a, b, longest=size))
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
     runs = {"copy": lambda: target.copy_(source), **{f"product {n}": product for n, product in enumerate(products)}}

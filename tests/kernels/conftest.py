@@ -5,6 +5,7 @@ import torch
 from oracle import INTERPRET, RUNS_TRITON
 
 from armhubert.bench.poison import poisoned_memory
+from armhubert.kernels import onednn
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,3 +36,11 @@ def poisoned_empty() -> Iterator[None]:
     """What a kernel forgets to write shows up as NaN."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def neglected_by_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AVX-512 whose float32 products go to oneDNN."""
+    monkeypatch.setattr(onednn, "AVX512", True)
+    monkeypatch.setattr(onednn, "IN_HALVES", False)
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", False)

@@ -14,8 +14,8 @@ from armhubert.kernels import onednn
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_TRITON = INTERPRET or DEVICE == "cuda"
-NEEDS_AVX512 = pytest.mark.skipif(
-    not onednn.AVX512, reason="with AVX-512 only is oneDNN used, and held to MKL's errors"
+NEEDS_ONEDNN = pytest.mark.skipif(
+    not onednn.AVX512 or onednn.IN_HALVES, reason="only where oneDNN multiplies is it held to MKL's errors"
 )
 # the interpreter has no bfloat16 arithmetic
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -1,16 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import NEEDS_AVX512, assert_no_worse_than_torch
+from oracle import NEEDS_ONEDNN, assert_no_worse_than_torch
 
 from armhubert.kernels import linear, onednn
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """How often oneDNN was asked, on a processor that MKL neglects."""
-    monkeypatch.setattr(onednn, "AVX512", True)
-    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", False)
+def calls(monkeypatch, neglected_by_mkl):
+    """How often oneDNN was asked."""
     monkeypatch.setattr(onednn, "SMALLEST", 1 << 23)
     monkeypatch.setattr(onednn, "LONGEST", 384)
     count: list[int] = []
@@ -40,7 +38,7 @@ def test_linear_and_its_gradients_match_float64(monkeypatch, calls, shape, outpu
 
 
 @pytest.mark.parametrize("dtype", onednn.DTYPES)
-@pytest.mark.parametrize("longest", [384, pytest.param(1024, marks=NEEDS_AVX512)])
+@pytest.mark.parametrize("longest", [384, pytest.param(1024, marks=NEEDS_ONEDNN)])
 @pytest.mark.parametrize("width", [160, 480, 864])
 def test_gelu_of_a_linear_map_matches_float64(monkeypatch, calls, dtype, longest, width):
     monkeypatch.setattr(onednn, "SMALLEST", 1)
@@ -70,6 +68,32 @@ def test_without_avx512_nothing_goes_to_onednn(monkeypatch, calls):
     assert linear(x, weight, gelu=True).equal(F.gelu(F.linear(x, weight)))
     assert not calls
     assert not onednn.serves(x)
+
+
+def test_where_avx512_runs_in_halves_only_bfloat16_goes_to_onednn(monkeypatch, calls):
+    monkeypatch.setattr(onednn, "IN_HALVES", True)
+    x, weight = torch.randn(600, 128), torch.randn(256, 128)
+    assert linear(x, weight, gelu=True).equal(F.gelu(F.linear(x, weight)))
+    assert not calls
+    assert not onednn.serves(x)
+    monkeypatch.setattr(onednn, "DTYPES", (torch.float32, torch.bfloat16))
+    linear(x.bfloat16(), weight.bfloat16())
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("processor", "halves"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", False),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n", False),
+        ("CPU implementer\t: 0x41\n", False),
+        ("", False),
+    ],
+)
+def test_processors_that_run_avx512_in_halves_are_told_by_vendor_and_family(processor, halves):
+    assert onednn._in_halves(processor) is halves
 
 
 def test_gelu_of_a_convolution_matches_float64():

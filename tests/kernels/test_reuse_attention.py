@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_AVX512, assert_no_worse_than_torch, check_op
+from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_ONEDNN, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
 from armhubert.kernels import AttentionMap, attend, reattend
@@ -83,9 +83,7 @@ def test_twin_computing_gradients(dropout, piece, monkeypatch):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("T", [1, 63, 500])
 @pytest.mark.parametrize("fit", [True, False])
-def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, monkeypatch):
-    monkeypatch.setattr(module.onednn, "AVX512", True)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, monkeypatch, neglected_by_mkl):
     monkeypatch.setattr(module, "BY_HEADS", 1)
     monkeypatch.setattr(module, "KEPT", T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
     q, k, v = draw(2, T, 3, 3, 40, dtype=torch.float32).cpu().unbind(2)
@@ -107,10 +105,8 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("T", [1, 63, pytest.param(500, marks=NEEDS_AVX512)])
-def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch):
-    monkeypatch.setattr(module.onednn, "AVX512", True)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+@pytest.mark.parametrize("T", [1, 63, pytest.param(500, marks=NEEDS_ONEDNN)])
+def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch, neglected_by_mkl):
     monkeypatch.setattr(module, "BY_HEADS", 1)
     shape = {"B": 2, "T": T, "H": 3, "d": 40, "D": 20, "lengths": torch.tensor([T, max(1, T // 2)])}
     applied = Mock(wraps=module._apply_maps)
@@ -124,9 +120,7 @@ def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch)
         assert_no_worse_than_torch(name, got[name], low[name], high[name])
 
 
-def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
-    monkeypatch.setattr(module.onednn, "AVX512", True)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, neglected_by_mkl):
     monkeypatch.setattr(module, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_() for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
@@ -148,9 +142,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch):
-    monkeypatch.setattr(module.onednn, "AVX512", True)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch, neglected_by_mkl):
     monkeypatch.setattr(module, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_(not frozen) for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
