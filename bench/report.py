@@ -43,7 +43,8 @@ def details(results: Path = RESULTS) -> str:
         "cpu-microbench": _cpu,
     }
     for machine in _machines(results):
-        parts.append(f"## {_processor(_read(machine / 'profile/profile.json')['conditions'])}")
+        conditions = _read(machine / "profile/profile.json")["conditions"]
+        parts.append(f"## {machine.name}: {_processor(conditions)}")
         parts += _sections(machine, sections)
     for _, content in _gpus(results):
         parts += _gpu_ops(content)
@@ -80,12 +81,13 @@ def _overview(machines: list[Path]) -> list[str]:
     """Every machine's ratios to transformers' HuBERT Base for 10 s of audio, alone and in the largest batch."""
     if not machines:
         return []
-    profiles = [_read(machine / "profile/profile.json") for machine in machines]
-    titles, rows = ["model"], {_title(model): [_title(model)] for content in profiles for model in content["models"]}
-    for content in profiles:
+    profiles = {machine.name: _read(machine / "profile/profile.json") for machine in machines}
+    models = [model for content in profiles.values() for model in content["models"]]
+    titles, rows = ["model"], {_title(model): [_title(model)] for model in models}
+    for machine, content in profiles.items():
         names = {_title(model): model["name"] for model in content["models"]}
         for cell in (cell for cell in content["cells"] if cell["seconds"] == 10):
-            titles.append(f"{_short(content['conditions'])}, {cell['batch']} x 10 s")
+            titles.append(f"{machine}, {cell['batch']} x 10 s")
             seconds = {name: timing["median"] for name, timing in cell["timings"].items()}
             fastest = min(seconds, key=seconds.__getitem__)
             for title, row in rows.items():
@@ -93,23 +95,25 @@ def _overview(machines: list[Path]) -> list[str]:
     for title, key, shown in _MEASURES:
         titles.append(title)
         for name, row in rows.items():
-            found = [m[key] for c in profiles for m in c["models"] if _title(m) == name and m[key] is not None]
+            found = [model[key] for model in models if _title(model) == name and model[key] is not None]
             row.append(shown(max(found)) if found else "")
+    newest = max(profiles, key=lambda machine: profiles[machine]["conditions"]["date"])
+    repeats = profiles[newest]["conditions"]["repeats"]
     runs = "; ".join(
-        f"{_processor(c := content['conditions'])}: {c['device'].rpartition(', ')[2]}, torch {c['torch']}, "
+        f"{machine}: {_processor(c := content['conditions'])}, {c['device'].rpartition(', ')[2]}, torch {c['torch']}, "
         f"{c['date']}, matrix rate {content['rates']['macs_per_second'] / 1e9:.0f} GMAC/s"
-        for content in profiles
+        for machine, content in profiles.items()
     )
     return [
         "`armhubert profile` on CPUs: how many times faster than transformers' HuBERT Base (sdpa, fp32) each model "
         "runs; HuBERT Base's own row gives its time. The student has the preset armhubert. Fastest in bold.",
         _table(titles, rows.values()),
-        f"Medians of {profiles[0]['conditions']['repeats']} interleaved runs, random weights, no heads. Where a "
+        f"Medians of {repeats} interleaved runs, random weights, no heads. Where a "
         "processor has no instructions for bf16 and int8 (AVX2 alone), these modes are emulated. Memory is what "
         "loading and the largest batch add to a process; it and the feature error are the largest of all machines. The "
         "matrix rate is what a large product reaches, in multiply-accumulates a second. "
         f"{runs}.",
-        f"![profile](bench/results/{machines[0].name}/profile/profile.png)",
+        f"![profile](bench/results/{newest}/profile/profile.png)",
     ]
 
 
@@ -187,12 +191,6 @@ def _processor(conditions: dict[str, Any]) -> str:
     """Its name, and its extensions where they were recorded."""
     name, extensions = conditions.get("processor", "CPU"), conditions.get("extensions", "")
     return f"{name} ({extensions.replace(' ', ', ')})" if extensions else name
-
-
-def _short(conditions: dict[str, Any]) -> str:
-    """Its name and its widest extension, for a column's title."""
-    extension = conditions.get("extensions", "").split(" ")[0]
-    return " ".join(filter(None, (conditions["processor"].replace("(R)", "").removesuffix(" Processor"), extension)))
 
 
 def _ratio(seconds: Mapping[str, float], name: str, fastest: str) -> str:
