@@ -56,7 +56,7 @@ def test_every_machine_has_its_rows_and_its_details(tmp_path):
     assert "| student | 250 ms, 4.0x | 9000 ms | 250 ms, 4.0x |" in text
     assert "| HuBERT Base | 1000 ms, 1.0x | - | 1000 ms, 1.0x |" in text
     assert text.count("![profile](../bench/results/b/profile/profile.png)") == 1
-    some, another = text.index("## Some CPU"), text.index("## Another CPU")
+    some, another = text.index("## a: Some CPU"), text.index("## b: Another CPU")
     assert some < another < text.index("eager 95% (80%)")
     assert text.count("![cost against length](../bench/results/b/length/profile-length.png)") == 1
     assert text.count("### Unequal lengths") == 1
