@@ -424,17 +424,16 @@ def coerced(cls: type, data: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def check_fields(config: Any) -> None:
-    """What `build` checks of settings and Python does not: choices are among those that there are, numbers are finite.
+    """A frozen dataclass' fields, given in Python, checked and converted as by `build`.
 
     Raises:
         ArmhubertError: naming the setting, the rule and the value.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if any(typing.get_origin(each) is Literal for each in (hint, *typing.get_args(hint))):
-            _coerce(value, hint, name)
-        elif isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ArmhubertError(f"{name} must be a finite number, got {value}")
+        object.__setattr__(config, name, _coerce(value, hint, name))
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

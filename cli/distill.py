@@ -83,7 +83,12 @@ def distill(
     attention_mode: Annotated[
         str | None, typer.Option(help="exact or resoftmax.", show_default="exact", rich_help_panel=MODEL)
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Instead of the preset's.", rich_help_panel=MODEL)] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(
+            help="Residual, attention and activation dropout, in place of the preset's.", rich_help_panel=MODEL
+        ),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option(help="random, or teacher where shapes allow.", show_default="random", rich_help_panel=MODEL),
@@ -132,12 +137,18 @@ def distill(
         typer.Option(help="Share of the steps with rising rate.", show_default="0.05", rich_help_panel=TRAINING),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="AdamW's.", show_default="0.01", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="AdamW's weight decay.", show_default="0.01", rich_help_panel=TRAINING)
     ] = None,
-    beta1: Annotated[float | None, typer.Option(help="AdamW's.", show_default="0.9", rich_help_panel=TRAINING)] = None,
-    beta2: Annotated[float | None, typer.Option(help="AdamW's.", show_default="0.98", rich_help_panel=TRAINING)] = None,
+    beta1: Annotated[
+        float | None,
+        typer.Option(help="AdamW's decay of the mean gradient.", show_default="0.9", rich_help_panel=TRAINING),
+    ] = None,
+    beta2: Annotated[
+        float | None,
+        typer.Option(help="AdamW's decay of the mean square.", show_default="0.98", rich_help_panel=TRAINING),
+    ] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="AdamW's.", show_default="1e-6", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="AdamW's epsilon.", show_default="1e-6", rich_help_panel=TRAINING)
     ] = None,
     clip: Annotated[
         float | None, typer.Option(help="Largest gradient norm.", show_default="none", rich_help_panel=TRAINING)
@@ -164,7 +175,10 @@ def distill(
         int | None, typer.Option(help="Processes that read audio.", show_default="2", rich_help_panel=TRAINING)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of everything that is drawn.", show_default="0", rich_help_panel=TRAINING)
+        int | None,
+        typer.Option(
+            help="Of first weights, held-out speech, crops, masks, dropout.", show_default="0", rich_help_panel=TRAINING
+        ),
     ] = None,
     log_every: Annotated[
         int | None, typer.Option(help="Steps between reports.", show_default="10", rich_help_panel=RUN)

@@ -344,6 +344,7 @@ def _extraction_plan(report: "ExtractStarted", live: bool) -> str:
             f"start model={shlex.quote(report.config.model)} parameters={report.parameters} "
             f"features={','.join(report.features)} width={report.width} recordings={report.recordings} "
             f"seconds={report.seconds:.1f} finished_before={before} long={report.long} skipped={skipped} "
+            f"{f'listed={shlex.quote(str(report.skipped_report))} ' if skipped else ''}"
             f"padding={report.padding_waste:.3f} out={shlex.quote(report.config.out)}"
         )
     names = report.features if len(report.features) < 4 else (report.features[0], "...", report.features[-1])

@@ -146,7 +146,7 @@ def test_the_matrix_rate_is_that_of_the_faster_library(serves, seconds, monkeypa
         return {name: Timing(*[took] * 3) for name, took in zip(runs, (4.0, 2.0, 1.0), strict=False)}
 
     monkeypatch.setattr(profile, "interleave", timed)
-    monkeypatch.setattr(profile.onednn, "serves", lambda x: serves)
+    monkeypatch.setattr(profile.onednn, "runs", lambda x: serves)
     rates = profile.machine_rates(torch.device("cpu"))
     assert rates == (1536**3 / seconds, 8 * 2**26 / 4.0)
 
