@@ -217,7 +217,7 @@ calls: list[tuple] = []
 
 @pytest.fixture
 def online(monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     calls.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -243,7 +243,7 @@ def test_push_uploads_a_folder_that_loads_again(online, student, tmp_path):
 
 
 def test_push_failures_are_one_line(online, student, monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     def refuse(*_, **__):
         raise OSError("401 Client Error\nInvalid token")
@@ -262,7 +262,7 @@ def test_push_failures_are_one_line(online, student, monkeypatch):
 
 
 def test_an_impossible_name_is_refused_before_the_network(student, monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ArmhubertError, match="cannot upload to 'a/b/c'"):
