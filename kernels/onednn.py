@@ -61,9 +61,11 @@ def _in_halves(processor: str) -> bool:
     return "AuthenticAMD" in processor and family is not None and int(family[1]) < 26
 
 
-MKL_AT_ITS_BEST = torch.backends.mkl.is_available() and "GenuineIntel" in _processor()
+_PROCESSOR = _processor()
+MKL_AT_ITS_BEST = torch.backends.mkl.is_available() and "GenuineIntel" in _PROCESSOR
 """Whether PyTorch multiplies by MKL on a processor of Intel's."""
-IN_HALVES = _in_halves(_processor())
+IN_HALVES = _in_halves(_PROCESSOR)
+"""Whether MKL's AVX2 kernels come near the processor's peak, so that float32 stays with them."""
 SMALLEST = 1 << (26 if MKL_AT_ITS_BEST else 23)
 """Multiply-adds from which oneDNN's own cost, tens of microseconds and a pass over the weights, is below the gain."""
 LONGEST = 1024 if MKL_AT_ITS_BEST else 384

@@ -144,7 +144,7 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
 def check_lengths(
     lengths: Tensor | None, B: int, T: int, device: torch.device, *, least: int = 1, unit: str = "frames"
 ) -> None:
-    """Lengths are integers [B] on the data's device, least..T; values are read only where no synchronisation pays."""
+    """Lengths are integers [B] on the data's device, least..T; read only where that costs no synchronisation."""
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from armhubert import ARMHuBERT, ArmhubertError, cli, forecast
+from armhubert import ARMHuBERT, ArmhubertError, forecast
 from armhubert import export as module
 from armhubert.config import preset
 from armhubert.export import CASES, TOLERANCE, ExportConfig, Exported, Stage, export
@@ -248,7 +248,7 @@ def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
             next(export(ExportConfig(str(student), str(out), **settings)))
 
 
-def test_the_command(student, tmp_path, monkeypatch, capfd):
+def test_the_command(student, tmp_path, monkeypatch, call):
     shown = [Stage("trace"), Exported(tmp_path / "m.onnx", 10, ("waveforms",), ("frames",), (), None)]
     seen = []
 
@@ -259,16 +259,7 @@ def test_the_command(student, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(module, "export", fake)
     monkeypatch.setattr("logging.disable", lambda level: None)
 
-    def call(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["armhubert", "export", *map(str, argv)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    code, out, err = call(student, tmp_path / "m.onnx", "--int8", "--hidden-states")
+    code, out, err = call("export", student, tmp_path / "m.onnx", "--int8", "--hidden-states")
     assert (code, err) == (0, "trace\n")
     assert out.splitlines()[-1].endswith("m.onnx: 0.0 MB, waveforms -> frames")
     assert seen == [ExportConfig(str(student), str(tmp_path / "m.onnx"), int8=True, hidden_states=True)]
@@ -279,7 +270,7 @@ def test_the_command(student, tmp_path, monkeypatch, capfd):
         ),
         ((student, tmp_path / "m.bin"), r"must end in \.onnx"),
     ):
-        code, out, err = call(*argv)
+        code, out, err = call("export", *argv)
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
         assert re.search(says, err), err
