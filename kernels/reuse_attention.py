@@ -67,8 +67,9 @@ class AttentionMap(NamedTuple):
     lengths: Tensor | None
     """[B] valid frames; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
-    """The map itself, where storing it pays. From the PyTorch twin [n, n] of each head of each utterance, n its valid
-    frames; from Triton, never with gradients, one [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
+    """The map itself, where storing it pays. From the PyTorch twin, of each utterance in turn, n its valid frames,
+    [n, n] of each head, in bfloat16 pieces [h, r, n] of a few heads or rows; from Triton, never with gradients, one
+    [B, H, T, pitched(T)], 0 at padded rows and invalid keys."""
 
 
 # ---- PyTorch: the CPU path and the oracle of the tests ----------------------
@@ -103,12 +104,12 @@ def _keep_mask(p: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
 BY_HEADS = 2**21
 """Multiply-adds of one head's product, a thread, from which a head at a time by oneDNN beats
 scaled_dot_product_attention: each product is a parallel region of its own (measured with two threads)."""
-KEPT = 2**24
-"""Most entries of a batch's maps to keep (64 MB): malloc gives more than that back to the system and maps it anew, page
-by page. Longer utterances are no faster head by head either."""
-KEPT_FOR_BACKWARD = 2**26
+KEPT = 2**26
+"""Most bytes of a batch's maps to keep: malloc gives more than that back to the system and maps it anew, page by page.
+Longer utterances are no faster head by head either."""
+KEPT_FOR_BACKWARD = 2**28
 """Likewise with gradients, where keeping saves products as well: as much memory as a computing layer should hold until
-its backward pass (256 MB)."""
+its backward pass."""
 LONGEST = 768
 """Frames that oneDNN adds up in one go here, where the rounding of the map itself hides a part of its own; not so after
 the second softmax, which leaves hardly any of it."""
@@ -119,7 +120,8 @@ def _heads_apart(q: Tensor, gradients: bool) -> bool:
     B, T, H, d = q.shape
     if not onednn.serves(q) or T * T * d < BY_HEADS * torch.get_num_threads():
         return False
-    return T <= LONGEST and B * H * T * T <= KEPT_FOR_BACKWARD if gradients else H * T * T <= KEPT
+    size = H * T * T * q.itemsize
+    return T <= LONGEST and B * size <= KEPT_FOR_BACKWARD if gradients else size <= KEPT
 
 
 def _softmax_(logits: Tensor) -> Tensor:
@@ -235,33 +237,87 @@ class _ApplyMaps(torch.autograd.Function):
         return None, dv.permute(0, 3, 1, 2), *d_maps
 
 
+PIECE = 2**18
+"""Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
+LOW_PIECE = 2**22
+"""Likewise in bfloat16, where products of more heads at a time gain more than the smaller cache gives (8 MB)."""
+BY_PIECES = 2**18
+"""Multiply-adds of one head's product from which products by oneDNN and a softmax, a piece at a time, beat
+scaled_dot_product_attention in bfloat16."""
+
+
+def _pieces(H: int, n: int, device: torch.device, entries: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and query rows to work on together: a few heads, or a few rows of one; all of an utterance off the CPU."""
+    if device.type != "cpu":
+        yield slice(0, H), slice(0, n)
+        return
+    heads, rows = max(1, entries // (n * n)), max(1, min(n, entries // n))
+    for h in range(0, H, heads):
+        for row in range(0, n, rows):
+            yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
+
+
+def _low_precision(q: Tensor) -> bool:
+    """Whether to go by pieces: in bfloat16, where PyTorch's own attention is as slow as in float32.
+
+    So it is on AMD's processors; Intel's were not measured. Logits are rounded to bfloat16, as in any product of
+    PyTorch's but that of its fused attention; features of a HuBERT of speech, logits up to 15, err no more for it.
+    """
+    return (
+        not tracing()
+        and q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.dtype in onednn.DTYPES
+        and not onednn.MKL_AT_ITS_BEST
+        and q.shape[1] ** 2 * q.shape[3] >= BY_PIECES
+    )
+
+
+def _by_pieces(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """As `_by_heads`, a piece of an utterance's map at a time."""
+    B, T, H, d = q.shape
+    out = q.new_zeros(B, T, H, d)
+    maps = []
+    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+        queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()
+        keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (k, v))  # [H, n, d]
+        for h, r in _pieces(H, n, v.device, LOW_PIECE):
+            p = _softmax_(torch.bmm(queries[h, r], keys[h].transpose(1, 2)))
+            out[b, r, h] = torch.bmm(p, values[h]).transpose(0, 1)
+            if keep:
+                maps.append(p)
+    return out.flatten(2), tuple(maps) if keep else None
+
+
+def _apply_pieces(maps: tuple[Tensor, ...], v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+    """Maps that `_by_pieces` kept times values [B, T, H, d] -> [B, T, H d], padded rows 0."""
+    B, T, H, _ = v.shape
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    kept = iter(maps)
+    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+        values = v[b, :n].transpose(0, 1).contiguous()
+        for h, r in _pieces(H, n, v.device, LOW_PIECE):
+            p = next(kept)
+            out[b, r, h] = torch.bmm(p.softmax(-1) if resoftmax else p, values[h]).transpose(0, 1)
+    return out.flatten(2)
+
+
 def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Attention without dropout by PyTorch, and its maps where they are wanted and keeping them pays."""
     gradients = needs_gradient(q, k, v)
-    if not _heads_apart(q, gradients):
+    by_pieces = not gradients and _low_precision(q)
+    if not by_pieces and not _heads_apart(q, gradients):
         return _sdpa(q, k, v, lengths), None
     if gradients:
         out, *maps = _ByHeads.apply(q, k, v, lengths)
         return out, tuple(maps) if keep else None
     B, T, H, _ = q.shape
-    return _by_heads(q, k, v, lengths, keep and B * H * T * T <= KEPT)
-
-
-PIECE = 2**18
-"""Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
-
-
-def _pieces(H: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Heads and query rows to work on together: a few heads, or a few rows of one; all of an utterance off the CPU."""
-    if device.type != "cpu":
-        yield slice(0, H), slice(0, n)
-        return
-    heads, rows = max(1, PIECE // (n * n)), max(1, min(n, PIECE // n))
-    for h in range(0, H, heads):
-        for row in range(0, n, rows):
-            yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
+    attention = _by_pieces if by_pieces else _by_heads
+    return attention(q, k, v, lengths, keep and B * H * T * T * q.itemsize <= KEPT)
 
 
 def _logits(q: Tensor, k: Tensor) -> Tensor:
@@ -290,7 +346,7 @@ def attention_forward(
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
         generator = _generator(seed, b)
-        for h, r in _pieces(H, n, q.device):
+        for h, r in _pieces(H, n, q.device, PIECE):
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
             if resoftmax:
                 p = _softmax_(p)
@@ -321,7 +377,7 @@ def attention_backward(
         u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
         dq_b, dk_b, dv_b = (x[b, :, :n] for x in (dq, dk, dv))
         generator = _generator(seed, b)
-        for h, r in _pieces(H, n, q.device):
+        for h, r in _pieces(H, n, q.device, PIECE):
             u = u_b[h, r]
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
             factors = None if generator is None else _keep_mask(p, generator, dropout)
@@ -726,6 +782,8 @@ def reattend(
         gradients = needs_gradient(q, k, v)
         if maps is not None and needs_gradient(q, k) and not maps[0].requires_grad:
             maps = None  # made where no gradient was asked for, they would lead none to q and k
+        if maps is not None and not gradients and _low_precision(q):
+            return _apply_pieces(maps, v, lengths, resoftmax)
         if maps is not None and _heads_apart(q, gradients):
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:

@@ -85,7 +85,7 @@ def test_twin_computing_gradients(dropout, piece, monkeypatch):
 @pytest.mark.parametrize("fit", [True, False])
 def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, monkeypatch, neglected_by_mkl):
     monkeypatch.setattr(module, "BY_HEADS", 1)
-    monkeypatch.setattr(module, "KEPT", T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
+    monkeypatch.setattr(module, "KEPT", 4 * T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
     q, k, v = draw(2, T, 3, 3, 40, dtype=torch.float32).cpu().unbind(2)
     x, weight, lengths = torch.randn(2, T, 20), torch.randn(120, 20), torch.tensor([T, max(1, T // 2)])
 
@@ -102,6 +102,65 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
         assert maps is None
         for name, *outputs in zip(("computed", "reused"), got, low, run(torch.float64)[0], strict=True):
             assert_no_worse_than_torch(name, *outputs)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, module.LOW_PIECE)])
+@pytest.mark.parametrize("fit", [True, False])
+def test_twin_goes_by_pieces_in_bfloat16_inference(setting, T, piece, fit, monkeypatch):
+    monkeypatch.setattr(module, "BY_PIECES", 1)
+    monkeypatch.setattr(module, "LOW_PIECE", piece)
+    monkeypatch.setattr(module, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
+    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
+    lengths = torch.tensor([T, max(1, T // 2)])
+    shapes = ((2, T, 3, 40),) * 3, ((2, T, 20), (120, 20))
+    qkv, xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
+
+    def run(dtype, by_pieces):
+        monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", not by_pieces)
+        computed, kept = attend(*(t.to(dtype) for t in qkv), lengths, impl="torch")
+        assert (kept.probabilities is not None) is (by_pieces and fit)
+        reused = reattend(kept, *(t.to(dtype) for t in xw), setting=setting, impl="torch")
+        return torch.stack([computed, reused]) * valid_frames(lengths, T)
+
+    with torch.no_grad():
+        outputs = run(torch.bfloat16, True), run(torch.bfloat16, False), run(torch.float64, False)
+    for name, got, low, high in zip(("computed", "reused"), *outputs, strict=True):
+        assert_no_worse_than_torch(name, got, low, high)
+
+
+def test_large_logits_by_pieces_are_no_worse_than_eager_attention(monkeypatch):
+    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    q, k, v = (3 * draw(1, 200, 3, 40, dtype=torch.bfloat16, seed=s).cpu() for s in range(3))
+
+    def eager(dtype):
+        queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+        p = (queries * 40**-0.5 @ keys.transpose(2, 3)).softmax(-1)
+        return (p @ values).transpose(1, 2).flatten(2)
+
+    got, kept = attend(q, k, v, impl="torch")
+    assert kept.probabilities is not None
+    assert_no_worse_than_torch("out", got, eager(torch.bfloat16), eager(torch.float64))
+
+
+def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
+    monkeypatch.setattr(module, "BY_PIECES", 1)
+    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
+    inputs = [draw(2, 33, 2, 12, dtype=torch.bfloat16, seed=s).cpu() for s in range(3)]
+    x, weight = (draw(*shape, dtype=torch.bfloat16).cpu() for shape in ((2, 33, 24), (24, 24)))
+
+    def run(dtype, keep):
+        kept = attend(*(t.to(dtype) for t in inputs), reused=keep, impl="torch")[1]
+        assert (kept.probabilities is not None) is keep
+        learns = weight.to(dtype).requires_grad_()
+        out = reattend(kept, x.to(dtype), learns, impl="torch")
+        return out, *torch.autograd.grad(out.square().sum(), learns)
+
+    outputs = run(torch.bfloat16, True), run(torch.bfloat16, False), run(torch.float64, False)
+    for name, *each in zip(("out", "d_weight"), *outputs, strict=True):
+        assert_no_worse_than_torch(name, *each)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
