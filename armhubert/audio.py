@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError
+from armhubert.packages import import_torchaudio
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 """File name endings, in lower case, taken for audio in a folder."""
@@ -125,11 +126,10 @@ def resample(wave: Tensor, rate: int) -> Tensor:
     step_in, step_out = rate // divisor, SAMPLE_RATE // divisor
     if step_out * (2 * _filter_reach(rate) + step_in) > _KERNEL_LIMIT:
         return _resample_directly(wave, rate)
-    from torchaudio.functional import resample as resample_by_filter_bank  # half a second of import, rarely needed
-
+    functional = import_torchaudio("torchaudio.functional")  # half a second of import, rarely needed
     # torchaudio computes the length in float32, which is short of the truth for long files: ask for more, then cut.
     wave = F.pad(wave, (0, 64 * step_in))
-    resampled: Tensor = resample_by_filter_bank(wave, rate, SAMPLE_RATE, _ZEROS, _ROLLOFF)
+    resampled: Tensor = functional.resample(wave, rate, SAMPLE_RATE, _ZEROS, _ROLLOFF)
     return resampled[:length]
 
 

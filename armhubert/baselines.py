@@ -17,6 +17,7 @@ from armhubert.config import EncoderConfig
 from armhubert.encoder import ComputingAttention, EncoderLayer, ReusingAttention, SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import FrontEnd, normalize_waveform
+from armhubert.packages import import_torchaudio
 
 HUBERT_BASE = EncoderConfig(
     conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
@@ -130,9 +131,7 @@ def _transformers(kind: str, **settings: Any) -> nn.Module:
 
 
 def _torchaudio() -> nn.Module:
-    import torchaudio
-
-    return _Last(torchaudio.models.hubert_base(), lambda output: output[0])
+    return _Last(import_torchaudio().models.hubert_base(), lambda output: output[0])
 
 
 BASELINES: Mapping[str, Callable[[], nn.Module]] = {

@@ -37,6 +37,7 @@ from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import make_folder, write_atomic
+from armhubert.packages import require
 from armhubert.student import ARMHuBERT
 from armhubert.weights import Weights
 
@@ -170,9 +171,9 @@ def export(config: ExportConfig) -> Iterator[Report]:
             model by more than `TOLERANCE`; no file is written then.
     """
     if config.format == "onnx":
-        _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+        require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     elif config.int8:
-        _require("torchao", extra="int8")
+        require("torchao", extra="int8")
     if config.format == "aot":
         _require_compiler()
     weights = load_weights(config.model)
@@ -241,7 +242,7 @@ def onnx_file(encoder: ARMHuBERT, *, int8: bool = False) -> bytes:
     Raises:
         ArmhubertError: packages that are missing.
     """
-    _require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     model = _folded(encoder)
     data = _to_onnx(_trace(model), model.names, {})
     return _quantise_onnx(data) if int8 else data
@@ -286,7 +287,7 @@ def quantise(module: nn.Module) -> None:
     Raises:
         ArmhubertError: torchao is missing.
     """
-    _require("torchao", extra="int8")
+    require("torchao", extra="int8")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
@@ -302,13 +303,6 @@ def _require_compiler() -> None:
         raise ArmhubertError(
             "compiling ahead of time needs a C++ compiler: install g++ or clang++, or name one in CXX"
         ) from None
-
-
-def _require(*packages: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise ArmhubertError(f'{" and ".join(missing)} must be installed for this: pip install "armhubert[{extra}]"')
 
 
 # ---- programs --------------------------------------------------------------

@@ -67,14 +67,17 @@ def forward_kernel(
         acc = tl.dot(h, tl.trans(w), acc, input_precision=PRECISION)  # [BN, BC] @ [BC, BE]
     bias = tl.load(bias_ptr + layer * E + e, mask=column, other=0.0).to(tl.float32)
 
-    target_ptr = _pick(clean, layer, L) + frame * clean_n
-    if masked is not None:
-        # one view per frame: the other is never fetched
-        seen = tl.load(mask_ptr + n, mask=valid, other=0) != 0
-        target_ptr = tl.where(seen, target_ptr, _pick(masked, layer, L) + frame * masked_n)
     tile = valid[:, None] & column[None, :]
-    target = tl.load(target_ptr[:, None] + e[None, :], mask=tile, other=0.0).to(tl.float32)
-    residual = tl.where(tile, acc + bias[None, :] - target, 0.0)
+    target_ptr = _pick(clean, layer, L) + (frame * clean_n)[:, None] + e[None, :]
+    if masked is None:
+        target = tl.load(target_ptr, mask=tile, other=0.0)
+    else:
+        # one view per frame: the other is never fetched
+        seen = (tl.load(mask_ptr + n, mask=valid, other=0) != 0)[:, None]
+        other_ptr = _pick(masked, layer, L) + (frame * masked_n)[:, None] + e[None, :]
+        other = tl.load(other_ptr, mask=tile & ~seen, other=0.0)
+        target = tl.where(seen, tl.load(target_ptr, mask=tile & seen, other=0.0), other)
+    residual = tl.where(tile, acc + bias[None, :] - target.to(tl.float32), 0.0)
     distance = tl.abs(residual) if L1 else residual * residual
     tl.store(partial_ptr + tl.program_id(0), tl.sum(distance))
     if KEEP:

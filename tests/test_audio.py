@@ -1,11 +1,13 @@
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from made import one_line
 
 from armhubert import audio
 from armhubert.audio import measure, read_audio, resample
@@ -182,3 +184,15 @@ def test_asking_beyond_the_end_is_an_error(tmp_path):
         assert len(read_audio(path, 15_000, 1_000)) == 1_000
         with pytest.raises(ArmhubertError, match="ends after 16000 samples at 16 kHz where 16001 were expected"):
             read_audio(path, 15_000, 1_001)
+
+
+@pytest.mark.parametrize(("torch_version", "remedy"), [("2.12.1+cu130", "==2.11.0"), ("2.13.0", ">=2.11.1")])
+def test_a_torchaudio_that_does_not_load_beside_pytorch_is_one_line(tmp_path, monkeypatch, torch_version, remedy):
+    (tmp_path / "torchaudio.py").write_text("raise OSError('Could not load this library: libtorchaudio.so')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    with pytest.raises(ArmhubertError, match="does not load beside PyTorch") as caught:
+        resample(torch.zeros(100), 44_100)
+    assert one_line(caught).endswith(f'pip install "torchaudio{remedy}" gives one that does')

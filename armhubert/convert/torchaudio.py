@@ -16,6 +16,7 @@ from armhubert.config import EncoderConfig, build
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError, brief
+from armhubert.packages import import_torchaudio
 from armhubert.weights import Weights
 
 
@@ -30,8 +31,7 @@ def load(name: str) -> Weights:
     Raises:
         ArmhubertError: no such pipeline, or the download failed.
     """
-    import torchaudio
-
+    torchaudio = import_torchaudio()
     bundle = getattr(torchaudio.pipelines, name, None)
     if bundle is None or not hasattr(bundle, "get_model"):
         known = sorted(n for n in dir(torchaudio.pipelines) if is_pipeline(n))

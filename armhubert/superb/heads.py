@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 from armhubert.errors import ArmhubertError, brief
 from armhubert.kernels.runtime import frame_mask
+from armhubert.packages import import_torchaudio
 from armhubert.superb.task import Batch, Head
 
 PROJECTION = 256
@@ -206,6 +207,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
     Raises:
         ArmhubertError: flashlight-text is not installed, cannot read the language model, or no word can be spelled.
     """
+    import_torchaudio()
     try:
         from torchaudio.models.decoder import CTCDecoderLM, ctc_decoder  # noqa: F401 - the first fails without flashlight
     except (ImportError, RuntimeError):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -420,12 +421,10 @@ def _hash(content: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Of everything that numbers may depend on."""
-    import torchaudio
-
     from armhubert import __version__
 
     return {
-        "armhubert": __version__, "torch": torch.__version__, "torchaudio": torchaudio.__version__,
+        "armhubert": __version__, "torch": torch.__version__, "torchaudio": importlib.metadata.version("torchaudio"),
         "numpy": np.__version__, "python": platform.python_version(),
     }  # fmt: skip
 

@@ -24,6 +24,7 @@ from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, brief
 from armhubert.kernels.runtime import frame_mask
+from armhubert.packages import import_torchaudio
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
 
@@ -166,12 +167,10 @@ class Baseline(Upstream):
     One layer."""
 
     def __init__(self, name: str, device: torch.device | str) -> None:
-        from torchaudio.compliance import kaldi
-
         self.source = self.features = name
         self.device = torch.device(device)
         kind, self.normalize = name.partition("_")[0], not name.endswith("no_cmvn")
-        self.extract = getattr(kaldi, kind)
+        self.extract = getattr(import_torchaudio("torchaudio.compliance.kaldi"), kind)
         self.settings = {"sample_frequency": SAMPLE_RATE, "frame_length": 25.0, "frame_shift": 10.0, **BASELINES[name]}
         self.count, self.hop, self.parameters = 1, _SHIFT, 0
         self.width = 3 * (80 if kind == "fbank" else 13)
@@ -193,8 +192,7 @@ class Baseline(Upstream):
 
     def one(self, waveform: Tensor) -> Tensor:
         """[S] -> [T, D]."""
-        from torchaudio.functional import compute_deltas
-
+        compute_deltas = import_torchaudio("torchaudio.functional").compute_deltas
         x = self.extract(waveform[None], **self.settings)
         first = compute_deltas(x.T[None], win_length=5)
         second = compute_deltas(first, win_length=5)
