@@ -122,6 +122,7 @@ def world(device: torch.device) -> Iterator[World]:
     # Of gloo on GPUs too: a barrier of NCCL's would keep them busy, and its watchdog impatient. A lead that dies is
     # noticed at once by its closed connections, so days of patience cost nothing.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    assert isinstance(patient, dist.ProcessGroup)  # every process is in it
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device, patient)
     finally:
