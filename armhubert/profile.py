@@ -36,6 +36,7 @@ from armhubert.candidates import (
     split_baseline,
 )
 from armhubert.clock import Timing, conditions, interleave, wait
+from armhubert.config import check_fields
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
@@ -86,6 +87,7 @@ class ProfileConfig:
     """Also measure batches of unequal lengths: see `armhubert.ragged`."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.modes:
             raise ArmhubertError("modes must name at least one, got none")
         of_baselines = [text.rpartition(":") for text in self.baselines]
@@ -95,8 +97,8 @@ class ProfileConfig:
                 raise ArmhubertError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
         for name in ("seconds", "batch_sizes", "batch_seconds"):
             value = getattr(self, name)
-            if not all(0 < each < float("inf") for each in (value if isinstance(value, tuple) else (value,))):
-                raise ArmhubertError(f"{name} must be finite and above 0, got {value}")
+            if not all(each > 0 for each in (value if isinstance(value, tuple) else (value,))):
+                raise ArmhubertError(f"{name} must be above 0, got {value}")
         if not self.seconds and not self.batch_sizes:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
         if max((*self.seconds, self.batch_seconds), default=0) > 3600:
