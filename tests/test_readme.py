@@ -24,11 +24,11 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_snippets_of_the_readme_run_in_order(demo, monkeypatch):
+def test_the_snippets_of_the_readme_run_in_order(demo, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(demo)
     names: dict[str, Any] = {}
-    plain, transformers, torchaudio, s3prl = BLOCKS
+    plain, transformers, torchaudio, s3prl, command = BLOCKS
     exec(plain, names)
     output, frames = names["output"], [99, 62]  # of 32,000 and 20,000 samples
     assert names["model"].heads is None
@@ -46,6 +46,9 @@ def test_the_snippets_of_the_readme_run_in_order(demo, monkeypatch):
             torch.testing.assert_close(found[row, :count], expected[row, :count])
     exec(s3prl, names)
     assert {tuple(x.shape[::2]) for x in names["hidden_states"]} == {(2, 160)}
+    exec(command.replace("steps=150", "steps=1, batch_seconds=5, log_every=1"), names)
+    assert capsys.readouterr().out.startswith("1 ")
+    assert ARMHuBERT.from_pretrained("runs/own").config.width == preset("mini").width
 
 
 def test_the_readme_shows_every_interface():
