@@ -36,5 +36,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     close = [name for name in known if word == "".join(part[:1] for part in re.split("[_-]", name)) != name]
-    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -8,28 +8,32 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, brief
 
 
 def require(*packages: str, extra: str) -> None:
-    """Raises:
-    ArmhubertError: one of them is not installed; the message names the extra that brings it.
+    """See that what an extra brings is installed.
+
+    Raises:
+        ArmhubertError: naming what is missing, and the extra.
     """
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ArmhubertError(f'{" and ".join(missing)} must be installed for this: pip install "armhubert[{extra}]"')
 
 
 def import_torchaudio(module: str = "torchaudio") -> Any:
-    """A module of torchaudio, whose wheels fit some versions of PyTorch only and do not tell pip which.
+    """A module of torchaudio, whose wheels fit some builds of PyTorch only and do not tell pip which.
 
     Raises:
-        ArmhubertError: the one installed does not load.
+        ArmhubertError: it is not installed, or does not load.
     """
+    fits = "torchaudio==2.11.0" if TorchVersion(torch.__version__) < "2.13" else "torchaudio>=2.11.1"
+    if find_spec("torchaudio") is None:
+        raise ArmhubertError(f'torchaudio must be installed for this: pip install "{fits}"')
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        fits = "torchaudio==2.11.0" if TorchVersion(torch.__version__) < "2.13" else "torchaudio>=2.11.1"
+    except (ImportError, OSError, RuntimeError) as error:  # the last where they were built for two versions of CUDA
         raise ArmhubertError(
-            f"torchaudio {version('torchaudio')} does not load beside PyTorch {torch.__version__}: "
-            f'pip install "{fits}" gives one that does'
+            f"torchaudio {version('torchaudio')} does not load beside PyTorch {torch.__version__}: {brief(error)}; "
+            f'pip install "{fits}", built for the same CUDA'
         ) from error

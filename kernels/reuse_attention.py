@@ -129,9 +129,7 @@ def _softmax_(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """[B, T, H, d] -> [B, T, H d], padded rows 0, and with `keep` the maps, see `AttentionMap`.
 
     A map a head, since malloc maps large tensors anew each time, page by page.
@@ -148,7 +146,7 @@ def _by_heads(
             out[b, :n, head] = _product(p, values[head])
             if keep:
                 maps.append(p)
-    return out.flatten(2), tuple(maps) if keep else None
+    return out.flatten(2), tuple(maps)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -170,7 +168,6 @@ class _ByHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
         out, maps = _by_heads(q, k, v, lengths, True)
-        assert maps is not None
         ctx.save_for_backward(q, k, v, *maps)
         ctx.set_materialize_grads(False)
         return out, *maps
@@ -239,11 +236,13 @@ class _ApplyMaps(torch.autograd.Function):
 
 PIECE = 2**18
 """Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
-LOW_PIECE = 2**22
-"""Likewise in bfloat16, where products of more heads at a time gain more than the smaller cache gives (8 MB)."""
+LOW_PIECE = 2**20
+"""Likewise in bfloat16 (2 MB)."""
 BY_PIECES = 2**18
 """Multiply-adds of one head's product from which products by oneDNN and a softmax, a piece at a time, beat
 scaled_dot_product_attention in bfloat16."""
+LARGE_LOGIT = 16
+"""Magnitude from which bfloat16's steps are too coarse for logits: half a step is 3 % of a probability."""
 
 
 def _pieces(H: int, n: int, device: torch.device, entries: int) -> Iterator[tuple[slice, slice]]:
@@ -257,25 +256,37 @@ def _pieces(H: int, n: int, device: torch.device, entries: int) -> Iterator[tupl
             yield slice(h, min(H, h + heads)), slice(row, min(n, row + rows))
 
 
-def _low_precision(q: Tensor) -> bool:
-    """Whether to go by pieces: in bfloat16, where PyTorch's own attention is as slow as in float32.
+def _pieces_pay(q: Tensor) -> bool:
+    """Whether to go by pieces: in bfloat16, where PyTorch's own attention is as slow as in float32 or slower.
 
-    So it is on AMD's processors; Intel's were not measured. Logits are rounded to bfloat16, as in any product of
-    PyTorch's but that of its fused attention; features of a HuBERT of speech, logits up to 15, err no more for it.
+    So it is on AMD's processors with AVX-512. Zen 4 was measured by pieces, Zen 5 not yet.
     """
     return (
         not tracing()
         and q.device.type == "cpu"
         and q.dtype == torch.bfloat16
         and q.dtype in onednn.DTYPES
+        and onednn.AVX512
         and not onednn.MKL_AT_ITS_BEST
         and q.shape[1] ** 2 * q.shape[3] >= BY_PIECES
     )
 
 
+def _low_logits(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scaled queries [h, r, d] and keys [h, n, d] -> [h, r, n], bfloat16; large ones less their row's maximum.
+
+    The maximum joins the product, which is added up in float32, so that what matters most is rounded least.
+    """
+    logits = torch.bmm(queries, keys.transpose(1, 2))
+    if logits.max() <= LARGE_LOGIT and logits.min() >= -LARGE_LOGIT:
+        return logits
+    queries = torch.cat([queries, logits.amax(-1, keepdim=True)], -1)
+    return torch.bmm(queries, F.pad(keys, (0, 1), value=-1.0).transpose(1, 2))
+
+
 def _by_pieces(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As `_by_heads`, a piece of an utterance's map at a time."""
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
@@ -284,11 +295,11 @@ def _by_pieces(
         queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()
         keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (k, v))  # [H, n, d]
         for h, r in _pieces(H, n, v.device, LOW_PIECE):
-            p = _softmax_(torch.bmm(queries[h, r], keys[h].transpose(1, 2)))
+            p = _softmax_(_low_logits(queries[h, r], keys[h]))
             out[b, r, h] = torch.bmm(p, values[h]).transpose(0, 1)
             if keep:
                 maps.append(p)
-    return out.flatten(2), tuple(maps) if keep else None
+    return out.flatten(2), tuple(maps)
 
 
 def _apply_pieces(maps: tuple[Tensor, ...], v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
@@ -309,15 +320,17 @@ def _softmax_attention(
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Attention without dropout by PyTorch, and its maps where they are wanted and keeping them pays."""
     gradients = needs_gradient(q, k, v)
-    by_pieces = not gradients and _low_precision(q)
+    by_pieces = not gradients and _pieces_pay(q)
     if not by_pieces and not _heads_apart(q, gradients):
         return _sdpa(q, k, v, lengths), None
     if gradients:
-        out, *maps = _ByHeads.apply(q, k, v, lengths)
-        return out, tuple(maps) if keep else None
-    B, T, H, _ = q.shape
-    attention = _by_pieces if by_pieces else _by_heads
-    return attention(q, k, v, lengths, keep and B * H * T * T * q.itemsize <= KEPT)
+        out, *kept = _ByHeads.apply(q, k, v, lengths)
+        maps = tuple(kept) if keep else ()
+    else:
+        B, T, H, _ = q.shape
+        attention = _by_pieces if by_pieces else _by_heads
+        out, maps = attention(q, k, v, lengths, keep and B * H * T * T * q.itemsize <= KEPT)
+    return out, maps or None
 
 
 def _logits(q: Tensor, k: Tensor) -> Tensor:
@@ -780,9 +793,10 @@ def reattend(
     if _resolve(impl, q) == "torch" or lse is None:
         v = values()
         gradients = needs_gradient(q, k, v)
+        maps = maps if lse is None else None  # Triton's are of another form
         if maps is not None and needs_gradient(q, k) and not maps[0].requires_grad:
             maps = None  # made where no gradient was asked for, they would lead none to q and k
-        if maps is not None and not gradients and _low_precision(q):
+        if maps is not None and not gradients and _pieces_pay(q):
             return _apply_pieces(maps, v, lengths, resoftmax)
         if maps is not None and _heads_apart(q, gradients):
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)

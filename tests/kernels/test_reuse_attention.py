@@ -104,22 +104,26 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
             assert_no_worse_than_torch(name, *outputs)
 
 
+def by_pieces(monkeypatch: pytest.MonkeyPatch, pay: bool) -> None:
+    monkeypatch.setattr(module, "_pieces_pay", lambda q: pay and q.dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("scale", [1, 9])
 @pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, module.LOW_PIECE)])
 @pytest.mark.parametrize("fit", [True, False])
-def test_twin_goes_by_pieces_in_bfloat16_inference(setting, T, piece, fit, monkeypatch):
-    monkeypatch.setattr(module, "BY_PIECES", 1)
+def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit, monkeypatch):
     monkeypatch.setattr(module, "LOW_PIECE", piece)
     monkeypatch.setattr(module, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
-    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
     lengths = torch.tensor([T, max(1, T // 2)])
     shapes = ((2, T, 3, 40),) * 3, ((2, T, 20), (120, 20))
-    qkv, xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
+    (q, k, v), xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
+    qkv = q * scale, k, v  # logits of 5, or 40
 
-    def run(dtype, by_pieces):
-        monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", not by_pieces)
+    def run(dtype, pay):
+        by_pieces(monkeypatch, pay)
         computed, kept = attend(*(t.to(dtype) for t in qkv), lengths, impl="torch")
-        assert (kept.probabilities is not None) is (by_pieces and fit)
+        assert (kept.probabilities is not None) is (pay and fit)
         reused = reattend(kept, *(t.to(dtype) for t in xw), setting=setting, impl="torch")
         return torch.stack([computed, reused]) * valid_frames(lengths, T)
 
@@ -129,27 +133,10 @@ def test_twin_goes_by_pieces_in_bfloat16_inference(setting, T, piece, fit, monke
         assert_no_worse_than_torch(name, got, low, high)
 
 
-def test_large_logits_by_pieces_are_no_worse_than_eager_attention(monkeypatch):
-    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
-    q, k, v = (3 * draw(1, 200, 3, 40, dtype=torch.bfloat16, seed=s).cpu() for s in range(3))
-
-    def eager(dtype):
-        queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
-        p = (queries * 40**-0.5 @ keys.transpose(2, 3)).softmax(-1)
-        return (p @ values).transpose(1, 2).flatten(2)
-
-    got, kept = attend(q, k, v, impl="torch")
-    assert kept.probabilities is not None
-    assert_no_worse_than_torch("out", got, eager(torch.bfloat16), eager(torch.float64))
-
-
 def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
-    monkeypatch.setattr(module, "BY_PIECES", 1)
-    monkeypatch.setattr(module.onednn, "DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", False)
     inputs = [draw(2, 33, 2, 12, dtype=torch.bfloat16, seed=s).cpu() for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.bfloat16).cpu() for shape in ((2, 33, 24), (24, 24)))
+    by_pieces(monkeypatch, True)
 
     def run(dtype, keep):
         kept = attend(*(t.to(dtype) for t in inputs), reused=keep, impl="torch")[1]
@@ -161,6 +148,29 @@ def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
     outputs = run(torch.bfloat16, True), run(torch.bfloat16, False), run(torch.float64, False)
     for name, *each in zip(("out", "d_weight"), *outputs, strict=True):
         assert_no_worse_than_torch(name, *each)
+
+
+def test_pieces_pay_for_long_bfloat16_where_the_processor_has_it_and_mkl_is_not_at_its_best(monkeypatch):
+    q = torch.zeros(1, 200, 2, 40, dtype=torch.bfloat16)
+    for name, value in {"DTYPES": (torch.float32, torch.bfloat16), "AVX512": True, "MKL_AT_ITS_BEST": False}.items():
+        monkeypatch.setattr(module.onednn, name, value)
+    assert module._pieces_pay(q)
+    assert not module._pieces_pay(q[:, :50])
+    assert not module._pieces_pay(q.float())
+    for name, value in {"DTYPES": (torch.float32,), "AVX512": False, "MKL_AT_ITS_BEST": True}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module.onednn, name, value)
+            assert not module._pieces_pay(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_of_an_empty_batch_are_none(dtype, monkeypatch, neglected_by_mkl):
+    monkeypatch.setattr(module, "BY_HEADS", 1)
+    by_pieces(monkeypatch, True)
+    q = torch.zeros(0, 9, 2, 4, dtype=dtype)
+    out, kept = attend(q, q, q, impl="torch")
+    assert kept.probabilities is None
+    assert reattend(kept, out.requires_grad_(), impl="torch").shape == (0, 9, 8)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
