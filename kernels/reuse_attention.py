@@ -236,8 +236,8 @@ class _ApplyMaps(torch.autograd.Function):
 
 PIECE = 2**18
 """Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
-LOW_PIECE = 2**20
-"""Likewise in bfloat16 (2 MB)."""
+LOW_PIECE = 2**21
+"""Likewise in bfloat16 (4 MB)."""
 BY_PIECES = 2**18
 """Multiply-adds of one head's product from which products by oneDNN and a softmax, a piece at a time, beat
 scaled_dot_product_attention in bfloat16."""
