@@ -285,9 +285,9 @@ def _low_logits(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _by_pieces(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: bool, resoftmax: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As `_by_heads`, a piece of an utterance's map at a time."""
+    """As `_by_heads`, a piece of an utterance's map at a time; with `resoftmax`, its softmax times the values."""
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
     maps = []
@@ -296,6 +296,8 @@ def _by_pieces(
         keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (k, v))  # [H, n, d]
         for h, r in _pieces(H, n, v.device, LOW_PIECE):
             p = _softmax_(_low_logits(queries[h, r], keys[h]))
+            if resoftmax:
+                p = _softmax_(p)
             out[b, r, h] = torch.bmm(p, values[h]).transpose(0, 1)
             if keep:
                 maps.append(p)
@@ -802,6 +804,8 @@ def reattend(
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:
             return _softmax_attention(q, k, v, lengths, False)[0]
+        if not gradients and _pieces_pay(q):
+            return _by_pieces(q, k, v, lengths, False, resoftmax=True)[0]
         if tracing():
             return _resoftmax_composite(q, k, v, lengths)
         return _Attention.apply(False, q, k, v, lengths, None, 0.0, True)[0]
