@@ -273,15 +273,20 @@ def _pieces_pay(q: Tensor) -> bool:
 
 
 def _low_logits(queries: Tensor, keys: Tensor) -> Tensor:
-    """Scaled queries [h, r, d] and keys [h, n, d] -> [h, r, n], bfloat16; large ones less their row's maximum.
+    """Queries [h, r, d] and keys [h, n, d] -> [h, r, n], bfloat16; large ones less about their row's maximum.
 
-    The maximum joins the product, which is added up in float32, so that what matters most is rounded least.
+    That joins the product, which is added up and scaled in float32, so that what matters most is rounded least.
     """
-    logits = torch.bmm(queries, keys.transpose(1, 2))
+    scale = queries.shape[-1] ** -0.5
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.baddbmm(x.new_empty(1, 1, 1), x, y.transpose(1, 2), beta=0, alpha=scale)
+
+    logits = product(queries, keys)
     if logits.max() <= LARGE_LOGIT and logits.min() >= -LARGE_LOGIT:
         return logits
-    queries = torch.cat([queries, logits.amax(-1, keepdim=True)], -1)
-    return torch.bmm(queries, F.pad(keys, (0, 1), value=-1.0).transpose(1, 2))
+    highest = logits.amax(-1, keepdim=True) / scale
+    return product(torch.cat([queries, highest], -1), F.pad(keys, (0, 1), value=-1.0))
 
 
 def _by_pieces(
@@ -292,8 +297,7 @@ def _by_pieces(
     out = q.new_zeros(B, T, H, d)
     maps = []
     for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
-        queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()
-        keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (k, v))  # [H, n, d]
+        queries, keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (q, k, v))  # [H, n, d]
         for h, r in _pieces(H, n, v.device, LOW_PIECE):
             p = _softmax_(_low_logits(queries[h, r], keys[h]))
             if resoftmax:

@@ -109,7 +109,7 @@ def by_pieces(monkeypatch: pytest.MonkeyPatch, pay: bool) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("scale", [1, 9])
+@pytest.mark.parametrize("scale", [1, 9, 60])
 @pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, module.LOW_PIECE)])
 @pytest.mark.parametrize("fit", [True, False])
 def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit, monkeypatch):
@@ -118,7 +118,7 @@ def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit
     lengths = torch.tensor([T, max(1, T // 2)])
     shapes = ((2, T, 3, 40),) * 3, ((2, T, 20), (120, 20))
     (q, k, v), xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
-    qkv = q * scale, k, v  # logits of 5, or 40
+    qkv = q * scale, k, v  # logits of 5, 40 or 270
 
     def run(dtype, pay):
         by_pieces(monkeypatch, pay)
