@@ -27,12 +27,12 @@ def import_torchaudio(module: str = "torchaudio") -> Any:
     Raises:
         ArmhubertError: it is not installed, or does not load.
     """
-    fits = "torchaudio==2.11.0" if TorchVersion(torch.__version__) < "2.13" else "torchaudio>=2.11.1"
-    if find_spec("torchaudio") is None:
-        raise ArmhubertError(f'torchaudio must be installed for this: pip install "{fits}"')
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # the last where they were built for two versions of CUDA
+        fits = "torchaudio==2.11.0" if TorchVersion(torch.__version__) < "2.13" else "torchaudio>=2.11.1"
+        if find_spec("torchaudio") is None:
+            raise ArmhubertError(f'torchaudio must be installed for this: pip install "{fits}"') from None
         raise ArmhubertError(
             f"torchaudio {version('torchaudio')} does not load beside PyTorch {torch.__version__}: {brief(error)}; "
             f'pip install "{fits}", built for the same CUDA'

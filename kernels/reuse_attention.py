@@ -90,6 +90,11 @@ def _all_full(lengths: Tensor, T: int) -> bool:
     return lengths.device.type == "cpu" and bool((lengths == T).all())
 
 
+def _valid(lengths: Tensor | None, B: int, T: int) -> list[int]:
+    """Valid frames of each utterance."""
+    return [T] * B if lengths is None else lengths.tolist()
+
+
 def _generator(seed: Tensor | None, b: int) -> torch.Generator | None:
     """What the dropout factors of utterance b are drawn from, piece by piece, forward as backward."""
     return None if seed is None else torch.Generator(seed.device).manual_seed((int(seed) + b) % 2**63)
@@ -137,7 +142,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, keep: boo
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
     maps = []
-    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+    for b, n in enumerate(_valid(lengths, B, T)):
         queries = (q[b, :n].transpose(0, 1) * d**-0.5).contiguous()  # [H, n, d]
         keys = k[b, :n].transpose(0, 1).contiguous()
         values = v[b, :n].permute(1, 2, 0).contiguous()  # [H, d, n]
@@ -296,7 +301,7 @@ def _by_pieces(
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
     maps = []
-    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+    for b, n in enumerate(_valid(lengths, B, T)):
         queries, keys, values = (x[b, :n].transpose(0, 1).contiguous() for x in (q, k, v))  # [H, n, d]
         for h, r in _pieces(H, n, v.device, LOW_PIECE):
             p = _softmax_(_low_logits(queries[h, r], keys[h]))
@@ -313,7 +318,7 @@ def _apply_pieces(maps: tuple[Tensor, ...], v: Tensor, lengths: Tensor | None, r
     B, T, H, _ = v.shape
     out = torch.zeros_like(v, memory_format=torch.contiguous_format)
     kept = iter(maps)
-    for b, n in enumerate([T] * B if lengths is None else lengths.tolist()):
+    for b, n in enumerate(_valid(lengths, B, T)):
         values = v[b, :n].transpose(0, 1).contiguous()
         for h, r in _pieces(H, n, v.device, LOW_PIECE):
             p = next(kept)
@@ -360,8 +365,7 @@ def attention_forward(
     """
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
-    for b in range(B):
-        n = T if lengths is None else int(lengths[b])
+    for b, n in enumerate(_valid(lengths, B, T)):
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
         generator = _generator(seed, b)
@@ -389,8 +393,7 @@ def attention_backward(
     """Gradients for q, k, v, a piece of an utterance's map at a time; the formulas are in the module docstring."""
     B, T, H, d = q.shape
     dq, dk, dv = (x.new_zeros(B, H, T, d) for x in (q, k, v))
-    for b in range(B):
-        n = T if lengths is None else int(lengths[b])
+    for b, n in enumerate(_valid(lengths, B, T)):
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
         u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
@@ -799,16 +802,17 @@ def reattend(
     if _resolve(impl, q) == "torch" or lse is None:
         v = values()
         gradients = needs_gradient(q, k, v)
+        by_pieces = not gradients and _pieces_pay(q)
         maps = maps if lse is None else None  # Triton's are of another form
         if maps is not None and needs_gradient(q, k) and not maps[0].requires_grad:
             maps = None  # made where no gradient was asked for, they would lead none to q and k
-        if maps is not None and not gradients and _pieces_pay(q):
+        if maps is not None and by_pieces:
             return _apply_pieces(maps, v, lengths, resoftmax)
         if maps is not None and _heads_apart(q, gradients):
             return _ApplyMaps.apply(resoftmax, v, *maps) if gradients else _apply_maps(maps, v, resoftmax)
         if not resoftmax:
             return _softmax_attention(q, k, v, lengths, False)[0]
-        if not gradients and _pieces_pay(q):
+        if by_pieces:
             return _by_pieces(q, k, v, lengths, False, resoftmax=True)[0]
         if tracing():
             return _resoftmax_composite(q, k, v, lengths)

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from made import one_line
 
-from armhubert import audio, packages
+from armhubert import audio
 from armhubert.audio import measure, read_audio, resample
 from armhubert.errors import ArmhubertError
 
@@ -187,13 +187,17 @@ def test_asking_beyond_the_end_is_an_error(tmp_path):
             read_audio(path, 15_000, 1_001)
 
 
+def forget_torchaudio(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize("error", ["OSError('no libtorchaudio.so')", "RuntimeError('different CUDA versions')"])
 @pytest.mark.parametrize(("torch_version", "remedy"), [("2.12.1+cu130", "==2.11.0"), ("2.13.0", ">=2.11.1")])
 def test_a_torchaudio_that_does_not_load_is_one_line(tmp_path, monkeypatch, error, torch_version, remedy):
+    forget_torchaudio(monkeypatch)
     (tmp_path / "torchaudio.py").write_text(f"raise {error}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(torch, "__version__", torch_version)
     with pytest.raises(ArmhubertError, match=f"does not load beside PyTorch {re.escape(torch_version)}: ") as caught:
         resample(torch.zeros(100), 44_100)
@@ -201,6 +205,7 @@ def test_a_torchaudio_that_does_not_load_is_one_line(tmp_path, monkeypatch, erro
 
 
 def test_a_missing_torchaudio_is_one_line(monkeypatch):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    forget_torchaudio(monkeypatch)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # as an import finds nothing
     with pytest.raises(ArmhubertError, match="torchaudio must be installed for this: pip install"):
         resample(torch.zeros(100), 44_100)

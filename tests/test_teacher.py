@@ -116,4 +116,6 @@ def test_features_of_speech_err_no_more_where_bfloat16_attention_goes_by_pieces(
         monkeypatch.setattr(reuse_attention, "_pieces_pay", lambda q: by_pieces)
         return float((teacher(wave).last_hidden_state.float() - true).norm() / true.norm())
 
-    assert error(by_pieces=True) < 1.05 * error(by_pieces=False)
+    pieces, fused = error(by_pieces=True), error(by_pieces=False)
+    assert pieces != fused  # or both went one way
+    assert pieces < 1.05 * fused
