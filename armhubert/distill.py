@@ -122,7 +122,8 @@ def distill(
     """Distil a student; yields reports while it works.
 
     Args:
-        config: the settings. With `resume`, of the run to continue, changed only in `RESUMABLE`.
+        config: the settings. With `resume`, of the run to continue, changed only in `RESUMABLE`: `load_run_config`
+            gives them and checks that, this function does not.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
         should_stop: asked while the audio is examined and after every step; on True the run ends, after the first step
