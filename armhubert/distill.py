@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,8 +122,8 @@ def distill(
     """Distil a student; yields reports while it works.
 
     Args:
-        config: the settings. With `resume`, of the run to continue, changed only in `RESUMABLE`: `load_run_config`
-            gives them and checks that, this function does not.
+        config: the settings. With `resume`, those of the run to continue (`load_run_config`), which may differ in
+            what `armhubert.distill_config.RESUMABLE` names.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
         should_stop: asked while the audio is examined and after every step; on True the run ends, after the first step
@@ -259,6 +259,7 @@ def _finished(state: TrainingState, reason: str, processes: World, out: Path) ->
 
 def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> None:
     if resume:
+        _check_changes(_read_run(out), vars(config))
         return
     if out.exists() and not out.is_dir():
         raise ArmhubertError(f"{out} is a file: choose a folder for the run")
@@ -282,15 +283,8 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
     Raises:
         ArmhubertError: no run there, or a change to something that it computes.
     """
-    if not (out / CONFIG_FILE).is_file():
-        raise ArmhubertError(f"{out} is no run: it has no {CONFIG_FILE}")
-    config = build(DistillConfig, read_mapping(out / CONFIG_FILE), str(out / CONFIG_FILE))
-    for name, value in changes.items():
-        if name not in RESUMABLE and value != getattr(config, name):
-            raise ArmhubertError(
-                f"a resumed run keeps its {name} {getattr(config, name)!r}, got {value!r}: "
-                "leave it out, or start a new run"
-            )
+    config = _read_run(out)
+    _check_changes(config, changes)
     if changes.get("steps") is not None:
         changes = {**changes, "epochs": None}
     elif changes.get("epochs") is not None:
@@ -300,6 +294,21 @@ def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
         if not Path(source).exists():
             raise ArmhubertError(f"{source} is no longer there: name the run's data anew beside --resume {out}")
     return resumed
+
+
+def _read_run(out: Path) -> DistillConfig:
+    if not (out / CONFIG_FILE).is_file():
+        raise ArmhubertError(f"{out} is no run: it has no {CONFIG_FILE}")
+    return build(DistillConfig, read_mapping(out / CONFIG_FILE), str(out / CONFIG_FILE))
+
+
+def _check_changes(saved: DistillConfig, changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if name not in RESUMABLE and value != getattr(saved, name):
+            raise ArmhubertError(
+                f"a resumed run keeps its {name} {getattr(saved, name)!r}, got {value!r}: "
+                "leave it out, or start a new run"
+            )
 
 
 def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:

@@ -156,9 +156,9 @@ class DistillConfig:
 
 
 # What may differ when a run is resumed: how long it goes on, how it is carried out, and where its inputs lie (their
-# content is checked), not what it computes.
+# content is checked, and accumulate times processes), not what it computes.
 RESUMABLE = frozenset(
-    {"out", "data", "valid", "teacher"}
+    {"out", "data", "valid", "teacher", "accumulate"}
     | {"steps", "epochs", "workers", "device", "log_every", "validate_every", "save_every", "patience", "impl"}
 )
 

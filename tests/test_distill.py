@@ -483,6 +483,30 @@ def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_af
     same_state(Path(config.out), Path(other.out))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"learning_rate": 0.1},
+            "a resumed run keeps its learning_rate 0.001, got 0.1: leave it out, or start a new run",
+        ),
+        ({"accumulate": 2}, r"another batches in a step: 1 then, 2 now \(accumulate times processes\)"),
+    ],
+)
+def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, stop_after, changes, says):
+    config = settings(steps=4)
+    run(config, should_stop=stop_after(2))
+    before = digests(Path(config.out))
+    with pytest.raises(ArmhubertError, match=says):
+        run(dataclasses.replace(config, **changes), resume=True)
+    assert digests(Path(config.out)) == before
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(settings, tmp_path):
+    with pytest.raises(ArmhubertError, match=r"nothing is no run: it has no distill\.json"):
+        run(settings(out=str(tmp_path / "nothing")), resume=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRET, reason="the kernels run here")
 def test_kernels_that_do_not_run_here_are_refused_before_anything_is_written(settings):
     config = settings(impl="triton")
