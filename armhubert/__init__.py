@@ -6,15 +6,32 @@ from typing import TYPE_CHECKING, Any
 from armhubert.errors import ArmhubertError
 
 if TYPE_CHECKING:
+    from armhubert.config import EncoderConfig, preset
     from armhubert.encoder import EncoderOutput, SpeechEncoder
     from armhubert.student import ARMHuBERT
     from armhubert.teacher import load_teacher
 
-__all__ = ["ARMHuBERT", "ArmhubertError", "EncoderOutput", "SpeechEncoder", "__version__", "load_teacher"]
+__all__ = [
+    "ARMHuBERT",
+    "ArmhubertError",
+    "EncoderConfig",
+    "EncoderOutput",
+    "SpeechEncoder",
+    "__version__",
+    "load_teacher",
+    "preset",
+]
 
 __version__ = "0.1.0"
 
-_HOMES = {"ARMHuBERT": "student", "EncoderOutput": "encoder", "SpeechEncoder": "encoder", "load_teacher": "teacher"}
+_HOMES = {
+    "ARMHuBERT": "student",
+    "EncoderConfig": "config",
+    "EncoderOutput": "encoder",
+    "SpeechEncoder": "encoder",
+    "load_teacher": "teacher",
+    "preset": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

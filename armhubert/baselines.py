@@ -187,6 +187,6 @@ def macs(config: EncoderConfig, samples: int) -> int:
         total += 2 * frames * width * config.ffn_width(layer)
         if config.position_buckets:
             total += frames * kept * 8
-    if config.head_width:
-        total += config.layers * frames * width * config.head_width
+    if config.projection_width:
+        total += config.layers * frames * width * config.projection_width
     return total

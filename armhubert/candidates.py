@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
+from armhubert.config import SAMPLE_RATE
 from armhubert.convert import is_source, load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest

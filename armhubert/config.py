@@ -1,9 +1,15 @@
 """Settings as frozen data: what an encoder is, the published presets, and strict reading of configuration files."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import math
+import numbers
+import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +35,34 @@ MAX_SIZE = 2**20
 """Far above any encoder; beyond them a configuration is damaged, and its shapes would overflow."""
 
 
+class _WithFields:
+    """The docstring of a class, followed by those under its fields, which are read from the source when asked for."""
+
+    def __init__(self, doc: str) -> None:
+        self.doc = doc
+
+    def __get__(self, instance: object, owner: type) -> str:
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except OSError:  # installed without its source
+            return self.doc
+        body = typing.cast(ast.ClassDef, tree).body
+        fields = [
+            textwrap.fill(f"{field.target.id}: {' '.join(text.value.value.split())}", 100, subsequent_indent=" " * 4)
+            for field, text in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        ]
+        return f"{inspect.cleandoc(self.doc)}\n\nAttributes:\n{textwrap.indent(chr(10).join(fields), ' ' * 4)}\n"
+
+
+def documented(cls: type[_T]) -> type[_T]:
+    """Let `help` show the docstrings under a class' fields as well."""
+    cls.__doc__ = typing.cast(str, _WithFields(cls.__doc__ or ""))
+    return cls
+
+
+@documented
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """One speech encoder, teacher or student: waveform convolutions, positional convolution, Transformer layers.
@@ -51,10 +85,11 @@ class EncoderConfig:
     """One letter a layer: C computes its attention map, R reuses the last computed one. Empty: all compute."""
     attention_mode: AttentionMode = "exact"
     """How a reusing layer reads the map: `exact` as in the paper, `resoftmax` for weights of the released code."""
-    head_width: int | None = None
+    projection_width: int | None = None
     """D_t, output width of the distillation heads (one linear map a layer); None: no heads."""
     scale_layer_gradients: bool = False
-    """Layer-gradient scaling of the ARM students: see `armhubert.encoder.scale_gradient`."""
+    """Scale the gradients of distillation through the heads as the ARM students do: see
+    `armhubert.encoder.scale_gradient`."""
     conv_norm: Literal["group", "layer"] = "group"
     """`group`: one group a channel after the first convolution only; `layer`: LayerNorm over channels after all."""
     conv_bias: bool = False
@@ -138,8 +173,10 @@ class EncoderConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ArmhubertError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.head_width is not None and not 1 <= self.head_width <= MAX_SIZE:
-            raise ArmhubertError(f"head_width must be at least 1 and at most {MAX_SIZE} or null, got {self.head_width}")
+        if self.projection_width is not None and not 1 <= self.projection_width <= MAX_SIZE:
+            raise ArmhubertError(
+                f"projection_width must be at least 1 and at most {MAX_SIZE} or null, got {self.projection_width}"
+            )
         self._check_pruning()
 
     def _check_pruning(self) -> None:
@@ -285,7 +322,7 @@ def _arm(width: int, ffn: int, **settings: Any) -> EncoderConfig:
             "heads": 12,
             "ffn": ffn,
             "pattern": "2by6",
-            "head_width": 768,
+            "projection_width": 768,
             "scale_layer_gradients": True,
             "dropout": 0.1,
             "attention_dropout": 0.1,
@@ -320,7 +357,7 @@ def mini() -> EncoderConfig:
         heads=4,
         ffn=288,
         pattern="2by3",
-        head_width=256,
+        projection_width=256,
         scale_layer_gradients=True,
     )
 
@@ -459,7 +496,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if hint is bool or hint is str:
         if isinstance(value, hint):
             return value
-    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        if hint is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+    elif isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
         try:
             number = hint(value)
             if (hint is not int or number == float(value)) and abs(number) < float("inf"):

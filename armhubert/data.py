@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
+from armhubert.audio import AUDIO_SUFFIXES, measure, read_audio
+from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError, brief
 from armhubert.files import write_atomic
 
@@ -372,10 +373,10 @@ def _save_cache(cache: Path | None, known: Mapping[str, _Record], records: Mappi
 class Crop(NamedTuple):
     """A part of an utterance, in samples at 16 kHz."""
 
-    index: int  # type: ignore[assignment]  # these names hide tuple.index and tuple.count, which nobody needs here
-    """Into the utterances that were planned."""
+    utterance: int
+    """Its place among the utterances that were planned."""
     start: int
-    count: int  # type: ignore[assignment]
+    samples: int
 
 
 _LENGTH_NOISE = 0.025  # lengths are sorted after a change of up to this share: other neighbours in every epoch
@@ -415,10 +416,10 @@ def plan_epoch(
     longest = 0
     rows = zip(order.tolist(), starts[order].tolist(), counts[order].tolist(), strict=True)
     for crop in map(Crop._make, rows):
-        longest = max(longest, crop.count)
+        longest = max(longest, crop.samples)
         if batch and longest * (len(batch) + 1) > budget:
             plan.append(batch)
-            batch, longest = [], crop.count
+            batch, longest = [], crop.samples
         batch.append(crop)
     plan.append(batch)
     if shuffle:
@@ -428,8 +429,8 @@ def plan_epoch(
 
 def padding_waste(plan: Sequence[Sequence[Crop]]) -> float:
     """Share of a plan's samples that are padding, from 0 to 1."""
-    padded = sum(len(batch) * max(crop.count for crop in batch) for batch in plan)
-    return 1 - sum(crop.count for batch in plan for crop in batch) / padded if padded else 0.0
+    padded = sum(len(batch) * max(crop.samples for crop in batch) for batch in plan)
+    return 1 - sum(crop.samples for batch in plan for crop in batch) / padded if padded else 0.0
 
 
 def split_validation(
@@ -565,20 +566,20 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
 
     def __getitem__(self, place: int) -> AudioBatch | ArmhubertError:
         crops = self.plan[place]
-        shape = len(crops), max(crop.count for crop in crops)
+        shape = len(crops), max(crop.samples for crop in crops)
         try:
             waveforms = torch.zeros(shape)
         except RuntimeError:
             return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower --batch-seconds")
         try:
             for row, crop in zip(waveforms, crops, strict=True):
-                row[: crop.count] = read_audio(self.paths[crop.index], crop.start, crop.count)
+                row[: crop.samples] = read_audio(self.paths[crop.utterance], crop.start, crop.samples)
         except ArmhubertError as error:
             return error
         return AudioBatch(
             waveforms,
-            torch.tensor([crop.count for crop in crops], dtype=torch.int64),
-            torch.tensor([crop.index for crop in crops], dtype=torch.int64),
+            torch.tensor([crop.samples for crop in crops], dtype=torch.int64),
+            torch.tensor([crop.utterance for crop in crops], dtype=torch.int64),
         )
 
 

@@ -1,8 +1,7 @@
 """Distillation: a teacher, speech and settings in; a student, step by step, out.
 
-`distill` prepares and `_train` loops, to be read from top to bottom; they yield reports and print nothing. All chance
-comes from (seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so that a resumed run,
-or the same run on more processes, computes the same thing.
+`distill` prepares and `_train` loops, to be read from top to bottom; they yield reports and print nothing. A step is in
+`armhubert.distill_run`.
 """
 
 import contextlib
@@ -11,14 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from armhubert import checkpoint, runlog
-from armhubert.audio import SAMPLE_RATE
 from armhubert.checkpoint import TrainingState
-from armhubert.config import EncoderConfig, build, read_mapping
+from armhubert.config import SAMPLE_RATE, EncoderConfig, build, read_mapping
 from armhubert.data import (
     SCAN_CACHE,
     Scan,
@@ -42,6 +40,21 @@ from armhubert.kernels.runtime import resolve_impl
 from armhubert.student import ARMHuBERT, count_parameters
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher
 
+__all__ = [
+    "DistillConfig",
+    "Finished",
+    "NoBest",
+    "Progress",
+    "Report",
+    "Saved",
+    "Scanning",
+    "Started",
+    "StepSkipped",
+    "Validated",
+    "distill",
+    "load_run_config",
+]
+
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 
 
@@ -57,15 +70,22 @@ class Started(NamedTuple):
     student_parameters: int
     student_parameters_without_heads: int
     copied_from_teacher: int
+    """Tensors that the student starts with."""
     utterances: int
     seconds: float
+    """Of audio to train on, before long utterances are cropped."""
     valid_utterances: int
     valid_seconds: float
     skipped: dict[str, int]
+    """Files that are not used, counted by reason."""
     skipped_report: Path | None
+    """Where they are listed; None where all are used."""
     padding_waste: float
+    """Share of the first epoch's batches that is padding."""
     steps: int
+    """Of the whole run."""
     first_step: int
+    """Steps that were made before; more than 0 in a resumed run."""
     processes: int
     device: str
     notes: tuple[str, ...]
@@ -92,12 +112,15 @@ class StepSkipped(NamedTuple):
     in_a_row: int
 
 
+Reason = Literal["done", "early stop", "stopped", "not begun"]
+"""Why a run ended; `not begun`: it was stopped before anything but the scan's cache was written."""
+
+
 class Finished(NamedTuple):
     """The end of the run, or of this part of it."""
 
     step: int
-    reason: str
-    """done, early stop, stopped, or not begun: stopped before anything of the run but the scan's cache was written."""
+    reason: Reason
     best_loss: float
     seconds: float
     audio_seconds: float
@@ -119,15 +142,15 @@ def distill(
     force: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Distil a student; yields reports while it works.
+    """Distil a student: a generator, which does nothing until it is iterated and yields reports, last `Finished`.
 
     Args:
         config: the settings. With `resume`, those of the run to continue (`load_run_config`), which may differ in
             what `armhubert.distill_config.RESUMABLE` names.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
-        should_stop: asked while the audio is examined and after every step; on True the run ends, after the first step
-            with a checkpoint.
+        should_stop: asked while the audio is examined and after every step; on True the run ends, with a checkpoint if
+            a step was made.
 
     Raises:
         ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
@@ -144,8 +167,10 @@ def distill(
             stack.enter_context(held(out, strict=False))
         data = yield from _prepare_data(config, sources, student.config.receptive_field, processes, should_stop)
         if data is None:
-            state, reason = (saved.state, "stopped") if saved is not None else (TrainingState(), "not begun")
-            yield _finished(state, reason, processes, out)
+            if saved is None:
+                yield _finished(TrainingState(), "not begun", processes, out)
+            else:
+                yield _finished(saved.state, "stopped", processes, out)
             return
         identity = _identity(config, teacher, student, data, processes)
         run = Run(config, processes, teacher, student, data)
@@ -187,7 +212,7 @@ def _train(
             log.draw()
         return Saved(state.step, out / CHECKPOINT_FILE)
 
-    def validation() -> Generator[Report, None, str]:
+    def validation() -> Generator[Report, None, Reason | None]:
         """Validate; returns why training is to end, if it is."""
         state.validation_due = True
         validated = run.validate(should_stop)
@@ -200,9 +225,9 @@ def _train(
             run.export(out)
         yield validated
         given_up = config.patience is not None and state.validations_without_gain >= config.patience
-        return "early stop" if given_up and state.step < run.steps else ""
+        return "early stop" if given_up and state.step < run.steps else None
 
-    reason = ""
+    reason: Reason | None = None
     if state.validation_due:
         reason = yield from validation()
         yield save()
@@ -238,18 +263,19 @@ def _train(
                 scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
                 log.add("train", state.step, scalars, progress.layers)
             yield progress
-        reason = "done" if last else "stopped" if run.world.any(should_stop()) else ""
+        reason = "done" if last else "stopped" if run.world.any(should_stop()) else None
         if run.data.valid and (last or state.step % validate_every == 0):
             reason = (yield from validation()) or reason
         if reason or state.step % save_every == 0:
             yield save()
+    assert reason is not None
     run.world.wait()
     if state.validations_without_gain and state.best_loss == float("inf"):
         yield NoBest(state.step)
     yield _finished(state, reason, run.world, out)
 
 
-def _finished(state: TrainingState, reason: str, processes: World, out: Path) -> Finished:
+def _finished(state: TrainingState, reason: Reason, processes: World, out: Path) -> Finished:
     memory = high_water_mark(processes.device)
     return Finished(state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, memory, out)
 
@@ -258,6 +284,8 @@ def _finished(state: TrainingState, reason: str, processes: World, out: Path) ->
 
 
 def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise ArmhubertError("resume=True continues a run and force=True starts one anew: give one of them")
     if resume:
         _check_changes(_read_run(out), vars(config))
         return
@@ -277,12 +305,13 @@ def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> N
     raise ArmhubertError(f"{out} exists, is not empty and is no run: choose another folder, or use --force")
 
 
-def load_run_config(out: Path, changes: dict[str, Any]) -> DistillConfig:
-    """The settings of the run in `out`, with `changes` made to what a resumed run may change.
+def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -> DistillConfig:
+    """The settings of the run in `out`, with `changes` to those that a resumed run may change.
 
     Raises:
         ArmhubertError: no run there, or a change to something that it computes.
     """
+    out, changes = Path(out), changes or {}
     config = _read_run(out)
     _check_changes(config, changes)
     if changes.get("steps") is not None:
@@ -405,7 +434,7 @@ def _scan(
     workers: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Report, None, list[Scan]]:
-    """A scan of each source; those that were ended before they were asked to stop."""
+    """A finished scan of each source; of fewer, once `should_stop` says so."""
     scans = []
     for paths in sources:
         with contextlib.closing(scan(paths, min_samples=min_samples, cache=cache, workers=workers)) as examined:
@@ -468,7 +497,7 @@ def _started(run: Run, copied: int, out: Path) -> Started:
         valid_seconds=sum(u.samples for u in data.valid) / SAMPLE_RATE,
         skipped=data.scan.skipped_by_kind,
         skipped_report=out / SKIPPED_FILE if data.scan.skipped else None,
-        padding_waste=padding_waste(run._plan(0)),
+        padding_waste=padding_waste(run.plan(0)),
         steps=run.steps,
         first_step=run.state.step,
         processes=run.world.size,

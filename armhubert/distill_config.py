@@ -4,15 +4,23 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.bundled import TRAINING_SPEECH
-from armhubert.config import AttentionMode, EncoderConfig, check_fields, parse_conv_layers, preset
+from armhubert.config import (
+    SAMPLE_RATE,
+    AttentionMode,
+    EncoderConfig,
+    check_fields,
+    documented,
+    parse_conv_layers,
+    preset,
+)
 from armhubert.data import MAX_WORKERS
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
 from armhubert.losses import parse_loss
 
 
+@documented
 @dataclass(frozen=True)
 class DistillConfig:
     """Settings of `armhubert distill`; the defaults are the published ones where there are any.
@@ -47,7 +55,7 @@ class DistillConfig:
     conv_layers: str | None = None
     """Conv stack instead of the preset's, written like [(128, 10, 5)] + [(256, 3, 2)] * 4."""
     attention_mode: AttentionMode = "exact"
-    """How reusing layers read the map."""
+    """How reusing layers read the map: exact, as in the paper, or resoftmax, as the released weights were trained."""
     dropout: float | None = None
     """Residual, attention and activation dropout instead of the preset's."""
     init: Literal["random", "teacher"] = "random"
@@ -56,11 +64,11 @@ class DistillConfig:
     loss: str = "masking"
     """masking, plain or star, or a weighted sum such as masking=1,star=0.5."""
     distance: Distance = "mse"
-    """Of the frame-wise losses."""
+    """Distance of the masking and plain losses: mse or l1."""
     layer_weight: float = 0.1
-    """a_l of every layer but the last, which has 1."""
+    """Weight of every layer's loss but the last's, which has 1."""
     mask_prob: float = 0.8
-    """p of the span mask (published: 0.8 for 960 h, 0.4 for 100 h)."""
+    """Mask probability p (published: 0.8 for 960 h, 0.4 for 100 h)."""
     mask_prob_end: float | None = None
     """Change p linearly to this value over the run; none: constant."""
     mask_length: int = 10
@@ -77,11 +85,11 @@ class DistillConfig:
     max_seconds: float = 20.0
     """Longer utterances are cropped at random to this length."""
     learning_rate: float = 5e-3
-    """Peak rate."""
+    """Peak learning rate."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly; then it falls linearly to 0."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW's weight decay."""
     beta1: float = 0.9
     """AdamW's first beta."""
     beta2: float = 0.98
@@ -91,7 +99,7 @@ class DistillConfig:
     clip: float | None = None
     """Largest gradient norm; none: no clipping, as published."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the matrix products; fp16 scales the loss."""
+    """Precision of the matrix products; fp16 uses loss scaling."""
     gradient_checkpointing: bool = False
     """Recompute each layer in backward: less memory, more time."""
     impl: Impl = "auto"
@@ -192,7 +200,7 @@ def student_config(config: DistillConfig, teacher: EncoderConfig) -> EncoderConf
         "ffn": config.ffn or base.ffn,
         "pattern": pattern,
         "attention_mode": config.attention_mode,
-        "head_width": teacher.width if config.terms.keys() & {"masking", "plain"} else None,
+        "projection_width": teacher.width if config.terms.keys() & {"masking", "plain"} else None,
         "normalize_input": teacher.normalize_input,
     }
     if config.dropout is not None:

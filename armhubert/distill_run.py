@@ -1,7 +1,7 @@
 """One run of a distillation: its batches, steps and validations; what of it goes into a checkpoint and comes back.
 
-All chance comes from (seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so that a
-resumed run, or the same run on more processes, computes the same thing.
+All randomness is derived from (seed, epoch, utterance) for crops and masks and from (seed, step, batch) for dropout, so
+that a resumed run, or the same run on more processes, repeats the same computation.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from armhubert import losses
-from armhubert.audio import SAMPLE_RATE
 from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import (
     AudioBatch,
     Crop,
@@ -30,7 +30,7 @@ from armhubert.data import (
     plan_epoch,
 )
 from armhubert.distill_config import DistillConfig
-from armhubert.distributed import World, chance
+from armhubert.distributed import World, seeded
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, brief
 from armhubert.losses import Objective
@@ -51,7 +51,7 @@ class Data(NamedTuple):
     scan: Scan
 
 
-class _Micro(NamedTuple):
+class _MicroBatch(NamedTuple):
     """One batch of one process: the smallest piece of a step."""
 
     epoch: int
@@ -60,22 +60,22 @@ class _Micro(NamedTuple):
     crops: list[Crop]
 
 
-class _Group(NamedTuple):
+class _StepBatches(NamedTuple):
     """The batches of one optimizer step over all processes, and this process's share of them as audio."""
 
-    all: list[_Micro]
-    mine: list[tuple[_Micro, AudioBatch]]
+    all: list[_MicroBatch]
+    mine: list[tuple[_MicroBatch, AudioBatch]]
     after: Cursor
 
 
 class _Outcome(NamedTuple):
-    """Of one step, over all processes but for the mask; tensors are still on the device."""
+    """Result of one step, over all processes; tensors are still on the device."""
 
     loss: Tensor
     layers: Tensor
     gradient_norm: Tensor
     masked_share: float
-    """Of this process' frames."""
+    """Share of this process' frames that were masked."""
     audio_seconds: float
 
 
@@ -139,9 +139,10 @@ class Run:
         self.steps = config.steps or self._steps_of_epochs(200.0 if config.epochs is None else config.epochs)
 
     def _steps_of_epochs(self, epochs: float) -> int:
-        return max(1, -int(-epochs * len(self._plan(0)) // self.batches_per_step))
+        return max(1, -int(-epochs * len(self.plan(0)) // self.batches_per_step))
 
-    def _plan(self, epoch: int) -> list[list[Crop]]:
+    def plan(self, epoch: int) -> list[list[Crop]]:
+        """The batches of an epoch, the same in every process."""
         config = self.config
         return plan_epoch(
             self.data.train,
@@ -155,12 +156,12 @@ class Run:
         """Every batch from `cursor` on, epoch after epoch, with the cursor that follows it."""
         epoch, first = cursor
         while True:
-            plan = self._plan(epoch)
+            plan = self.plan(epoch)
             for number in range(first, len(plan)):
                 yield Cursor(epoch, number + 1), plan[number]
             epoch, first = epoch + 1, 0
 
-    def groups(self) -> Iterator[_Group]:
+    def groups(self) -> Iterator[_StepBatches]:
         """The steps that are left, with their audio."""
         stream = self._stream(self.state.cursor)
         step = self.state.step
@@ -169,7 +170,7 @@ class Run:
             planned = []
             for _ in range(count):
                 pieces = list(islice(stream, self.batches_per_step))
-                micros = [_Micro(after.epoch, place, crops) for place, (after, crops) in enumerate(pieces)]
+                micros = [_MicroBatch(after.epoch, place, crops) for place, (after, crops) in enumerate(pieces)]
                 planned.append((micros, pieces[-1][0]))
             mine = [micros[self.world.rank :: self.world.size] for micros, _ in planned]
             audio = batches(
@@ -180,10 +181,10 @@ class Run:
             )
             with contextlib.closing(audio):  # type: ignore[type-var]
                 for (micros, after), own in zip(planned, mine, strict=True):
-                    yield _Group(micros, [(micro, next(audio)) for micro in own], after)
+                    yield _StepBatches(micros, [(micro, next(audio)) for micro in own], after)
             step += count
 
-    def step(self, group: _Group) -> _Outcome | None:
+    def step(self, group: _StepBatches) -> _Outcome | None:
         """One optimizer step; None where it was skipped because something was not finite."""
         started = time.perf_counter()
         state, config, student = self.state, self.config, self.student
@@ -192,7 +193,7 @@ class Run:
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         # Frames of all batches of all processes: known from the plan, so every process divides by the same number.
-        frames = sum(student.config.frames(crop.count) for micro in group.all for crop in micro.crops)
+        frames = sum(student.config.frames(crop.samples) for micro in group.all for crop in micro.crops)
         sums = torch.zeros(len(config.terms), student.config.layers, device=self.world.device)
         masked = 0
         for position, (micro, audio) in enumerate(group.mine):
@@ -201,7 +202,7 @@ class Run:
             mask = mask.to(waveforms.device, non_blocking=True)
             last = position == len(group.mine) - 1
             alone = contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
-            with alone, chance(self.world.device, config.seed, state.step, micro.place):
+            with alone, seeded(self.world.device, config.seed, state.step, micro.place):
                 with self._autocast():
                     targets = self.targets(waveforms, lengths, mask)
                     terms = self.forward(waveforms, lengths, mask, targets)
@@ -218,9 +219,9 @@ class Run:
             state.skipped_in_a_row += 1
             return None
         state.skipped_in_a_row = 0
-        seconds = sum(crop.count for micro in group.all for crop in micro.crops) / SAMPLE_RATE
+        seconds = sum(crop.samples for micro in group.all for crop in micro.crops) / SAMPLE_RATE
         state.audio_seconds += seconds
-        own = sum(student.config.frames(crop.count) for micro, _ in group.mine for crop in micro.crops)
+        own = sum(student.config.frames(crop.samples) for micro, _ in group.mine for crop in micro.crops)
         layers = (sums * self.term_weights[:, None]).sum(0) / frames
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
 
@@ -242,7 +243,7 @@ class Run:
         """Clip and step; returns the gradients' norm, and whether it and the loss are finite: else no step is made."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip or float("inf"))
-        # The one place where the device is waited for.
+        # One process, without loss scaling, waits for its device nowhere else in a step.
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self.scaler.step(self.optimizer)
@@ -263,7 +264,7 @@ class Run:
     def _weigh(self, sums: Tensor) -> Tensor:
         return (self.term_weights @ sums) @ self.layer_weights
 
-    def _inputs(self, micro: _Micro, audio: AudioBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _inputs(self, micro: _MicroBatch, audio: AudioBatch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Waveforms and lengths on the device, and the mask: drawn here, once, for teacher and student."""
         config, student = self.config, self.student.config
         probability = scheduled_probability(config.mask_prob, config.mask_prob_end, self.state.step / self.steps)
@@ -271,9 +272,9 @@ class Run:
             probability = 0.0
         masks = [
             span_mask(
-                student.frames(crop.count),
+                student.frames(crop.samples),
                 probability,
-                np.random.default_rng([config.seed, micro.epoch, crop.index]),
+                np.random.default_rng([config.seed, micro.epoch, crop.utterance]),
                 mean_length=config.mask_length,
             )
             for crop in micro.crops
@@ -318,7 +319,7 @@ class Run:
                         sums += self.objective.frame_loss(output.hidden_states, targets.clean, frames)
         if self.world.any(read < len(own)):
             return None
-        total = sum(student.config.frames(crop.count) for crops in plan for crop in crops)
+        total = sum(student.config.frames(crop.samples) for crops in plan for crop in crops)
         layers = self.world.sum(sums) / total
         loss = float(layers @ self.layer_weights)
         best = math.isfinite(loss) and loss < self.state.best_loss
@@ -380,15 +381,15 @@ class Window:
 
     @property
     def count(self) -> int:
-        """Steps since then."""
+        """Steps since the last report."""
         return len(self.outcomes)
 
     def add(self, outcome: _Outcome) -> None:
-        """One more."""
+        """Take in the outcome of one step."""
         self.outcomes.append(outcome)
 
     def report(self) -> Progress:
-        """Their means; the next report is of what comes after it."""
+        """Averages since the last report; a new window begins."""
         run, state, outcomes = self.run, self.run.state, self.outcomes
         elapsed = max(1e-9, time.perf_counter() - self.since)
         progress = Progress(
@@ -417,7 +418,7 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 
 
 def while_read(audio: Iterator[R], should_stop: Callable[[], bool]) -> Iterator[R]:
-    """What is read, up to where the readers are ended by the signal that also asks this process to stop."""
+    """Iterate until the end, or until the readers die, if that was by the signal that asks this process to stop too."""
     try:
         yield from audio
     except ReaderDied:

@@ -1,4 +1,4 @@
-"""What training loops need to know of where they run: devices, other processes under torchrun, random generators."""
+"""Where a training loop runs: its device, the other processes under torchrun, the state of random generators."""
 
 import os
 import platform
@@ -93,9 +93,9 @@ def processor_name() -> str:
 
 
 @contextmanager
-def chance(device: torch.device, *key: int) -> Iterator[None]:
-    """torch's default generators of the CPU and of `device`, as `pick_device` gives it, seeded by `key`; the caller's
-    are put back."""
+def seeded(device: torch.device, *key: int) -> Iterator[None]:
+    """Seed PyTorch's default generators, of the CPU and of `device` (from `pick_device`), by `key`; the caller's state
+    comes back at the end."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)

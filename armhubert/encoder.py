@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from armhubert.config import EncoderConfig
+from armhubert.config import EncoderConfig, documented
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
@@ -28,6 +28,7 @@ from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
 from armhubert.weights import Weights
 
 
+@documented
 class EncoderOutput(NamedTuple):
     """Features of a batch."""
 
@@ -55,8 +56,8 @@ class _ScaleGradient(torch.autograd.Function):
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """The identity, with its gradient multiplied by `factor`.
 
-    ARM students scale what flows back along the residual stream out of layer i = 0..L-1 by m_i = (L - i) / (L - i + 1),
-    and what enters through head i by 1 - m_i before that.
+    In distillation through their heads, ARM students scale what flows back along the residual stream out of layer
+    i = 0..L-1 by m_i = (L - i) / (L - i + 1), and what enters through head i by 1 - m_i before that.
     """
     return _ScaleGradient.apply(x, factor) if torch.is_grad_enabled() and x.requires_grad else x
 
@@ -400,8 +401,11 @@ class SpeechEncoder(nn.Module):
             x = self.norm(x)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def layer_outputs(self, x: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
-        """Each layer's output [B, T, D] as soon as it is there; a caller that needs no more may stop."""
+    def layer_outputs(self, x: Tensor, lengths: Tensor | None, *, through_heads: bool = False) -> Iterator[Tensor]:
+        """Each layer's output [B, T, D] as soon as it is there; a caller that needs no more may stop.
+
+        `through_heads`: gradients come through distillation heads too, and are scaled as the configuration says.
+        """
         attention_map: AttentionMap | None = None
         bias = self.relative_positions(x.shape[1]) if self.relative_positions is not None else None
         keep_nothing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -412,7 +416,7 @@ class SpeechEncoder(nn.Module):
                     attention_map = attention_map._replace(probabilities=None)
             else:
                 x, attention_map = layer(x, attention_map, lengths, bias)
-            if self.config.scale_layer_gradients:
+            if through_heads and self.config.scale_layer_gradients:
                 x = scale_gradient(x, self._stream_factor(i))
             yield x
 
@@ -430,23 +434,42 @@ class SpeechEncoder(nn.Module):
             waveforms: [B, S] at 16 kHz, float.
             lengths: valid samples of each utterance [B], integer; None: all S.
             mask: [B, T] bool, frames to replace by the mask embedding; None: none.
-            hidden_states: False leaves them out of the output, an empty tuple, which takes less memory.
+            hidden_states: False leaves them out of the output, which takes less memory.
+
+        Returns:
+            The features, without projections; those of padded frames are unspecified.
 
         Raises:
             ArmhubertError: shapes or lengths that do not fit.
         """
+        return self._features(waveforms, lengths, mask, hidden_states)
+
+    def _features(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        hidden_states: bool,
+        through_heads: bool = False,
+    ) -> EncoderOutput:
         self.check_inputs(waveforms, lengths, mask)
         lengths = None if lengths is None else lengths.long()
-        run = self._in_groups if self._works_in_groups(waveforms) else self._at_once
-        return run(waveforms, lengths, mask, hidden_states)
+        if self._works_in_groups(waveforms):
+            return self._in_groups(waveforms, lengths, mask, hidden_states)
+        return self._at_once(waveforms, lengths, mask, hidden_states, through_heads)
 
     def _at_once(
-        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, hidden_states: bool
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        hidden_states: bool,
+        through_heads: bool = False,
     ) -> EncoderOutput:
         x, frames = self.embed(waveforms, lengths)
         inputs = self.layer_inputs(x, frames, mask)
         kept = [inputs] if hidden_states else []
-        for x in self.layer_outputs(inputs, frames):
+        for x in self.layer_outputs(inputs, frames, through_heads=through_heads):
             if hidden_states:
                 kept.append(x)
         if frames is None:
@@ -497,6 +520,8 @@ class SpeechEncoder(nn.Module):
 
     def check_inputs(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> None:
         """Raise an ArmhubertError unless these are what `forward` takes; for callers that run the stages themselves."""
+        if not isinstance(waveforms, Tensor):
+            raise ArmhubertError(f"waveforms must be a tensor [B, S], got a {type(waveforms).__name__}")
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ArmhubertError(
                 f"waveforms must be floating point [B, S], got {waveforms.dtype} {list(waveforms.shape)}"

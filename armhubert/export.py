@@ -30,9 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, interleave
-from armhubert.config import check_fields
+from armhubert.config import SAMPLE_RATE, check_fields, documented
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
@@ -53,6 +52,7 @@ _SUFFIX = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
 _ONNX_LIMIT = 2**31 - 2**20  # a protobuf message ends there
 
 
+@documented
 @dataclass(frozen=True)
 class ExportConfig:
     """One export.

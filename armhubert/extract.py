@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
-from armhubert.config import EncoderConfig, check_fields, read_mapping
+from armhubert.config import SAMPLE_RATE, EncoderConfig, check_fields, documented, read_mapping
 from armhubert.data import (
     MAX_WORKERS,
     Crop,
@@ -64,6 +63,7 @@ _SETTINGS = "features.json"
 _INDEX = "index.jsonl"
 
 
+@documented
 @dataclass(frozen=True)
 class ExtractConfig:
     """One extraction.
@@ -195,7 +195,7 @@ def select(spec: str, config: EncoderConfig, *, heads: bool = False) -> Selectio
         ArmhubertError: not a specification, a layer that the model does not have, weights of another number than
             there are layers, heads that the model does not have.
     """
-    if heads and config.head_width is None:
+    if heads and config.projection_width is None:
         raise ArmhubertError("this model has no distillation heads: leave out --heads")
     available = tuple(range(1 if heads else 0, config.layers + 1))
     rule = f"layers must be last, all, numbers within {available[0]}..{available[-1]} such as 3,6, or weighted"
@@ -288,7 +288,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     ).requires_grad_(False)
     check_windows(config.chunk_seconds, config.context_seconds, model.config.hop)
     selection = select(config.layers, model.config, heads=config.heads)
-    width = model.config.head_width if config.heads and model.config.head_width else model.config.width
+    width = model.config.projection_width if config.heads and model.config.projection_width else model.config.width
     settings = _settings(config, model, selection, width)
     known = {} if config.force else _earlier(out, settings)
     if not known:  # before the settings are this run's, lest another run's features be taken for it

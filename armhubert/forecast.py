@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import timed
+from armhubert.config import SAMPLE_RATE
 
 PROBES = (1.0, 4.0, 10.0)
 """Seconds of audio that show how a candidate's cost grows; no longer one runs without a forecast."""

@@ -279,8 +279,8 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
 
 
 class ARMHuBERTModel(ARMHuBERTPreTrainedModel):
-    """A student as `AutoModel`. Distillation heads are kept and saved, not run or trained; `head_width=None` leaves
-    them out."""
+    """A student as `AutoModel`. Distillation heads are kept and saved, not run or trained; with `projection_width=None`
+    they are left out."""
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         super().__init__(config)
@@ -318,7 +318,7 @@ class ARMHuBERTForCTC(ARMHuBERTPreTrainedModel):
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         config = copy.deepcopy(config)
-        config.head_width = None
+        config.projection_width = None
         super().__init__(config)
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(config.width, config.vocab_size)

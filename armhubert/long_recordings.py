@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE, read_audio
+from armhubert.audio import read_audio
+from armhubert.config import SAMPLE_RATE
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Moments

@@ -140,7 +140,8 @@ class Objective(nn.Module):
         x, frames = self.student.embed(waveforms, lengths)
         inputs = torch.cat([self.student.layer_inputs(x, frames, view) for view in views])
         repeated = None if frames is None else frames.repeat(len(views))
-        hidden = (inputs, *self.student.layer_outputs(inputs, repeated))
+        through_heads = self.student.heads is not None
+        hidden = (inputs, *self.student.layer_outputs(inputs, repeated, through_heads=through_heads))
         return list(zip(*(h.chunk(len(views)) for h in hidden), strict=True)), frames
 
     def compare(self, by_view: Sequence[Sequence[Tensor]], frames: Tensor | None, targets: TeacherTargets) -> Tensor:

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 import yaml
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import macs
 from armhubert.clock import Timing, interleave
-from armhubert.config import EncoderConfig
+from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.distributed import pick_device
@@ -153,7 +152,7 @@ def _widths(teacher: EncoderConfig) -> list[int]:
 def _size(settings: DistillConfig, teacher: EncoderConfig, width: int, ratio: float) -> _Size:
     """A student of that width, its feed-forward `ratio` times as wide: 1.8 in the published ones (864 / 480)."""
     sized = dataclasses.replace(settings, width=width, ffn=max(16, round(ratio * width / 16) * 16))
-    return _Size(sized, dataclasses.replace(student_config(sized, teacher), head_width=None))
+    return _Size(sized, dataclasses.replace(student_config(sized, teacher), projection_width=None))
 
 
 def _counts(student: EncoderConfig) -> tuple[int, int]:

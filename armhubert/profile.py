@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from armhubert import forecast, ragged
-from armhubert.audio import SAMPLE_RATE
 from armhubert.baselines import BASELINES
 from armhubert.candidates import (
     MODES,
@@ -36,7 +35,7 @@ from armhubert.candidates import (
     split_baseline,
 )
 from armhubert.clock import Timing, conditions, interleave, wait
-from armhubert.config import check_fields
+from armhubert.config import SAMPLE_RATE, check_fields, documented
 from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
@@ -50,6 +49,7 @@ SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
 """SUPERB counts operations over 32 utterances of test-clean, 224.86 s in all; here as 32 of equal length."""
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Settings of `armhubert profile`.

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
 from armhubert.clock import Timing, interleave
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import Crop, Utterance, padding_waste, plan_epoch
 
 LIBRISPEECH = (
@@ -90,7 +90,7 @@ def _plans(samples: list[int]) -> dict[str, list[list[Crop]]]:
     unsorted: list[list[Crop]] = [[]]
     for index in order:
         crop = Crop(index, 0, samples[index])
-        longest = max(crop.count, *(other.count for other in unsorted[-1]), 0)
+        longest = max(crop.samples, *(other.samples for other in unsorted[-1]), 0)
         if longest * (len(unsorted[-1]) + 1) > BATCH_SECONDS * SAMPLE_RATE and unsorted[-1]:
             unsorted.append([])
         unsorted[-1].append(crop)
@@ -100,8 +100,8 @@ def _plans(samples: list[int]) -> dict[str, list[list[Crop]]]:
 def _batch(crops: list[Crop], way: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Noise [B, S], zero beyond each length, and the lengths [B]; None where they are all the same by intention."""
     generator = torch.Generator().manual_seed(0)
-    waveforms = torch.zeros(len(crops), max(crop.count for crop in crops))
+    waveforms = torch.zeros(len(crops), max(crop.samples for crop in crops))
     for row, crop in zip(waveforms, crops, strict=True):
-        row[: crop.count].normal_(0, 0.1, generator=generator)
-    lengths = torch.tensor([crop.count for crop in crops])
+        row[: crop.samples].normal_(0, 0.1, generator=generator)
+    lengths = torch.tensor([crop.samples for crop in crops])
     return waveforms.to(device), None if way == "equal" else lengths.to(device)

@@ -30,11 +30,11 @@ _PREPROCESSOR = {
 class LayerHeads(nn.Module):
     """One linear map D -> D_t a layer, kept as one tensor for all layers: weight [L, D_t, D], bias [L, D_t]."""
 
-    def __init__(self, layers: int, width: int, head_width: int) -> None:
+    def __init__(self, layers: int, width: int, projection_width: int) -> None:
         super().__init__()
         bound = width**-0.5
-        self.weight = nn.Parameter(torch.empty(layers, head_width, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(layers, head_width).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(layers, projection_width, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(layers, projection_width).uniform_(-bound, bound))
 
     def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """L tensors [B, T, D] -> L tensors [B, T, D_t]."""
@@ -44,11 +44,20 @@ class LayerHeads(nn.Module):
 
 
 class ARMHuBERT(SpeechEncoder):
-    """A student: `SpeechEncoder` with distillation heads, where its configuration has a `head_width`."""
+    """A student: a speech encoder whose layers may reuse attention maps, with the heads it is distilled through.
+
+    `ARMHuBERT.from_pretrained("runs/demo")` loads one, `ARMHuBERT(preset("armhubert"))` makes an untrained one.
+
+    Args:
+        config: the architecture; it has heads where `projection_width` is set.
+        impl: implementation of attention and waveform convolutions: `auto` (Triton on a GPU, PyTorch elsewhere),
+            `triton` or `torch`.
+    """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
         super().__init__(config, impl=impl)
-        self.heads = LayerHeads(config.layers, config.width, config.head_width) if config.head_width else None
+        width = config.projection_width
+        self.heads = None if width is None else LayerHeads(config.layers, config.width, width)
 
     def head_inputs(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The layer outputs that enter the heads: hidden_states[1:], gradients scaled as the configuration says."""
@@ -66,9 +75,24 @@ class ARMHuBERT(SpeechEncoder):
         hidden_states: bool = True,
         projections: bool = True,
     ) -> EncoderOutput:
-        """As `SpeechEncoder.forward`; `projections=False` leaves the heads out."""
+        """Features of a batch of waveforms.
+
+        Args:
+            waveforms: [B, S] at 16 kHz, float.
+            lengths: valid samples of each utterance [B], integer; None: all S.
+            mask: [B, T] bool, frames to replace by the mask embedding; None: none.
+            hidden_states: False leaves them out of the output, which takes less memory.
+            projections: False leaves the heads out. With them, gradients are those of distillation: scaled layer by
+                layer, where the configuration says so.
+
+        Returns:
+            The features; those of padded frames are unspecified.
+
+        Raises:
+            ArmhubertError: shapes or lengths that do not fit.
+        """
         projections = projections and self.heads is not None
-        output = super().forward(waveforms, lengths, mask, hidden_states=hidden_states or projections)
+        output = self._features(waveforms, lengths, mask, hidden_states or projections, through_heads=projections)
         if self.heads is None or not projections:
             return output
         projected = self.heads(self.head_inputs(output.hidden_states))
@@ -91,13 +115,16 @@ class ARMHuBERT(SpeechEncoder):
             source: a folder of `save_pretrained` or `armhubert distill`, a hub id, a released `student.ckpt` with its
                 `.yaml` beside it, or any source that `load_teacher` takes (a student that reuses nothing).
             heads: keep the distillation heads, if there are any; without them the model is smaller and faster.
-            attention_mode: read the maps in another way than recorded; None: as recorded.
-            impl: implementation of the attention and waveform convolution ops.
+            attention_mode: how reusing layers read the map, `exact` or `resoftmax`, instead of as recorded.
+            impl: implementation of attention and waveform convolutions: `auto`, `triton` or `torch`.
             dtype: of the parameters.
-            device: where the model goes.
+            device: of the parameters.
 
         Raises:
             ArmhubertError: nothing usable at `source`; the message says what is missing.
+
+        Warns:
+            UserWarning: a model that was trained with `resoftmax` is read as `exact`.
         """
         weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
         return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)

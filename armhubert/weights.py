@@ -49,4 +49,4 @@ class Weights(NamedTuple):
     def without_heads(self) -> "Weights":
         """Without the distillation heads, if there are any."""
         state = {name: value for name, value in self.state.items() if not name.startswith("heads.")}
-        return self._replace(state=state).with_config(head_width=None)
+        return self._replace(state=state).with_config(projection_width=None)

@@ -203,8 +203,8 @@ def _distillation(job: Job) -> dict[str, Any]:
     student_config = mini() if job.quick else armhubert()
     teacher_config = HUBERT_BASE
     if job.quick:
-        teacher_config = dataclasses.replace(mini(), pattern="", head_width=None)
-        student_config = dataclasses.replace(mini(), head_width=160)
+        teacher_config = dataclasses.replace(mini(), pattern="", projection_width=None)
+        student_config = dataclasses.replace(mini(), projection_width=160)
     teacher = _model(teacher_config, SpeechEncoder, "auto", device).eval().requires_grad_(False)
     teacher_twin = _model(teacher_config, SpeechEncoder, "torch", device).eval().requires_grad_(False)
     layers = layer_mapping(student_config.layers, teacher_config.layers)

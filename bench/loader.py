@@ -25,9 +25,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE, measure, read_audio
+from armhubert.audio import AUDIO_SUFFIXES, measure, read_audio
 from armhubert.bundled import TEST_SPEECH
 from armhubert.clock import write_results
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import Utterance, batches, discover, plan_epoch
 
 FORMATS: dict[str, dict[str, Any]] = {

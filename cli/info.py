@@ -20,7 +20,8 @@ def info(
 
     import torch
 
-    from armhubert.audio import SAMPLE_RATE, read_audio
+    from armhubert.audio import read_audio
+    from armhubert.config import SAMPLE_RATE
     from armhubert.student import ARMHuBERT, count_parameters
 
     student = ARMHuBERT.from_pretrained(model)

@@ -1,6 +1,11 @@
 import dataclasses
+import inspect
 import json
+import pydoc
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +25,13 @@ from armhubert.config import (
     preset,
     read_mapping,
 )
+from armhubert.distill_config import DistillConfig
 from armhubert.errors import ArmhubertError
+from armhubert.export import ExportConfig
+from armhubert.extract import ExtractConfig
+from armhubert.profile import ProfileConfig
 from armhubert.student import count_parameters
+from armhubert.superb.config import EvaluateConfig
 
 
 @pytest.mark.parametrize(
@@ -100,8 +110,8 @@ def test_anything_else_in_a_conv_stack_is_refused(text):
         ({"width": 192}, "feature_projection"),
         ({"position_buckets": 320}, "no relative position bias"),
         ({"dropout": 1.0}, "below 1"),
-        ({"head_width": 0}, "head_width"),
-        ({"head_width": 2**21}, "head_width"),
+        ({"projection_width": 0}, "projection_width"),
+        ({"projection_width": 2**21}, "projection_width"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"layers": 10**18}, "at most 1000"),
         ({"width": 10**18}, "at most 1048576"),
@@ -155,6 +165,22 @@ def test_a_configuration_file_is_read_strictly(change, message):
 
 def test_numbers_written_as_text_are_numbers():
     assert build(EncoderConfig, dataclasses.asdict(mini()) | {"norm_eps": "1e-4"}, "file").norm_eps == 1e-4
+
+
+def test_settings_given_in_python_may_be_paths_and_numpys_numbers():
+    config = DistillConfig(out=Path("a") / "b", data=(Path("c"),), steps=np.int64(5), warmup=np.float32(0.25))
+    assert (config.out, config.data, config.steps, config.warmup) == ("a/b", ("c",), 5, 0.25)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    "settings", [EncoderConfig, DistillConfig, EvaluateConfig, ExportConfig, ExtractConfig, ProfileConfig]
+)
+def test_help_tells_what_every_setting_means(settings):
+    text = inspect.getdoc(settings)
+    for field in dataclasses.fields(settings):
+        assert re.search(rf"^    {field.name}: \S", text, re.MULTILINE), field.name
+    assert "Attributes:" in pydoc.plain(pydoc.render_doc(settings))
 
 
 def test_missing_settings_are_named():

@@ -302,9 +302,9 @@ def utterances(size: int, seed: int = 0) -> list[Utterance]:
 def test_every_utterance_once_within_bounds_and_budget(batch_seconds, max_seconds, shuffle):
     known = utterances(500)
     plan = plan_epoch(known, batch_seconds=batch_seconds, max_seconds=max_seconds, seed=1, epoch=2, shuffle=shuffle)
-    assert sorted(crop.index for batch in plan for crop in batch) == list(range(500))
+    assert sorted(crop.utterance for batch in plan for crop in batch) == list(range(500))
     for batch in plan:
-        assert len(batch) == 1 or max(crop.count for crop in batch) * len(batch) <= batch_seconds * 16_000
+        assert len(batch) == 1 or max(crop.samples for crop in batch) * len(batch) <= batch_seconds * 16_000
         for index, start, count in batch:
             assert count == min(known[index].samples, int((max_seconds or 1e6) * 16_000))
             assert 0 <= start <= known[index].samples - count
@@ -318,7 +318,7 @@ def test_a_plan_is_a_function_of_its_arguments():
         return plan_epoch(known, **{"batch_seconds": 60.0, "max_seconds": 8.0, "seed": 1, "epoch": 0, **changes})
 
     def starts(plan: list[list[Crop]]) -> dict[int, int]:
-        return {crop.index: crop.start for batch in plan for crop in batch}
+        return {crop.utterance: crop.start for batch in plan for crop in batch}
 
     first = plan()
     assert plan() == first
@@ -326,11 +326,11 @@ def test_a_plan_is_a_function_of_its_arguments():
     assert all(other != first for other in others)
     assert len({tuple(starts(other).values()) for other in others}) == 4
     assert starts(plan(batch_seconds=400.0)) == starts(plan(shuffle=False)) == starts(first)
-    assert {frozenset(crop.index for crop in batch) for batch in first} != {
-        frozenset(crop.index for crop in batch) for batch in plan(epoch=1)
+    assert {frozenset(crop.utterance for crop in batch) for batch in first} != {
+        frozenset(crop.utterance for crop in batch) for batch in plan(epoch=1)
     }
-    assert [max(crop.count for crop in batch) for batch in plan(shuffle=False)] == sorted(
-        (max(crop.count for crop in batch) for batch in plan(shuffle=False)), reverse=True
+    assert [max(crop.samples for crop in batch) for batch in plan(shuffle=False)] == sorted(
+        (max(crop.samples for crop in batch) for batch in plan(shuffle=False)), reverse=True
     )
     # Pinned: a resumed run, and another machine, must cut alike.
     assert [first[0][0], first[-1][-1]] == [Crop(12, 77_273, 128_000), Crop(271, 45_499, 128_000)]
@@ -431,11 +431,11 @@ def test_batches_hold_what_was_planned(speech, workers):
     got = list(batches(speech, plan, workers=workers))
     assert len(got) == len(plan)
     for batch, crops in zip(got, plan, strict=True):
-        assert batch.indices.tolist() == [crop.index for crop in crops]
-        assert batch.lengths.tolist() == [crop.count for crop in crops]
+        assert batch.indices.tolist() == [crop.utterance for crop in crops]
+        assert batch.lengths.tolist() == [crop.samples for crop in crops]
         assert batch.indices.dtype == batch.lengths.dtype == torch.int64
         assert batch.waveforms.dtype == torch.float32
-        assert batch.waveforms.shape == (len(crops), max(crop.count for crop in crops))
+        assert batch.waveforms.shape == (len(crops), max(crop.samples for crop in crops))
         for row, (index, start, count) in zip(batch.waveforms, crops, strict=True):
             # One thread in a worker and several here may round differently.
             assert torch.allclose(row[:count], read_audio(speech[index].path, start, count), atol=1e-6)
@@ -469,7 +469,7 @@ def test_workers_end_with_the_iterator(speech):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanished_or_changed_is_named(speech, workers):
     plan = planned(speech)
-    victim = Path(speech[plan[2][0].index].path)
+    victim = Path(speech[plan[2][0].utterance].path)
     rest = victim.read_bytes()
     victim.unlink()
     iterator = batches(speech, plan, workers=workers)

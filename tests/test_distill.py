@@ -502,6 +502,11 @@ def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, s
     assert digests(Path(config.out)) == before
 
 
+def test_a_run_is_continued_or_started_anew_not_both(settings):
+    with pytest.raises(ArmhubertError, match="resume=True continues a run and force=True starts one anew"):
+        run(settings(), resume=True, force=True)
+
+
 def test_a_folder_without_a_run_cannot_be_resumed(settings, tmp_path):
     with pytest.raises(ArmhubertError, match=r"nothing is no run: it has no distill\.json"):
         run(settings(out=str(tmp_path / "nothing")), resume=True)

@@ -67,7 +67,7 @@ def test_features_do_not_depend_on_the_batch(name, padding, at_once):
 
 def test_groups_are_the_batch_at_once(monkeypatch):
     monkeypatch.setattr("armhubert.encoder.FRAMES_A_THREAD", 1000)
-    encoder = model("reuse", cls=ARMHuBERT, head_width=8)
+    encoder = model("reuse", cls=ARMHuBERT, projection_width=8)
     waves, lengths = torch.randn(5, 3000), torch.tensor([3000, 400, 2950, 390, 40])
     mask = torch.rand(5, encoder.config.frames(3000)) < 0.3
     shapes = []
@@ -244,7 +244,7 @@ def test_hooks_see_what_a_linear_layer_gives(layer):
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", ["reuse", "pre-norm, layer norm"])
 def test_hidden_states_can_be_left_out(name, gradients):
-    encoder = model(name, ARMHuBERT, head_width=8)
+    encoder = model(name, ARMHuBERT, projection_width=8)
     waves, lengths = torch.randn(2, 3000), torch.tensor([3000, 1500])
     with torch.set_grad_enabled(gradients):
         whole, less = encoder(waves, lengths), encoder(waves, lengths, hidden_states=False)
@@ -374,7 +374,7 @@ def test_half_precision_runs():
 @pytest.mark.parametrize("name", ["reuse", "resoftmax"])
 def test_compiles_whole(name):
     torch._dynamo.reset()
-    encoder = model(name, ARMHuBERT, head_width=8, layers=2, pattern="CR")
+    encoder = model(name, ARMHuBERT, projection_width=8, layers=2, pattern="CR")
     compiled = torch.compile(lambda *a: encoder(*a)[:3], fullgraph=True, backend="aot_eager")
     for samples in (900, 1300):
         x, lengths = torch.randn(2, samples), torch.tensor([samples, 500])

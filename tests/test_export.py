@@ -23,7 +23,7 @@ SMALL = dataclasses.replace(
     heads=2,
     ffn=64,
     pattern="CR",
-    head_width=24,
+    projection_width=24,
     attention_mode="resoftmax",
 )
 
@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_traced(s
 
 
 def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
-    ARMHuBERT(dataclasses.replace(SMALL, head_width=None)).save_pretrained(tmp_path / "bare")
+    ARMHuBERT(dataclasses.replace(SMALL, projection_width=None)).save_pretrained(tmp_path / "bare")
     with pytest.raises(ArmhubertError, match="no distillation heads: leave out --heads"):
         next(export(ExportConfig(str(tmp_path / "bare"), str(tmp_path / "m.onnx"), heads=True)))
     monkeypatch.setattr(module, "_ONNX_LIMIT", 1000)

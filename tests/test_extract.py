@@ -29,7 +29,7 @@ TINY = dataclasses.replace(
     heads=2,
     ffn=32,
     pattern="CR",
-    head_width=16,
+    projection_width=16,
 )
 
 
@@ -276,7 +276,7 @@ def test_layers_that_are_none(spec):
 
 def test_heads_that_are_none():
     with pytest.raises(ArmhubertError, match="no distillation heads"):
-        select("last", dataclasses.replace(TINY, head_width=None), heads=True)
+        select("last", dataclasses.replace(TINY, projection_width=None), heads=True)
     with pytest.raises(ArmhubertError, match=r"within 1\.\.2"):
         select("0", TINY, heads=True)
 

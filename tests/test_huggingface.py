@@ -159,7 +159,7 @@ def test_the_configurations_names_and_defaults():
 
 
 def test_settings_at_loading_reach_the_encoder(folder):
-    model = AutoModel.from_pretrained(folder, hidden_dropout=0.3, head_width=None, attn_implementation="eager")
+    model = AutoModel.from_pretrained(folder, hidden_dropout=0.3, projection_width=None, attn_implementation="eager")
     assert model.armhubert.config.dropout == 0.3
     assert model.armhubert.heads is None
     assert {layer.attention.impl for layer in model.armhubert.layers} == {"torch"}
@@ -241,7 +241,7 @@ def test_frames_for_pooling_are_those_of_hubert(folder, batch):
 
 
 def test_every_parameter_that_is_to_learn_gets_a_gradient(batch, tmp_path):
-    small(head_width=12).save_pretrained(tmp_path)
+    small(projection_width=12).save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path).train()
     model(*batch).last_hidden_state.square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -16,11 +16,11 @@ def teacher(tmp_path_factory) -> SpeechEncoder:
     return load_teacher(write_teacher(tmp_path_factory.mktemp("models") / "teacher", layers=4))
 
 
-def new_student(head_width: int | None = 32, **changes) -> ARMHuBERT:
+def new_student(projection_width: int | None = 32, **changes) -> ARMHuBERT:
     settings = {"conv_layers": STACK, "width": 16, "layers": 2, "heads": 2, "ffn": 24, "pattern": "CR"}
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
-        return ARMHuBERT(EncoderConfig(**settings, head_width=head_width, **changes))
+        return ARMHuBERT(EncoderConfig(**settings, projection_width=projection_width, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +147,13 @@ def test_terms_come_in_their_order_and_share_one_pass(teacher, waveforms, mask):
 
 
 def test_star_needs_no_heads(teacher, waveforms):
-    student = new_student(head_width=None)
+    student = new_student(projection_width=None)
     assert sums(student, teacher, ["star"], waveforms, LENGTHS, None).isfinite().all()
 
 
 @pytest.mark.parametrize("terms", [["masking"], ["plain"], ["star"], ["masking", "star"]])
 def test_every_trained_parameter_gets_a_gradient(teacher, waveforms, mask, terms):
-    student = new_student(head_width=None if terms == ["star"] else 32)
+    student = new_student(projection_width=None if terms == ["star"] else 32)
     sums(student, teacher, terms, waveforms, LENGTHS, mask).sum().backward()
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     assert ("mask_embedding" in trained) == ("masking" in terms)

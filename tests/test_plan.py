@@ -36,7 +36,7 @@ def test_what_is_written_is_what_distill_builds(proposals, tmp_path):
     plan.write(proposals[0], tmp_path / "plan.yaml")
     config = build(DistillConfig, yaml.safe_load((tmp_path / "plan.yaml").read_text()), "plan.yaml")
     teacher = plan.load_weights("mini").config
-    assert dataclasses.replace(student_config(config, teacher), head_width=None) == proposals[0].student
+    assert dataclasses.replace(student_config(config, teacher), projection_width=None) == proposals[0].student
     assert config.loss == "masking"
 
 

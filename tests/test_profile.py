@@ -66,7 +66,7 @@ def test_operations_of_the_published_models():
     assert macs(preset("armhubert"), 160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
     hubert = dataclasses.replace(
         preset("armhubert"), conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2), width=768, ffn=3072,
-        pattern="", head_width=None, feature_projection=True,
+        pattern="", projection_width=None, feature_projection=True,
     )  # fmt: skip
     assert macs(hubert, 160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
 
@@ -103,8 +103,8 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     assert bf16.feature_error is not None
     assert 1e-4 < bf16.feature_error < 0.1
     assert bf16.bytes_on_disk < 0.6 * eager.bytes_on_disk
-    assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.head_width or 0)
-    assert released.macs == eager.macs == macs(dataclasses.replace(TINY, head_width=None), 160_000)
+    assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.projection_width or 0)
+    assert released.macs == eager.macs == macs(dataclasses.replace(TINY, projection_width=None), 160_000)
     assert {"front end", "attention", "feed-forward", "positional convolution"} <= eager.stages.keys()
     assert result.ragged == ()
     paths = profile_report.write(result, tmp_path)
@@ -503,5 +503,5 @@ def test_a_misspelt_baseline_is_told_before_anything_is_loaded(student):
 
 def test_features_do_not_need_a_student():
     """A teacher is profiled like a student."""
-    teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", head_width=None))
+    teacher = SpeechEncoder(dataclasses.replace(TINY, pattern="", projection_width=None))
     assert profile.stages(teacher.eval(), torch.zeros(1, 4000), 1)["attention"] > 0

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from armhubert import ARMHuBERT, ArmhubertError
 from armhubert.config import preset
 from armhubert.files import write_atomic
 from armhubert.student import count_parameters
+from armhubert.torchaudio import TorchaudioEncoder
 
 
 @pytest.fixture
@@ -109,3 +111,30 @@ def test_layer_gradient_scaling_is_the_published_product(student):
             for m, norm in zip((student, plain), norms, strict=True)
         )
         torch.testing.assert_close(scaled, share * unscaled, rtol=1e-4, atol=1e-6 * float(unscaled.abs().max()))
+
+
+def test_gradients_are_scaled_in_distillation_alone(student, tmp_path):
+    """A student that is fine-tuned, without its heads, learns as an encoder that was never distilled."""
+    plain = ARMHuBERT(dataclasses.replace(student.config, scale_layer_gradients=False)).eval()
+    plain.load_state_dict(student.state_dict())
+    student.save_pretrained(tmp_path)
+    x = torch.randn(1, 2000)
+
+    def gradient(model, **how):
+        model.zero_grad()
+        model(x, **how).last_hidden_state.square().sum().backward()
+        return model.norm.weight.grad
+
+    expected = gradient(plain)
+    assert torch.equal(gradient(student, projections=False), expected)
+    assert torch.equal(gradient(ARMHuBERT.from_pretrained(tmp_path, heads=False)), expected)
+    assert not torch.allclose(gradient(student), expected, rtol=0.1)
+    features, _ = TorchaudioEncoder(student).extract_features(x)
+    student.zero_grad()
+    features[-1].square().sum().backward()
+    assert torch.equal(student.norm.weight.grad, expected)
+
+
+def test_waveforms_that_are_no_tensor_are_one_line(student):
+    with pytest.raises(ArmhubertError, match=r"waveforms must be a tensor \[B, S\], got a ndarray"):
+        student(np.zeros((1, 2000), dtype=np.float32))

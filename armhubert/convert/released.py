@@ -72,7 +72,7 @@ def _settings(section: Mapping[str, Any], student: Mapping[str, Tensor], source:
     return fairseq.settings_of(section, student, str(source)) | {
         "pattern": pattern,
         "attention_mode": "resoftmax" if "R" in pattern else "exact",
-        "head_width": student[heads[0]].shape[0] if heads else None,
+        "projection_width": student[heads[0]].shape[0] if heads else None,
         "scale_layer_gradients": section.get("layer_grad_scale", False),
     }
 
@@ -98,7 +98,7 @@ def rename(student: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Te
     """
     heads = {name: tensor for name, tensor in student.items() if _HEAD.fullmatch(name)}
     state = fairseq.rename({name: tensor for name, tensor in student.items() if name not in heads}, config)
-    if config.head_width is not None:
+    if config.projection_width is not None:
         for kind in ("weight", "bias"):
             layers = [heads[f"proj_head.{layer}.lin_proj.{kind}"] for layer in range(config.layers)]
             if len({layer.shape for layer in layers}) > 1:

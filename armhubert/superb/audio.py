@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE, read_audio
+from armhubert.audio import read_audio
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import Scanning, scan
 from armhubert.errors import ArmhubertError
 from armhubert.superb.task import Corpus, Item

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from armhubert.config import check_fields
+from armhubert.config import check_fields, documented
 from armhubert.errors import ArmhubertError
 from armhubert.superb.task import SPLITS, Defaults, Options, Task
 from armhubert.superb.tasks import find
@@ -18,6 +18,7 @@ MOST_RATE = 10.0
 """Above it no Adam learns anything."""
 
 
+@documented
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of one `armhubert evaluate` of one model on one task; what is none is SUPERB's (`Task.defaults`).
@@ -35,7 +36,7 @@ class EvaluateConfig:
     out: str = "runs/evaluate"
     """Folder of the run: result, checkpoint, pictures, predictions."""
     features: FeatureChoice = "auto"
-    """Of a student: hidden states, outputs of its heads, or the heads where there are any."""
+    """What is evaluated: `hidden` states, outputs of a student's `heads`, or `auto`, the heads where there are any."""
     normalize_layers: bool = False
     """Normalise every frame of every layer before the weighted sum; SUPERB does not."""
 
@@ -44,23 +45,26 @@ class EvaluateConfig:
     train: tuple[str, ...] = ()
     """Subsets of the data to train on; none: SUPERB's, else what is there."""
     dev: tuple[str, ...] = ()
-    """As train."""
+    """Subsets to choose on, likewise."""
     test: tuple[str, ...] = ()
-    """As train; every further one is scored by the same head."""
+    """Subsets to score, likewise: the first gives the result, every further one is scored by the same head."""
     fold: int | None = None
-    """Of tasks with folds, from 1; none: all of them."""
+    """One fold of a task that has them, from 1; none: all."""
     g2p: bool = False
     """pr: machine pronunciations for words outside the lexicon; else their utterances are left out."""
     language_model: str | None = None
     """asr: ARPA file for beam search; none: greedy."""
 
     optimizer: Literal["Adam", "AdamW"] | None = None
+    """Optimizer of the head."""
     learning_rate: float | None = None
+    """Constant learning rate."""
     batch: int | None = None
     """Utterances a batch."""
     accumulate: int | None = None
     """Batches a step."""
     steps: int | None = None
+    """Optimizer steps."""
     clip: float | None = None
     """Largest gradient norm."""
     crop_seconds: float | None = None
@@ -70,7 +74,7 @@ class EvaluateConfig:
     sweep: Literal["lr"] | None = None
     """Try several learning rates and keep the best on dev."""
     rates: tuple[float, ...] = RATES
-    """That a sweep tries."""
+    """Learning rates that a sweep tries."""
 
     cache: str | None = None
     """Folder for features, shared by all tasks and models; none: computed anew in every epoch."""

@@ -45,7 +45,7 @@ class Features:
         """Places of items in batches of similar length, the longest first, of bounded memory."""
         found = [Utterance(item.key, self.recordings.samples(item)) for item in items]
         batches = plan_epoch(found, batch_seconds=BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False)
-        return [[crop.index for crop in batch] for batch in batches]
+        return [[crop.utterance for crop in batch] for batch in batches]
 
     def _read(self, group: Sequence[Item]) -> tuple[Tensor, Tensor]:
         return padded([self.recordings.waveform(item) for item in group])

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
-from armhubert.config import build, read_mapping
+from armhubert.config import SAMPLE_RATE, build, read_mapping
 from armhubert.data import SCAN_CACHE
 from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError

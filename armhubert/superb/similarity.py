@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert import figures
-from armhubert.audio import SAMPLE_RATE, read_audio
-from armhubert.config import check_fields
+from armhubert.audio import read_audio
+from armhubert.config import SAMPLE_RATE, check_fields, documented
 from armhubert.convert import load_weights
 from armhubert.data import discover
 from armhubert.distributed import pick_device
@@ -31,6 +31,7 @@ FRAMES_EACH = 100
 """At most so many frames of an utterance count, so that many utterances do."""
 
 
+@documented
 @dataclass(frozen=True)
 class SimilarityConfig:
     """Settings of `armhubert evaluate --task similarity`.
@@ -163,7 +164,7 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
         )
     x = [torch.cat(layers) for layers in zip(*ours, strict=True)]
     y = [torch.cat(layers) for layers in zip(*theirs, strict=True)]
-    if student.heads is not None and student.config.head_width == teacher.config.width:
+    if student.heads is not None and student.config.projection_width == teacher.config.width:
         outputs = [torch.cat(layers) for layers in zip(*predictions, strict=True)]
         cosine = tuple(_cosine(p, y[layer]) for p, layer in zip(outputs, mapping, strict=True))
     else:
@@ -172,7 +173,7 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
     yield Similarity(
         cka_table(x, y),
         cosine,
-        "heads" if student.heads is not None and student.config.head_width == teacher.config.width else "fit",
+        "heads" if student.heads is not None and student.config.projection_width == teacher.config.width else "fit",
         tuple(_mean([row[i] for row in overlaps]) for i in range(len(mapping))),
         mapping,
         len(x[0]),

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from armhubert.audio import SAMPLE_RATE, read_audio
+from armhubert.audio import read_audio
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
 from armhubert.superb.metrics import Turn

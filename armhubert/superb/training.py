@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from armhubert.audio import SAMPLE_RATE
+from armhubert.config import SAMPLE_RATE
 from armhubert.convert.pickles import read_pickle
-from armhubert.distributed import chance
+from armhubert.distributed import seeded
 from armhubert.errors import ArmhubertError, brief
 from armhubert.files import write_atomic
 from armhubert.superb.config import EvaluateConfig
@@ -124,7 +124,7 @@ class Training:
         config, self.settings = setup.config, setup.config.training
         self.features, self.device, self.corpus = setup.features, setup.features.device, setup.corpus
         self.upstream, self.recordings, self.rate = self.features.upstream, self.features.recordings, learning_rate
-        with chance(torch.device("cpu"), config.seed):
+        with seeded(torch.device("cpu"), config.seed):
             head = setup.task.head(self.upstream.width, self.corpus, self.settings)
             self.probe = Probe(WeightedSum(self.upstream.count, config.normalize_layers), head)
         self.probe.to(self.device)
@@ -279,7 +279,7 @@ class Training:
         total = torch.zeros((), device=self.device)
         for number, (epoch, indices, layers, lengths) in enumerate(micros):
             batch = self._crop(epoch, indices, layers, lengths)
-            with chance(self.device, self.setup.config.seed, state.step, number):
+            with seeded(self.device, self.setup.config.seed, state.step, number):
                 loss = self.probe.head.loss(batch) / settings.accumulate
             loss.backward()
             total += loss.detach()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armhubert.audio import SAMPLE_RATE
+from armhubert.config import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, brief
@@ -87,7 +87,7 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
         module, _, function = source.rpartition(":")
         return CustomUpstream(source, _make(module, function), device)
     weights = load_weights(source)
-    has_heads = weights.config.head_width is not None
+    has_heads = weights.config.projection_width is not None
     if features == "heads" and not has_heads:
         raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use --features hidden")
     if has_heads and features != "hidden":
@@ -118,7 +118,7 @@ class EncoderUpstream(Upstream):
         self.source, self.model, self.features = source, model.eval().requires_grad_(False), features
         config = model.config
         self.count = config.layers if features == "heads" else config.layers + 1
-        self.width = (config.head_width or 0) if features == "heads" else config.width
+        self.width = (config.projection_width or 0) if features == "heads" else config.width
         self.hop = config.hop
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         more = ("after the final norm",) if config.norm_first and features == "hidden" else ()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from armhubert.audio import SAMPLE_RATE, measure
+from armhubert.audio import measure
+from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.heads import PooledClassifier

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from armhubert.audio import SAMPLE_RATE
+from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.dtw import match_document, prepare_queries

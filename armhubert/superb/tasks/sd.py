@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from armhubert.audio import AUDIO_SUFFIXES, SAMPLE_RATE
+from armhubert.audio import AUDIO_SUFFIXES
+from armhubert.config import SAMPLE_RATE
 from armhubert.errors import ArmhubertError
 from armhubert.kernels.runtime import frame_mask
 from armhubert.superb import metrics
