@@ -41,7 +41,7 @@ class TrainingState:
     train_seconds: float = 0.0
     """Wall time spent in training so far."""
     window: list[tuple[float, list[float], float, float, float]] = dataclasses.field(default_factory=list)
-    """Of each step since the last report: loss, layers, gradient norm, masked share, audio seconds."""
+    """Loss, layers, gradient norm, masked share and audio seconds of each step since the last report."""
 
 
 class Checkpoint(NamedTuple):

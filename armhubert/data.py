@@ -374,7 +374,7 @@ class Crop(NamedTuple):
     """A part of an utterance, in samples at 16 kHz."""
 
     utterance: int
-    """Its place among the utterances that were planned."""
+    """Index into the utterances that were planned."""
     start: int
     samples: int
 

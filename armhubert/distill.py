@@ -73,7 +73,7 @@ class Started(NamedTuple):
     """Tensors that the student starts with."""
     utterances: int
     seconds: float
-    """Of audio to train on, before long utterances are cropped."""
+    """Audio to train on, before long utterances are cropped."""
     valid_utterances: int
     valid_seconds: float
     skipped: dict[str, int]
@@ -83,7 +83,7 @@ class Started(NamedTuple):
     padding_waste: float
     """Share of the first epoch's batches that is padding."""
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     first_step: int
     """Steps that were made before; more than 0 in a resumed run."""
     processes: int

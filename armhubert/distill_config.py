@@ -109,7 +109,7 @@ class DistillConfig:
     workers: int = 2
     """Processes that read audio; 0: none."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random numbers."""
 
     log_every: int = 10
     """Steps between two progress reports."""
@@ -154,7 +154,7 @@ class DistillConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Of the speech: `data`, or the bundled train-mini."""
+        """The training speech: `data`, or the bundled train-mini."""
         return self.data or (str(TRAINING_SPEECH),)
 
     @property

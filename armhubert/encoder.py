@@ -298,7 +298,7 @@ class PositionalConv(nn.Module):
 
 
 FRAMES_A_THREAD = 256
-"""Of a group of utterances that a CPU infers together: enough rows for its matrix products, few enough for a cache."""
+"""Frames a thread in a group that a CPU infers together: enough for its matrix products, few enough for a cache."""
 
 
 def similar_lengths(frames: list[int], most: int) -> list[list[int]]:

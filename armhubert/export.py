@@ -98,7 +98,7 @@ class Check(NamedTuple):
 
     utterances: int
     samples: int
-    """Of the longest; the others are shorter."""
+    """Length of the longest utterance; the others are shorter."""
     difference: float
     """Largest, over all outputs and valid frames, from each utterance computed alone by the model; relative to the
     output's root mean square where that is above 1."""
@@ -125,7 +125,7 @@ class Exported(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     checks: tuple[Check, ...]
-    """Of the float32 program, which int8 is made from."""
+    """Checks of the float32 program, which int8 is made from."""
     quantised: Quantised | None
 
 
@@ -144,7 +144,7 @@ class _Model(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the outputs."""
+        """Names of the outputs."""
         return (
             "last_hidden_state",
             *(("hidden_states",) if self.hidden_states else ()),

@@ -86,15 +86,15 @@ class ExtractConfig:
     format: Format = "npy"
     """`npy`: one array [T, D], or [N, T, D] for several layers; `safetensors`: one tensor [T, D] a layer."""
     dtype: Precision = "fp32"
-    """Of the files; bf16 for safetensors only."""
+    """Dtype of the files; bf16 for safetensors only."""
     precision: Precision = "fp32"
-    """Of the model."""
+    """Dtype that the model computes in."""
     batch_seconds: float = 60.0
     """Padded audio of a batch; on a GPU, more is faster until its memory is full."""
     chunk_seconds: float = 60.0
     """Longer recordings pass the Transformer in windows of this length: see `armhubert.long_recordings`."""
     context_seconds: float = 5.0
-    """Of a window's ends that is computed and dropped."""
+    """Audio at a window's ends that is computed and dropped."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
@@ -130,7 +130,7 @@ class Started(NamedTuple):
     recordings: int
     """To compute now."""
     seconds: float
-    """Their audio."""
+    """Audio of these recordings."""
     finished: int
     """Finished by an earlier run."""
     long: int
@@ -182,7 +182,7 @@ class Selection(NamedTuple):
     numbers: tuple[int, ...]
     """Hidden states to compute, 0 to L, ascending for a weighted sum."""
     weights: tuple[float, ...] | None
-    """Of a weighted sum; None: the states themselves."""
+    """Weights of a sum of the states; None: the states themselves."""
     heads: bool
     stacked: bool
     """Several layers: an npy file holds [N, T, D]."""

@@ -41,7 +41,7 @@ def logarithmic(panel: Any, which: str = "y") -> None:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Of the `number`-th line of many: told apart by colour and by marker."""
+    """Colour and marker that tell the `number`-th of many lines apart."""
     return {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10], "markersize": 4}
 
 

@@ -23,7 +23,7 @@ MARGIN = 1.5
 
 
 class Cost(NamedTuple):
-    """Of one pass."""
+    """Time and memory of one pass."""
 
     seconds: float
     memory: int | None
@@ -64,7 +64,7 @@ class Forecast:
         self._runs.append((seconds, cost))
 
     def __call__(self, batch: int, seconds: float) -> Cost:
-        """Of so many utterances: at most what they cost one by one."""
+        """Cost of a batch of so many utterances: at most what they cost one by one."""
         time_needed = self._at(seconds, [(s, cost.seconds) for s, cost in self._runs])
         known = [(s, float(cost.memory)) for s, cost in self._runs if cost.memory]
         memory = round(batch * self._at(seconds, known)) if known else None

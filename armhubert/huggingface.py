@@ -133,12 +133,12 @@ class ARMHuBERTConfig(PreTrainedConfig):
 
     @property
     def conv_kernel(self) -> tuple[int, ...]:
-        """Their kernels."""
+        """Kernel of each waveform convolution."""
         return tuple(kernel for _, kernel, _ in self.conv_layers)
 
     @property
     def conv_stride(self) -> tuple[int, ...]:
-        """Their strides."""
+        """Stride of each waveform convolution."""
         return tuple(stride for _, _, stride in self.conv_layers)
 
 

@@ -131,9 +131,9 @@ class _Statistics(NamedTuple):
 
     mean: float
     scale: float
-    """Of the waveform: (x - mean) * scale is what enters; 0 and 1 where the model does not normalise its input."""
+    """Normalisation of the waveform, (x - mean) * scale; 0 and 1 where the model does not normalise its input."""
     moments: Moments | None
-    """Of the first convolution's windows; None where it has no group norm."""
+    """Moments of the first convolution's windows; None where it has no group norm."""
 
 
 def _statistics(model: SpeechEncoder, read: Read, samples: int) -> _Statistics:

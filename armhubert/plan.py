@@ -29,7 +29,7 @@ from armhubert.student import ARMHuBERT, count_parameters
 Kind = Literal["parameters", "macs", "latency"]
 
 SECONDS = 10.0
-"""Of audio, for operations and latency."""
+"""Length of the audio that operations and latency are counted for."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "ms": 1e-3, "s": 1.0}
 
 

@@ -322,9 +322,9 @@ class Model(NamedTuple):
     parameters_without_heads: int
     bytes_on_disk: int
     macs: int
-    """Of 10 s of audio."""
+    """Multiply-accumulates for 10 s of audio."""
     macs_superb: int
-    """Of SUPERB's 224.86 s, as 32 utterances of equal length."""
+    """Multiply-accumulates for SUPERB's 224.86 s, as 32 utterances of equal length."""
     peak_memory: int | None
     """Bytes, at `Profile.memory_shape`; None: not measured."""
     feature_error: float | None

@@ -51,7 +51,7 @@ class Point(NamedTuple):
     """A profiled model on a task."""
 
     model: str
-    """Its name in the profile."""
+    """Name in the profile."""
     task: str
     title: str
     metric: str

@@ -30,7 +30,7 @@ class Ragged(NamedTuple):
     audio_seconds: float
     """Without padding."""
     timings: dict[str, Timing]
-    """Of all batches of a way."""
+    """Times of one pass over all batches, by way."""
     padding: dict[str, float]
     """Share of a way's samples."""
 

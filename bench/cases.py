@@ -47,7 +47,7 @@ class Cell(NamedTuple):
     Dt: int = 768
     distance: Distance = "mse"
     stack: str = "student"
-    """Of conv: that of the preset `armhubert` or, "teacher", of HuBERT Base."""
+    """Convolutions of the front end: those of the preset `armhubert` or, for "teacher", of HuBERT Base."""
     slow: bool = False
     """Also against baselines that must be compiled first."""
 
@@ -74,7 +74,7 @@ class Cell(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Of a waveform that gives T frames."""
+        """Samples of a waveform that gives T frames."""
         config = STACKS[self.stack]
         return (self.T - 1) * config.hop + config.receptive_field
 

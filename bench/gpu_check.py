@@ -472,7 +472,7 @@ def check_large(device: str, op: str) -> dict[str, Any]:
 
 
 class LossInputs(NamedTuple):
-    """Of distillation_loss."""
+    """Inputs of distillation_loss."""
 
     hidden: list[Tensor]
     weight: Tensor
@@ -518,7 +518,7 @@ class LossInputs(NamedTuple):
 
 
 def loss_names(L: int) -> list[str]:
-    """Of what LossInputs.run returns."""
+    """Names of what LossInputs.run returns."""
     return ["loss", "d_weight", "d_bias", *(f"d_hidden[{i}]" for i in range(L))]
 
 
@@ -574,7 +574,7 @@ class FrontEndInputs(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of what `run` returns."""
+        """Names of what `run` returns."""
         return ["out", *(name for name, _ in self.module.named_parameters())]
 
     def run(self, impl: Impl, dtype: torch.dtype) -> list[Tensor]:

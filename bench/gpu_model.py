@@ -48,9 +48,9 @@ class Job(NamedTuple):
     way: Literal["eager", "graph", "compiled", "compiled twins", "kernels"] = "eager"
     """Candidates as they are, as CUDA graphs, ours by torch.compile or its twins by it; or which kernels ours runs."""
     seconds: float = 10.0
-    """Of audio an utterance."""
+    """Seconds of audio in an utterance."""
     repeats: int = 20
-    """Of the step of distillation, in turn."""
+    """Repeats of the distillation step, in turn."""
     against: str | None = None
     """Ours and this baseline alone; None: all of them."""
 

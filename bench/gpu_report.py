@@ -55,7 +55,7 @@ def report(out: Path, addition: Path | None = None) -> Path:
 
 
 def exit_code(path: Path) -> int:
-    """Of a report's checks: 1 where one failed, 3 where some were not reached, else 0."""
+    """Exit code of a report's checks: 1 where one failed, 3 where some were not reached, else 0."""
     checks = json.loads(path.read_text("utf-8"))["check"]
     if _failed(checks):
         return 1

@@ -64,7 +64,7 @@ def rates(
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those children that have ended."""
+    """Processor time of this process and of those children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 

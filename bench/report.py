@@ -188,7 +188,7 @@ def _unequal(content: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _processor(conditions: dict[str, Any]) -> str:
-    """Its name, and its extensions where they were recorded."""
+    """The processor's name, and its extensions where they were recorded."""
     name, extensions = conditions.get("processor", "CPU"), conditions.get("extensions", "")
     return f"{name} ({extensions.replace(' ', ', ')})" if extensions else name
 

@@ -1,16 +1,13 @@
 """`armhubert distill`: argv -> DistillConfig -> reports on the screen."""
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+from armhubert.cli.signals import stop_on_signal
 from armhubert.errors import ArmhubertError
 
 RUN, MODEL, LOSS, TRAINING = "Run", "Student", "Loss", "Training"
@@ -232,44 +229,6 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     else:
         config = build(DistillConfig, settings, source)
     with stop_on_signal() as stop:
-        finished = ui.show(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
+        finished = ui.show_distillation(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
     if finished.reason in ("stopped", "not begun"):
         stop.leave()
-
-
-class Stop:
-    """Whether a signal asked this process to stop."""
-
-    number: int | None = None
-    """Of the signal that came."""
-
-    def asked(self) -> bool:
-        """Whether one came."""
-        return self.number is not None
-
-    def leave(self) -> NoReturn:
-        """End the command with the signal's exit code, so that `armhubert distill && ...` does not go on.
-
-        SIGTERM's where the signal came to another process of the run.
-        """
-        raise typer.Exit(128 + (self.number or signal.SIGTERM))
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """What SIGTERM and Ctrl-C set; a second one ends the process as usual."""
-    stop, owner = Stop(), os.getpid()
-
-    def handle(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a reading process, which ends with this one
-            return
-        stop.number = number
-        signal.signal(number, previous[signal.Signals(number)])
-        ui.note("Stopping as soon as what is done is saved; once more to end at once.")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

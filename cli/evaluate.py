@@ -12,8 +12,8 @@ from rich.table import Table
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
-from armhubert.cli.distill import stop_on_signal
-from armhubert.cli.profile import numbers
+from armhubert.cli.options import numbers
+from armhubert.cli.signals import stop_on_signal
 from armhubert.errors import ArmhubertError
 from armhubert.files import make_folder
 
@@ -150,7 +150,7 @@ def evaluate(
         typer.Option("--normalize-layers", help="Layer norm before the weighted sum.", rich_help_panel=TRAINING),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of everything that is drawn.", show_default="0", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Seed of all random numbers.", show_default="0", rich_help_panel=TRAINING)
     ] = None,
     against: Annotated[str | None, typer.Option(help="The teacher.", rich_help_panel=SIMILARITY)] = None,
     utterances: Annotated[int, typer.Option(help="How many are compared.", rich_help_panel=SIMILARITY)] = 50,

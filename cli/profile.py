@@ -1,17 +1,16 @@
 """`armhubert profile`: argv -> ProfileConfig -> tables on the screen, files in a folder."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+from armhubert.cli.options import numbers
 from armhubert.errors import ArmhubertError
 from armhubert.files import make_folder
 
-N = TypeVar("N", int, float)
 _FEATURES = (
     "--baseline", "--mode", "--seconds", "--batch-sizes", "--batch-seconds", "--heads", "--limit", "--ragged",
     "--quality", "--memory", "--trace",
@@ -143,18 +142,6 @@ def profile(
     if trace is not None:
         write_trace(settings, trace)
         ui.say(f"wrote {trace}")
-
-
-def numbers(text: str, kind: Callable[[str], N], option: str) -> tuple[N, ...]:
-    """`1,5,10` -> (1, 5, 10).
-
-    Raises:
-        ArmhubertError: anything in it that is no number.
-    """
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ArmhubertError(f"{option} must be numbers with commas between them, got {text!r}") from None
 
 
 def _training(teacher: str, file: Path | None, device: str | None, repeats: int, warmup: int, out: Path | None) -> None:

@@ -105,7 +105,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def show(reports: "Iterator[Report]") -> "Finished":
+def show_distillation(reports: "Iterator[Report]") -> "Finished":
     """Consume a run's reports, of which the last tells the end."""
     import os
 

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -19,6 +20,9 @@ from rich.text import Text
 from armhubert import cli, data, distill
 from armhubert.cli.app import app
 from armhubert.distill_config import DistillConfig
+from armhubert.export import ExportConfig
+from armhubert.extract import ExtractConfig
+from armhubert.profile import ProfileConfig
 from armhubert.superb.config import EvaluateConfig
 
 STUDENT = [
@@ -126,6 +130,22 @@ def test_the_defaults_that_the_help_tells_are_those_of_the_configurations():
                 shown = ("no", "yes")[value] if isinstance(value, bool) else str(value)
                 assert float(told) == value if isinstance(value, float) else told == shown, parameter.name
         assert compared >= least
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "least"),
+    [("extract", ExtractConfig, 9), ("export", ExportConfig, 5), ("profile", ProfileConfig, 9)],
+)
+def test_the_defaults_of_options_are_those_of_the_configurations(command, settings, least):
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    compared = 0
+    for parameter in commands()[command].params:
+        if parameter.default is not None and parameter.name in defaults:
+            value = defaults[parameter.name]
+            listed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
+            assert parameter.default == listed, parameter.name
+            compared += 1
+    assert compared >= least
 
 
 def test_without_a_command_the_help_is_shown(call):

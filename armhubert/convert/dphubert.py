@@ -179,7 +179,7 @@ def _scales(scale: Tensor | None, theirs: _Settings) -> bool:
 
 
 def _keep_gates(state: dict[str, Tensor], config: EncoderConfig, path: Path) -> None:
-    """Of the gates' constants, which the format stores for all heads, those of the kept ones."""
+    """Keep the gates' constants of the heads that are left: the format stores those of all."""
     for layer in range(config.layers):
         name, kept = f"layers.{layer}.attention.gate_scale", config.kept_heads(layer)
         if not kept or name not in state:

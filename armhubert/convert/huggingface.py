@@ -123,7 +123,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
-    """Its settings from where transformers looks, in that order: a processor's part, a file of its own."""
+    """The feature extractor's settings, found as transformers does: in the processor's file, then in one of its own."""
     processor, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.is_file() and isinstance(inside := read_mapping(processor).get("feature_extractor"), dict):
         return inside

@@ -83,7 +83,7 @@ class EvaluateConfig:
     workers: int = 2
     """Threads that read audio; 0: none."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random numbers."""
     validate_every: int | None = None
     """Steps between validations, each of which leaves a checkpoint."""
     log_every: int | None = None

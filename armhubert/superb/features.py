@@ -15,7 +15,7 @@ from armhubert.superb.task import Item
 from armhubert.superb.upstream import Upstream
 
 BATCH_SECONDS = 60.0
-"""Of a batch whose size is not the task's to choose: a minute of HuBERT Base's layers takes 120 MB."""
+"""Audio in a batch where the task does not set its size: a minute of HuBERT Base's layers takes 120 MB."""
 
 
 class Features:

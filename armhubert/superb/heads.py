@@ -54,7 +54,7 @@ class PooledClassifier(Head):
         self.classify = nn.Linear(PROJECTION, sum(map(len, self.groups)))
 
     def logits(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Of each group, [B, C]."""
+        """Logits of each group of classes, [B, C]."""
         x = self.project(batch.features)
         mask = frame_mask(batch.lengths, x.shape[1])[..., None]
         pooled = (x * mask).sum(1) / batch.lengths[:, None]
@@ -109,7 +109,7 @@ class CTCHead(Head):
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of each utterance divided by its tokens, then averaged; targets longer than the frames count 0 (s3prl)."""
+        """Loss of each utterance by its tokens, averaged; targets longer than the frames count 0 (s3prl)."""
         logits = self.logits(batch)
         targets = [torch.tensor([*(self.place.get(t, UNKNOWN) for t in item.label), END]) for item in batch.items]
         return F.ctc_loss(

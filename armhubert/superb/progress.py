@@ -25,7 +25,7 @@ class Started(NamedTuple):
     changed: Mapping[str, Any]
     """Settings that are not SUPERB's."""
     parameters: int
-    """Of head and weighted sum."""
+    """Trained parameters: the head's and the weighted sum's."""
     first_step: int
     steps: int
     device: str
@@ -65,14 +65,14 @@ class Validated(NamedTuple):
 
 
 class Searching(NamedTuple):
-    """Of a task without training: pairs searched so far."""
+    """Pairs searched so far, in a task without training."""
 
     done: int
     total: int
 
 
 class RateTried(NamedTuple):
-    """Of a sweep: where a rate stands after a part of the steps."""
+    """Where a learning rate of a sweep stands after a part of the steps."""
 
     rate: float
     step: int
@@ -87,7 +87,7 @@ class Finished(NamedTuple):
     reason: str
     """done, stopped or dry run."""
     result: Mapping[str, Any]
-    """As in result.json; empty where the run was stopped."""
+    """Content of result.json; empty where the run was stopped."""
     out: Path
 
 

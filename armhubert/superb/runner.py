@@ -395,7 +395,7 @@ def _clear(out: Path) -> None:
 
 
 def _cuts(split: Split) -> Iterator[tuple[str, int, int | None]]:
-    """Of which recordings, and which samples of them, a split consists."""
+    """The recordings of a split, and the samples of them that it uses."""
     return ((part.path, part.start, part.count) for item in split.items for part in item.parts)
 
 
@@ -419,7 +419,7 @@ def _hash(content: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that numbers may depend on."""
+    """Versions of everything that numbers may depend on."""
     from armhubert import __version__
 
     return {

@@ -50,7 +50,7 @@ class SimilarityConfig:
     utterances: int = 50
     """How many are compared, drawn by the seed."""
     max_seconds: float = 10.0
-    """Of each utterance."""
+    """Longest part of an utterance that is compared."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0

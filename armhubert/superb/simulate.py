@@ -63,7 +63,7 @@ class Talk(NamedTuple):
 
     samples: int
     spoken: list[tuple[int, int]]
-    """As of `speech_intervals`."""
+    """Where somebody speaks, from `speech_intervals`."""
     level: float
     """Root mean square over its speech."""
 

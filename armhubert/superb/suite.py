@@ -66,7 +66,7 @@ PUBLISHED: dict[str, Row] = {
     "DPHuBERT": (9.67, 10.47, 96.36, 0.0693, 76.83, 5.84, 5.92, 97.92, 86.86, 28.26, 63.16),
     "DistilHuBERT": (16.27, 13.37, 95.98, 0.0511, 73.54, 8.55, 6.19, 94.99, 82.57, 35.59, 63.02),
 }
-"""As published (arXiv 2305.11685, 2312.09040), by models fed with whole training sets: not measured here."""
+"""Published results (arXiv 2305.11685, 2312.09040) of models trained on whole data sets: not measured here."""
 
 FBANK: Row = (82.01, 23.18, 41.38, 0.0058, 20.06, 9.56, 10.05, 9.65, 69.64, 52.94, 48.24)
 SOTA: Row = (3.53, 3.62, 96.66, 0.0736, 90.33, 5.11, 5.62, 98.76, 89.81, 21.76, 67.62)

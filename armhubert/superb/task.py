@@ -50,7 +50,7 @@ class Item(NamedTuple):
     """Names the item within its split, without machine paths: goes into lists, hashes and prediction files."""
     parts: tuple[Part, ...]
     label: Any
-    """Of the task: a tuple of class names (one for each group of classes), a tuple of tokens, segments..."""
+    """What the task is to find: a tuple of class names (one for each group of classes), of tokens, segments..."""
 
     @classmethod
     def of_file(cls, path: Path, root: Path, label: Any) -> "Item":
@@ -92,9 +92,9 @@ class Options:
     test: tuple[str, ...] = ()
     """As `train`; the second and further ones become splits of their own, `test:<name>`."""
     fold: int = 0
-    """Of tasks with folds, from 0."""
+    """One fold of a task that has them, from 0."""
     seed: int = 0
-    """Of everything that a reader draws: splits, mixtures, queries."""
+    """Seed of what a reader draws: splits, mixtures, queries."""
     language_model: str | None = None
     """asr: ARPA file for beam search; none: greedy."""
     g2p: bool = False
@@ -161,9 +161,9 @@ class Metric(NamedTuple):
     """One number of a task."""
 
     name: str
-    """As in `Scores.metrics`: per, accuracy, eer..."""
+    """Key in `Scores.metrics`: per, accuracy, eer..."""
     title: str
-    """As in tables: PER, Accuracy, EER..."""
+    """Heading in tables: PER, Accuracy, EER..."""
     higher_is_better: bool | None
     """None: neither is, as of the number of a layer."""
     unit: str = "%"
@@ -202,7 +202,7 @@ class Task(ABC):
     """A task, without state: one instance serves all runs."""
 
     name: str
-    """As on the command line: pr, asr, ..."""
+    """Name on the command line: pr, asr, ..."""
     title: str
     """Phoneme recognition, ..."""
     data: str
@@ -241,7 +241,7 @@ class Task(ABC):
     def search(
         self, states: Callable[[SplitName], Iterator[Tensor]], corpus: Corpus
     ) -> Iterator[tuple[int, int] | Mapping[SplitName, Scores]]:
-        """Of tasks without training: from all layers' features to scores, on the CPU.
+        """Score a task without training: from all layers' features, on the CPU.
 
         Args:
             states: the features [L, T, D] (float32) of each item of a split, in order.

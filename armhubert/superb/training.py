@@ -101,7 +101,7 @@ class Setup:
     corpus: Corpus
     features: Features
     hashes: Mapping[SplitName, str]
-    """Of each split, as `runner.list_hash`."""
+    """Hash of each split's items, by `runner.list_hash`."""
     should_stop: Callable[[], bool]
     began: float
     """By `time.perf_counter`."""

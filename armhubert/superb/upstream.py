@@ -44,7 +44,7 @@ class Upstream(ABC):
     """A frozen feature extractor."""
 
     source: str
-    """As the user named it."""
+    """Name that the user gave."""
     identity: str
     """Digest of everything that its features depend on: weights, configuration, choice of features."""
     parameters: int

@@ -45,7 +45,7 @@ MIN_TRAIN_SECONDS = 2.0
 """Shorter training recordings are left out; s3prl measures them without the silence that it trims."""
 
 DRAWN_TRIALS = 18_860
-"""Of each kind, at most, where trials are drawn: VoxCeleb1-O has as many."""
+"""Most trials of each kind where they are drawn: VoxCeleb1-O has as many."""
 
 _DEV_RECORDINGS = 20  # of each dev speaker: dev is scored often
 _MIN_SECONDS = 0.4  # 15 frames of 20 ms are the x-vector's field of view, and a deviation needs 2 values

@@ -40,7 +40,7 @@ LANGUAGE = "nnenglish"
 """The part of QUESST 2014 that SUPERB searches: English by non-natives."""
 
 MIN_QUERY_SECONDS, MIN_QUERY_LETTERS = 0.3, 4
-"""Of words that are cut out as queries: short words are not what one searches for."""
+"""Shortest words that are cut out as queries: nobody searches for shorter ones."""
 
 QUERIES_OF_A_WORD = 3
 DOCUMENTS = 2_438
@@ -138,7 +138,7 @@ def _mtwv(
 
 
 class _Scale(NamedTuple):
-    """Of each layer and feature."""
+    """Mean and deviation of each layer and feature."""
 
     mean: Tensor
     """[L, D], float64."""

@@ -174,7 +174,7 @@ def _read_snips(root: Path) -> tuple[dict[SplitName, list[Item]], list[str]]:
 
 
 def _snips_labels(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Of lines `Ivy-snips-train-0 BOS PLAY BOB EOS<tab>O O artist PlayMusic`: utterance and tokens."""
+    """Read lines `Ivy-snips-train-0 BOS PLAY BOB EOS<tab>O O artist PlayMusic` into utterance and tokens."""
     for line in read_lines(path, "labels of Audio SNIPS"):
         spoken, _, tagged = line.partition("\t")
         name, *words = spoken.split()

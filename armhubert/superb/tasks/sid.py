@@ -28,7 +28,7 @@ from armhubert.superb.task import (
 
 LIST = "iden_split.txt"
 MIN_UTTERANCES = 3
-"""Of a speaker, so that each split can have one."""
+"""Fewest utterances of a speaker, so that each split can have one."""
 
 
 class SpeakerIdentification(Task):
