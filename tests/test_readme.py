@@ -61,3 +61,13 @@ def test_the_layout_names_every_module():
     section = README.split("## Layout")[1]
     modules = {path.stem for path in (ROOT / "armhubert").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert [name for name in sorted(modules) if name[0] != "_" and not re.search(rf"\b{name}\b", section)] == []
+
+
+def test_the_speeds_that_the_readme_leads_with_are_those_of_its_table():
+    said = re.search(r"(\S+) to (\S+) times as fast .* in float32, (\S+) to (\S+) times in bfloat16", README)
+    assert said is not None
+    cells = re.findall(r"^\| ([^|]+?) \|" + r" \**([\d.]+)x\** \|" * 8, README, re.MULTILINE)
+    rows = {name: speeds for name, *speeds in cells}
+    float32, bfloat16 = (sorted(map(float, rows[name])) for name in ("student", "student, bf16"))
+    native = [speed for speed in bfloat16 if speed >= 1]  # emulated without the processor's instructions
+    assert tuple(map(float, said.groups())) == (float32[0], float32[-1], native[0], native[-1])
