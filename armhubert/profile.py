@@ -95,14 +95,13 @@ class ProfileConfig:
         for mode in (*self.modes, *named):
             if mode not in MODES:
                 raise ArmhubertError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
-        for name in ("seconds", "batch_sizes", "batch_seconds"):
-            value = getattr(self, name)
-            if not all(each > 0 for each in (value if isinstance(value, tuple) else (value,))):
-                raise ArmhubertError(f"{name} must be above 0, got {value}")
+        if not all(size > 0 for size in self.batch_sizes):
+            raise ArmhubertError(f"batch_sizes must be above 0, got {self.batch_sizes}")
         if not self.seconds and not self.batch_sizes:
             raise ArmhubertError("give at least one length or batch size, got none: nothing would be timed")
-        if max((*self.seconds, self.batch_seconds), default=0) > 3600:
-            raise ArmhubertError(f"lengths must be at most 3600 s, got {max((*self.seconds, self.batch_seconds)):g}")
+        for name, length in (*(("seconds", each) for each in self.seconds), ("batch_seconds", self.batch_seconds)):
+            if not 0.025 <= length <= 3600:
+                raise ArmhubertError(f"{name} must be at least 0.025, one frame, and at most 3600, got {length:g}")
         for name in ("repeats", "warmup"):
             if getattr(self, name) < 1:
                 raise ArmhubertError(f"{name} must be at least 1, got {getattr(self, name)}")

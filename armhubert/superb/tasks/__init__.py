@@ -39,5 +39,7 @@ def find(name: str) -> Task:
     """The task called `name`; an unknown name is an ArmhubertError that names the nearest."""
     known = TASKS | MINI
     if name not in known:
-        raise ArmhubertError(f"unknown task {name!r}{nearest(name, TASKS)}")
+        raise ArmhubertError(
+            f"unknown task {name!r}{nearest(name, [*TASKS, 'similarity'])}"
+        )  # a comparison, beside the tasks
     return known[name]
