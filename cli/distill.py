@@ -34,7 +34,10 @@ def distill(
             help="YAML or JSON file with these settings by name; options given here win.", rich_help_panel=RUN
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Continue the run in this folder.", rich_help_panel=RUN),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start anew although OUT exists.", rich_help_panel=RUN)
     ] = False,

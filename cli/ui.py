@@ -1,9 +1,10 @@
 """How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
 
 import math
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,38 @@ _out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
 
 def error(message: str) -> None:
     """One line on standard error."""
-    _err.print(Text.assemble(("error:", "red"), f" {_line(message)}"))
+    _err.print(Text.assemble(("error:", "red"), f" {_line(as_typed(message, sys.argv[1:]))}"))
 
 
 def note(message: str) -> None:
     """A remark on standard error."""
-    _err.print(_line(message))
+    _err.print(_line(as_typed(message, sys.argv[1:])))
+
+
+def as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message with settings as options of the command: force=True as --force, format='torch' as --format torch.
+
+    cache=... is any value: --cache. A bare name may be one of a file, and is an option only where that was typed.
+    """
+    import typer
+
+    from armhubert.cli.app import app
+
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    for setting in commands[argv[0]].params if argv and argv[0] in commands else ():
+        if not setting.opts[0].startswith("-"):
+            continue
+        typed = next((o for o in setting.opts if any(a == o or a.startswith(f"{o}=") for a in argv[1:])), None)
+        option = typed or setting.opts[0]
+        on = f"{option} {setting.metavar}" if setting.metavar else option
+        forms = [(r"\.\.\.", option), ("True", on), *(("False", off) for off in setting.secondary_opts)]
+        for value, form in (*forms, (r"'?([\w.]*\w)'?", rf"{option} \1")):
+            message = re.sub(rf"(?<!\S){setting.name}={value}", form, message)
+        if typed is not None:
+            message = re.sub(rf"^{setting.name}( in the options| in the settings)?(?= must )", typed, message)
+            if "_" in setting.name:
+                message = re.sub(rf"(?<![\w'/.-]){setting.name}(?![\w'/-])", typed, message)
+    return message
 
 
 def say(message: str) -> None:
@@ -199,7 +226,7 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
                     bar.remove_task(scanning)
                 bar.console.print(_start_table(report))
                 for text in report.notes:
-                    bar.console.print(f"note: {text}", style="yellow")
+                    bar.console.print(f"note: {as_typed(text, sys.argv[1:])}", style="yellow")
                 training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
             elif isinstance(report, distill.Progress) and training is not None:
                 detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"
