@@ -569,7 +569,7 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
         try:
             waveforms = torch.zeros(shape)
         except RuntimeError:
-            return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower --batch-seconds")
+            return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower batch_seconds=...")
         try:
             for row, crop in zip(waveforms, crops, strict=True):
                 row[: crop.count] = read_audio(self.paths[crop.index], crop.start, crop.count)

@@ -558,7 +558,7 @@ def test_remarks_name_options_too(monkeypatch, capfd):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_gpu_asked_for_and_absent(rejected, device):
-    rejected("--device", device, says="sees no GPU here")
+    rejected("--device", device, says="sees no GPU here: use --device cpu or --device auto")
 
 
 def test_a_gpu_asked_for_beyond_those_there_are(rejected, monkeypatch):
