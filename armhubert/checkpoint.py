@@ -82,7 +82,7 @@ def load(path: Path) -> Checkpoint:
         ArmhubertError: no checkpoint there, damaged, or of another format.
     """
     if not path.is_file():
-        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; start it anew with --force")
+        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; start it anew with force=True")
     content = read_pickle(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT})")

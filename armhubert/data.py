@@ -570,7 +570,7 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
         try:
             waveforms = torch.zeros(shape)
         except RuntimeError:
-            return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower --batch-seconds")
+            return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower batch_seconds=...")
         try:
             for row, crop in zip(waveforms, crops, strict=True):
                 row[: crop.samples] = read_audio(self.paths[crop.utterance], crop.start, crop.samples)

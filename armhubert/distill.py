@@ -299,10 +299,10 @@ def _check_out(out: Path, config: DistillConfig, resume: bool, force: bool) -> N
     if force or not out.is_dir() or all(path.name == SCAN_CACHE for path in out.iterdir()):
         return
     if (out / CHECKPOINT_FILE).is_file():
-        raise ArmhubertError(f"{out} holds a run: continue it with --resume {out}, or start anew with --force")
+        raise ArmhubertError(f"{out} holds a run: continue it with resume=True, or start anew with force=True")
     if (out / CONFIG_FILE).is_file():
-        raise ArmhubertError(f"{out} holds a run that ended before its first checkpoint: start anew with --force")
-    raise ArmhubertError(f"{out} exists, is not empty and is no run: choose another folder, or use --force")
+        raise ArmhubertError(f"{out} holds a run that ended before its first checkpoint: start anew with force=True")
+    raise ArmhubertError(f"{out} exists, is not empty and is no run: choose another folder, or use force=True")
 
 
 def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -> DistillConfig:
@@ -321,7 +321,7 @@ def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -
     resumed = dataclasses.replace(config, **{**changes, "out": str(out)})
     for source in (*resumed.data, *resumed.valid):
         if not Path(source).exists():
-            raise ArmhubertError(f"{source} is no longer there: name the run's data anew beside --resume {out}")
+            raise ArmhubertError(f"{source} is no longer there: resume {out} with its data named anew")
     return resumed
 
 
@@ -345,7 +345,7 @@ def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:
     if "masking" in config.terms and teacher.mask_embedding is None:
         raise ArmhubertError(
             f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
-            "use --loss plain or star, or the same weights from the hub"
+            "use loss='plain' or loss='star', or the same weights from the hub"
         )
 
 

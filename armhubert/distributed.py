@@ -67,7 +67,9 @@ def pick_device(name: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ArmhubertError(f"device {name!r} was asked for and PyTorch sees no GPU here: use --device cpu or auto")
+        raise ArmhubertError(
+            f"device {name!r} was asked for and PyTorch sees no GPU here: use device='cpu' or device='auto'"
+        )
     index = int(number) if number else int(os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
         raise ArmhubertError(f"device 'cuda:{index}' was asked for and there are {torch.cuda.device_count()} GPUs")

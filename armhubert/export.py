@@ -80,11 +80,13 @@ class ExportConfig:
         check_fields(self)
         suffix = _SUFFIX[self.format]
         if Path(self.out).suffix != suffix:
-            formats = " or ".join(name for name, other in _SUFFIX.items() if other == Path(self.out).suffix)
-            other = f"choose the name, or --format {formats}" if formats else "choose the name"
+            formats = " or ".join(
+                f"format={name!r}" for name, other in _SUFFIX.items() if other == Path(self.out).suffix
+            )
+            other = f"choose the name, or {formats}" if formats else "choose the name"
             raise ArmhubertError(f"a file of format {self.format} must end in {suffix}, got {self.out!r}: {other}")
         if Path(self.out).is_dir() or (Path(self.out).exists() and not self.force):
-            raise ArmhubertError(f"{self.out} exists: choose another name, or --force to replace it")
+            raise ArmhubertError(f"{self.out} exists: choose another name, or force=True to replace it")
 
 
 class Stage(NamedTuple):
@@ -181,9 +183,9 @@ def export(config: ExportConfig) -> Iterator[Report]:
     # Two models that share their tensors, since folding a weight norm changes the class of every copy
     encoder, folded = (ARMHuBERT.from_weights(weights, impl="torch").requires_grad_(False) for _ in range(2))
     if config.heads and encoder.heads is None:
-        raise ArmhubertError(f"{config.model} has no distillation heads: leave out --heads")
+        raise ArmhubertError(f"{config.model} has no distillation heads: leave out heads=True")
     if config.format == "onnx" and sum(p.numel() * 4 for p in encoder.parameters()) > _ONNX_LIMIT:
-        raise ArmhubertError("one ONNX file holds at most 2 GiB and this model has more: use --format torch")
+        raise ArmhubertError("one ONNX file holds at most 2 GiB and this model has more: use format='torch'")
     outputs = {"hidden_states": config.hidden_states, "heads": config.heads}
     model, traced = _Model(encoder, **outputs).eval(), _Model(folded, **outputs).eval()
     remove_parametrizations(folded.position.conv, "weight")

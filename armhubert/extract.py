@@ -107,7 +107,7 @@ class ExtractConfig:
         if not self.data:
             raise ArmhubertError("data must be given: name a folder, audio files or a manifest")
         if self.dtype == "bf16" and self.format == "npy":
-            raise ArmhubertError("npy has no bf16: write --format safetensors, or --dtype fp16 or fp32")
+            raise ArmhubertError("npy has no bf16: write format='safetensors', or dtype='fp16' or dtype='fp32'")
         if not 0 < self.batch_seconds < float("inf"):
             raise ArmhubertError(f"batch_seconds must be above 0, got {self.batch_seconds}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
@@ -196,7 +196,7 @@ def select(spec: str, config: EncoderConfig, *, heads: bool = False) -> Selectio
             there are layers, heads that the model does not have.
     """
     if heads and config.projection_width is None:
-        raise ArmhubertError("this model has no distillation heads: leave out --heads")
+        raise ArmhubertError("this model has no distillation heads: leave out heads=True")
     available = tuple(range(1 if heads else 0, config.layers + 1))
     rule = f"layers must be last, all, numbers within {available[0]}..{available[-1]} such as 3,6, or weighted"
     kind, colon, rest = spec.strip().partition(":")
@@ -280,7 +280,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     config = dataclasses.replace(config, workers=workers)
     out = Path(config.out)
     if out.exists() and not out.is_dir():
-        raise ArmhubertError(f"{out} is a file: --out must name a folder")
+        raise ArmhubertError(f"{out} is a file: choose a folder for the features")
     paths = discover(config.data)
     names = output_names(config.data, paths, "." + config.format)
     model = ARMHuBERT.from_pretrained(
@@ -401,7 +401,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 raise ArmhubertError(
                     f"a window of {self.config.chunk_seconds:g} s does not fit the GPU's memory: lower "
-                    "--chunk-seconds; what is finished is kept"
+                    "chunk_seconds=...; what is finished is kept"
                 ) from None
             yield [written]
 
@@ -412,8 +412,8 @@ class _Run:
             features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
         except torch.OutOfMemoryError:
             raise ArmhubertError(
-                f"a batch of {list(waveforms.shape)} samples does not fit the GPU's memory: lower --batch-seconds "
-                f"({self.config.batch_seconds:g}); what is finished is kept"
+                f"a batch of {list(waveforms.shape)} samples does not fit the GPU's memory: lower "
+                f"batch_seconds={self.config.batch_seconds:g}; what is finished is kept"
             ) from None
         return features.to(self.dtype).cpu(), frames
 
@@ -555,7 +555,7 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
     if not path.is_file():
         if any(out.iterdir()):
             raise ArmhubertError(
-                f"{out} is not empty and holds no features of an earlier run: choose another --out, or add --force"
+                f"{out} is not empty and holds no features of an earlier run: choose another folder, or add force=True"
             )
         return {}
     found = read_mapping(path)
@@ -566,7 +566,9 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
             difference = f"of another model or other weights ({found.get('model')!r} then, {settings['model']!r} now)"
         else:
             difference = f"made with other {key} ({_short(found.get(key))} then, {_short(value)} now)"
-        raise ArmhubertError(f"{out} holds features {difference}: choose another --out, or --force to compute all anew")
+        raise ArmhubertError(
+            f"{out} holds features {difference}: choose another folder, or force=True to compute all anew"
+        )
     rows = {}
     with contextlib.suppress(OSError):
         for line in (out / _INDEX).read_text("utf-8").splitlines():
@@ -595,6 +597,6 @@ def _is_finished(out: Path, row: Mapping[str, Any] | None, utterance: Utterance,
     if row.get("audio_filepath") != utterance.path:
         raise ArmhubertError(
             f"{out / name} holds the features of {row.get('audio_filepath')!r}, not of {utterance.path!r}: "
-            "choose another --out for other data"
+            "choose another folder for other data"
         )
     return newer and row.get("samples") == utterance.samples

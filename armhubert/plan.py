@@ -72,7 +72,7 @@ def parse_amount(text: str, kind: Kind) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in allowed or not 0 < float(match[1]) < 1e15:
         example = "200ms or 0.2s" if kind == "latency" else "20M or 2e7"
-        raise ArmhubertError(f"--{'params' if kind == 'parameters' else kind} must be like {example}, got {text!r}")
+        raise ArmhubertError(f"{kind} must be like {example}, got {text!r}")
     return float(match[1]) * _UNITS[match[2]]
 
 

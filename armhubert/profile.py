@@ -266,7 +266,7 @@ def _resident(kind: str) -> int:
     try:
         return forecast.resident(kind)
     except OSError:
-        raise ArmhubertError("peak memory on a CPU is read from /proc, which is not there: use --no-memory") from None
+        raise ArmhubertError("peak memory on a CPU is read from /proc, which is not there: use memory=False") from None
 
 
 # ---- the profile ------------------------------------------------------------

@@ -93,7 +93,7 @@ def read_results(paths: Iterable[str | Path]) -> tuple[Result, ...]:
         folder = path.parent if path.name == "suite.json" and path.is_file() else path
         found = sorted(folder.rglob(RESULT_FILE)) if folder.is_dir() else [path]
         if not found:
-            raise ArmhubertError(f"{path} has no {RESULT_FILE} below it: name what armhubert evaluate --out was given")
+            raise ArmhubertError(f"{path} has no {RESULT_FILE} below it: name the folder of an evaluation")
         files |= dict.fromkeys(file.resolve() for file in found)
     results = tuple(map(_read, files))
     for task in {result.task for result in results}:
@@ -208,8 +208,8 @@ def _beaten(point: Point, cost: str, points: Sequence[Point]) -> bool:
 def caution(result: Profile, comparison: Comparison, heads: bool) -> str:
     """What the picture would hide; empty: nothing."""
     if not heads and any(point.features == "heads" for point in comparison.points):
-        return "results are of the distillation heads, whose cost this profile leaves out: add --heads for it"
+        return "results are of the distillation heads, whose cost this profile leaves out: add heads=True for it"
     with_heads = {model.name for model in result.models if model.parameters > model.parameters_without_heads}
     if heads and any(point.features != "heads" and point.model in with_heads for point in comparison.points):
-        return "results are of hidden states, and latency and operations are with the heads: leave out --heads"
+        return "results are of hidden states, and latency and operations are with the heads: leave out heads=True"
     return ""

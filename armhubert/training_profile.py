@@ -102,7 +102,7 @@ def profile_training(
             no steps to measure.
     """
     if steps < 1 or warmup < 0:
-        raise ArmhubertError(f"repeats must be at least 1 and warmup at least 0, got {steps} and {warmup}")
+        raise ArmhubertError(f"steps must be at least 1 and warmup at least 0, got {steps} and {warmup}")
     device, total = pick_device(config.device), warmup + steps
     teacher, student, _ = load_models(config, device)
     shortest = student.config.receptive_field

@@ -3,11 +3,7 @@
 import errno
 import io
 import os
-import re
 import sys
-from collections.abc import Sequence
-
-import typer
 
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError, shown
@@ -34,7 +30,7 @@ def main() -> None:
     try:
         app()
     except ArmhubertError as error:
-        ui.error(_as_typed(str(error), sys.argv[1:]))
+        ui.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -48,15 +44,3 @@ def main() -> None:
         at = f" {shown(error.filename)}:" if error.filename is not None else ""
         ui.error(f"{error.strerror.lower()}:{at} {_REMEDIES[error.errno]}")
         sys.exit(2)
-
-
-def _as_typed(message: str, argv: Sequence[str]) -> str:
-    """A message with the settings that were typed as options by these: batch_seconds as --batch-seconds."""
-    commands = getattr(typer.main.get_command(app), "commands", {})
-    for setting in commands[argv[0]].params if argv and argv[0] in commands else ():
-        typed = next((o for o in setting.opts if any(a == o or a.startswith(f"{o}=") for a in argv[1:])), None)
-        if typed is not None and typed.startswith("-"):
-            message = re.sub(rf"^{setting.name}( in the options| in the settings)?(?= must )", typed, message)
-            if "_" in setting.name:
-                message = re.sub(rf"(?<![\w'/.-]){setting.name}(?![\w'/-])", typed, message)
-    return message

@@ -31,7 +31,10 @@ def distill(
             help="YAML or JSON file with these settings by name; options given here win.", rich_help_panel=RUN
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Continue the run in this folder.", rich_help_panel=RUN),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start anew although OUT exists.", rich_help_panel=RUN)
     ] = False,
@@ -218,8 +221,6 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     settings |= options
     source = "the options" if file is None else f"{file} and the options" if options else str(file)
     if resume is not None:
-        if force:
-            raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
         if "out" in settings:
             raise ArmhubertError(
                 f"--resume names the run's folder itself, got --out {settings['out']!r} too: leave it out"

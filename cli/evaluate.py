@@ -72,7 +72,10 @@ def evaluate(
             rich_help_panel=RUN,
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Continue the run in this folder.", rich_help_panel=RUN),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start anew although OUT exists.", rich_help_panel=RUN)
     ] = False,
@@ -211,8 +214,6 @@ def run_task(
     named = {"model": models[0] if models else None, "task": task, "data": root, "out": out}
     settings |= {name: value for name, value in named.items() if value is not None}
     if resume is not None:
-        if force:
-            raise ArmhubertError("--resume continues a run and --force starts one anew: give one of them")
         config = runner.load_run_config(resume, settings)
     else:
         config = build(EvaluateConfig, settings, "the settings")

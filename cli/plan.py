@@ -16,7 +16,7 @@ def plan(
     teacher: Annotated[
         str, typer.Argument(help="As for distill: mini, a folder, a checkpoint file, a hub id, a torchaudio pipeline.")
     ],
-    params: Annotated[str | None, typer.Option(help="Most parameters without heads: 20M.")] = None,
+    parameters: Annotated[str | None, typer.Option("--params", help="Most parameters without heads: 20M.")] = None,
     macs: Annotated[str | None, typer.Option(help="Most multiply-accumulates for 10 s of audio: 15G.")] = None,
     latency: Annotated[str | None, typer.Option(help="Longest time for 10 s of audio, measured here: 200ms.")] = None,
     device: Annotated[str, typer.Option(help="Where latency is measured: auto, cpu, cuda or cuda:N.")] = "auto",
@@ -34,7 +34,7 @@ def plan(
     from armhubert.plan import Budget, Searching, parse_amount, write
     from armhubert.plan import plan as search
 
-    given = {"parameters": params, "macs": macs, "latency": latency}
+    given = {"parameters": parameters, "macs": macs, "latency": latency}
     asked = [(kind, text) for kind, text in given.items() if text is not None]
     if len(asked) != 1:
         raise ArmhubertError(f"give one budget, --params, --macs or --latency, got {len(asked)} of them")

@@ -152,6 +152,8 @@ def _training(teacher: str, file: Path | None, device: str | None, repeats: int,
     from armhubert.distill_config import DistillConfig
     from armhubert.training_profile import Step, profile_training
 
+    if repeats < 1 or warmup < 0:
+        raise ArmhubertError(f"--repeats must be at least 1 and --warmup at least 0, got {repeats} and {warmup}")
     given = {**(read_mapping(file) if file else {}), "teacher": teacher, **({"device": device} if device else {})}
     settings = build(DistillConfig, given, str(file or "the options"))
     if out is not None:

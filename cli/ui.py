@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from armhubert.cli.options import as_typed
 from armhubert.errors import ArmhubertError
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ _out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
 
 def error(message: str) -> None:
     """One line on standard error."""
-    _err.print(Text.assemble(("error:", "red"), f" {_line(message)}"))
+    _err.print(Text.assemble(("error:", "red"), f" {_line(as_typed(message, sys.argv[1:]))}"))
 
 
 def note(message: str) -> None:
     """A remark on standard error."""
-    _err.print(_line(message))
+    _err.print(_line(as_typed(message, sys.argv[1:])))
 
 
 def say(message: str) -> None:
@@ -199,7 +200,7 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
                     bar.remove_task(scanning)
                 bar.console.print(_start_table(report))
                 for text in report.notes:
-                    bar.console.print(f"note: {text}", style="yellow")
+                    bar.console.print(f"note: {as_typed(text, sys.argv[1:])}", style="yellow")
                 training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
             elif isinstance(report, distill.Progress) and training is not None:
                 detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"

@@ -18,7 +18,9 @@ from made import SHAPE, digests, write_speech, write_teacher
 from rich.text import Text
 
 from armhubert import cli, data, distill
+from armhubert.cli import ui
 from armhubert.cli.app import app
+from armhubert.cli.options import as_typed
 from armhubert.distill_config import DistillConfig
 from armhubert.export import ExportConfig
 from armhubert.extract import ExtractConfig
@@ -546,10 +548,38 @@ def test_messages_name_what_was_typed(refused, tmp_path):
     refused("distill", "--config", file, "--batch-seconds", 4, says=says)
 
 
+@pytest.mark.parametrize(
+    ("typed", "message", "shown"),
+    [
+        ("distill", "continue it with resume=True, or force=True", "continue it with --resume FOLDER, or --force"),
+        ("profile mini", "not there: use memory=False", "not there: use --no-memory"),
+        ("export mini m.pt2", "use format='torch' or format='aot'", "use --format torch or --format aot"),
+        ("extract mini", "lower batch_seconds=60; what is", "lower --batch-seconds 60; what is"),
+        ("extract mini", "lower batch_seconds=2.5", "lower --batch-seconds 2.5"),
+        ("profile mini", "raise limit_seconds=...", "raise --limit"),
+        ("evaluate", "by train=..., dev=... or test=...", "by --train, --dev or --test"),
+        ("evaluate --lr=1", "sweep='lr' chooses: leave out learning_rate=...", "--sweep lr chooses: leave out --lr"),
+        ("evaluate", "rates must be above 0", "rates must be above 0"),
+        ("distill", "name data=... anew", "name data=... anew"),
+        ("profile mini", "start anew with force=True", "start anew with force=True"),
+        ("distill", "attend(impl='triton') or /a/seed=3", "attend(impl='triton') or /a/seed=3"),
+        ("", "start anew with force=True", "start anew with force=True"),
+    ],
+)
+def test_settings_in_messages_are_options_of_the_command(typed, message, shown):
+    assert as_typed(message, typed.split()) == shown
+
+
+def test_remarks_name_options_too(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["armhubert", "profile", "mini"])
+    ui.note("whose cost this profile leaves out: add heads=True for it")
+    assert capfd.readouterr().err == "whose cost this profile leaves out: add --heads for it\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_gpu_asked_for_and_absent(rejected, device):
-    rejected("--device", device, says="sees no GPU here")
+    rejected("--device", device, says="sees no GPU here: use --device cpu or --device auto")
 
 
 def test_a_gpu_asked_for_beyond_those_there_are(rejected, monkeypatch):
@@ -636,7 +666,9 @@ def test_out_that_is_an_empty_folder_is_used(call, speech, teacher, tmp_path):
 
 def test_out_that_is_a_run_is_kept_without_force_or_resume(refused, speech, teacher, old_run):
     before = digests(old_run)
-    refused("distill", speech, "-o", old_run, "--teacher", teacher, *STUDENT, says="holds a run: .*--resume.*--force")
+    refused(
+        "distill", speech, "-o", old_run, "--teacher", teacher, *STUDENT, says="with --resume FOLDER, .* with --force"
+    )
     assert digests(old_run) == before
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from armhubert import ARMHuBERT, ArmhubertError, load_teacher
 from armhubert.cli.app import app
+from armhubert.cli.options import as_typed
 from armhubert.convert import load_weights
 from armhubert.convert.folder import convert
 
@@ -28,7 +29,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         assert isinstance(result.exception, ArmhubertError), result.exception
-        return 2, result.stdout, str(result.exception)  # what `main` prints and exits with
+        message = as_typed(str(result.exception), ["convert", *map(str, arguments)])
+        return 2, result.stdout, message  # what `main` prints and exits with
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -112,7 +114,7 @@ def test_nothing_is_written_when_the_source_is_bad(checkpoint, tmp_path, force):
         code, _, message = run(source, tmp_path / "out", *force)
         assert code == 2
         assert "\n" not in message.strip()
-    assert "attention_mode must be" in run(checkpoint, tmp_path / "out", "--attention-mode", "soft")[2]
+    assert "--attention-mode must be" in run(checkpoint, tmp_path / "out", "--attention-mode", "soft")[2]
     assert [file.name for file in tmp_path.iterdir()] == ["torn.pt"]
 
 

@@ -208,10 +208,11 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, kind
     [
         (
             {"out": "m.pt2"},
-            r"a file of format onnx must end in \.onnx, got .*m\.pt2.*: choose the name, or --format torch or aot",
+            r"a file of format onnx must end in \.onnx, got .*m\.pt2.*: choose the name, or format='torch' or "
+            r"format='aot'",
         ),
-        ({"out": "m.onnx", "format": "torch"}, r"format torch must end in \.pt2.*--format onnx"),
-        ({"out": "there.onnx"}, "exists: choose another name, or --force"),
+        ({"out": "m.onnx", "format": "torch"}, r"format torch must end in \.pt2.*format='onnx'"),
+        ({"out": "there.onnx"}, "exists: choose another name, or force=True"),
         ({"out": "folder.onnx", "force": True}, "exists: choose another name"),
     ],
 )
@@ -232,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_traced(s
 
 def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
     ARMHuBERT(dataclasses.replace(SMALL, projection_width=None)).save_pretrained(tmp_path / "bare")
-    with pytest.raises(ArmhubertError, match="no distillation heads: leave out --heads"):
+    with pytest.raises(ArmhubertError, match="no distillation heads: leave out heads=True"):
         next(export(ExportConfig(str(tmp_path / "bare"), str(tmp_path / "m.onnx"), heads=True)))
     monkeypatch.setattr(module, "_ONNX_LIMIT", 1000)
     with pytest.raises(ArmhubertError, match="at most 2 GiB"):
@@ -269,6 +270,7 @@ def test_the_command(student, tmp_path, monkeypatch, call):
             "--format must be 'onnx' or 'torch' or 'aot'",
         ),
         ((student, tmp_path / "m.bin"), r"must end in \.onnx"),
+        ((student, tmp_path / "m.pt2"), "choose the name, or --format torch or --format aot"),
     ):
         code, out, err = call("export", *argv)
         assert (code, out) == (2, "")

@@ -209,7 +209,9 @@ def test_another_model_never_mixes_with_what_is_there(student, speech, tmp_path)
     with torch.no_grad():
         model.norm.bias += 1e-3
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ArmhubertError, match=r"features of another model or other weights .*student.*other.*--force"):
+    with pytest.raises(
+        ArmhubertError, match=r"features of another model or other weights .*student.*other.*force=True"
+    ):
         run(tmp_path / "other", speech, tmp_path / "out")
     interrupted = extract(
         ExtractConfig(str(tmp_path / "other"), (str(speech),), str(tmp_path / "out"), workers=0, force=True)

@@ -1,6 +1,17 @@
+import ast
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
+
+import armhubert
+from armhubert import kernels
+
+FOR_THE_COMMAND_LINE = {"plan.py": "# armhubert distill DATA --config "}
+"""Text by file that is read beside the command line: the head of a configuration that `armhubert plan` writes."""
 
 
 def run(code: str) -> str:
@@ -76,6 +87,19 @@ def test_help_does_not_wait_for_pytorch():
         """
     )
     assert out.strip() == "False"
+
+
+@pytest.mark.parametrize("package", [armhubert, kernels], ids=lambda package: package.__name__)
+def test_messages_of_the_library_name_settings_not_options(package):
+    options = []
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+                text = node.value.replace(FOR_THE_COMMAND_LINE.get(path.name, "\0"), "")
+                options += [(path.name, found) for found in re.findall(r"(?:^| )--[a-z]\S*", text)]
+    assert options == []
 
 
 def test_names_of_the_package_come_at_their_first_use():

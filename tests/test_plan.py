@@ -89,8 +89,13 @@ def test_amounts(text, kind, value):
     ("text", "kind"), [("20ms", "macs"), ("20M", "latency"), ("20", "latency"), ("", "macs"), ("-3", "macs")]
 )
 def test_amounts_that_are_none(text, kind):
-    with pytest.raises(ArmhubertError, match="must be like"):
+    with pytest.raises(ArmhubertError, match=f"^{kind} must be like"):
         plan.parse_amount(text, kind)
+
+
+def test_an_amount_that_is_none_is_told_by_its_option(call):
+    code, _, err = call("plan", "mini", "--params", "many")
+    assert (code, err) == (2, "error: --params must be like 20M or 2e7, got 'many'\n")
 
 
 def test_a_budget_below_every_student_names_the_smallest():

@@ -399,7 +399,7 @@ def test_files_that_were_read_are_memory_to_be_had(tmp_path, monkeypatch):
         (["--training", "--mode", "bf16", "--ragged"], "times steps, not features, got --mode, --ragged as well"),
         (["--training", "--batch-seconds", "220"], "got --batch-seconds as well"),
         (["--training", "--no-memory"], "got --memory as well"),
-        (["--training", "--repeats", "0"], "repeats must be at least 1 and warmup at least 0, got 0 and 1"),
+        (["--training", "--repeats", "0"], "--repeats must be at least 1 and --warmup at least 0, got 0 and 1"),
         (["--training", "--warmup", "-1"], "got 5 and -1"),
         (["--config", "run.yaml"], "--config belongs to --training"),
     ],

@@ -95,9 +95,9 @@ def test_a_cost_that_is_not_of_what_was_evaluated_is_told(folder):
     results = quality.read_results([folder])
     without_heads = large._replace(parameters=large.parameters_without_heads)
     for models, without, with_them in (
-        ((small, without_heads), "add --heads", ""),
-        ((small, large), "add --heads", "leave out --heads"),
-        ((large,), "", "leave out --heads"),
+        ((small, without_heads), "add heads=True", ""),
+        ((small, large), "add heads=True", "leave out heads=True"),
+        ((large,), "", "leave out heads=True"),
     ):
         found = compared(results, *models)
         for heads, says in ((False, without), (True, with_them)):

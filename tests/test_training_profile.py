@@ -136,6 +136,12 @@ def test_steps_that_are_not_finite_are_not_measured(config, monkeypatch):
         list(profile_training(config, steps=1, warmup=0))
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 1), (1, -1)])
+def test_no_steps_to_measure_are_refused(config, steps, warmup):
+    with pytest.raises(ArmhubertError, match=f"^steps must be at least 1 and warmup .*, got {steps} and {warmup}$"):
+        next(profile_training(config, steps=steps, warmup=warmup))
+
+
 def test_a_teacher_without_a_masked_view_is_one_line(config, monkeypatch):
     teacher = load_teacher(config.teacher)
     teacher.mask_embedding = None

@@ -62,7 +62,9 @@ def convert(
     if exists and os.path.exists(source) and folder.samefile(source):
         raise ArmhubertError(f"{folder} is the source itself: give another folder")
     if exists and any(folder.iterdir()) and not force:
-        raise ArmhubertError(f"{folder} is not empty: choose another folder, or replace our files in it with --force")
+        raise ArmhubertError(
+            f"{folder} is not empty: choose another folder, or replace our files in it with force=True"
+        )
     weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
     model = ARMHuBERT.from_weights(weights)
     assumed = ""

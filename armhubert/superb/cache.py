@@ -63,7 +63,7 @@ class FeatureCache:
         if not upstream.identity:
             raise ArmhubertError(
                 f"features of {upstream.source} cannot be cached: give its object an attribute `identity` that changes "
-                "with its features, or leave out --cache"
+                "with its features, or leave out cache=..."
             )
         self.folder = folder / upstream.identity
         self.count, self.width = upstream.count, upstream.width
@@ -85,7 +85,7 @@ class FeatureCache:
             if not isinstance(found, dict) or {name: found.get(name) for name in mine} != mine:
                 raise ArmhubertError(
                     f"{self.folder} holds features of another model ({found.get('source') if found else 'damaged'}): "
-                    "remove it, or name another folder with --cache"
+                    "remove it, or name another folder with cache=..."
                 )
             return
         write_atomic(path, json.dumps({**mine, "source": upstream.source}, indent=2) + "\n")
@@ -171,7 +171,7 @@ class _Writer:
         half = states.to("cpu", torch.float16)
         if not bool(torch.isfinite(half).all()):
             raise ArmhubertError(
-                f"features reach {float(states.abs().max()):.3g}, beyond the 65504 of fp16: run without --cache"
+                f"features reach {float(states.abs().max()):.3g}, beyond the 65504 of fp16: run without cache=..."
             )
         try:
             if self.position >= SHARD_BYTES:
@@ -208,4 +208,4 @@ def _open(path: Path, way: Callable[[Path], Any]) -> Any:
     try:
         return way(path)
     except OSError as error:
-        raise ArmhubertError(f"cannot write {path}: {error.strerror}; choose another folder with --cache") from None
+        raise ArmhubertError(f"cannot write {path}: {error.strerror}; choose another folder with cache=...") from None

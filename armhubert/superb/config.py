@@ -116,21 +116,21 @@ class EvaluateConfig:
                 raise ArmhubertError(f"{name} must be at least 0, got {value}")
         if not self.data:
             raise ArmhubertError(
-                f"--data must name the root of {task.name}'s data: {task.data}; --suite mini is on bundled speech"
+                f"give data=..., the root of {task.name}'s data: {task.data}; suite='mini' is on bundled speech"
             )
         if not Path(self.data).is_dir():
             raise ArmhubertError(f"data root {self.data!r} must be a folder that exists: {task.data}")
         for name in given_in_vain(task, vars(self)):
             what = _ABSENT.get(name, "training")
-            raise ArmhubertError(f"{task.name} has no {what}: leave out --{name.replace('_', '-')}")
+            raise ArmhubertError(f"{task.name} has no {what}: leave out {name}=...")
         if self.fold is not None and not 1 <= self.fold <= task.folds:
             raise ArmhubertError(f"fold must be within 1 and {task.folds} for {task.name}, got {self.fold}")
         if self.sweep and self.learning_rate is not None:
-            raise ArmhubertError("--sweep lr chooses the learning rate: leave out --learning-rate")
+            raise ArmhubertError("sweep='lr' chooses the learning rate: leave out learning_rate=...")
         if self.sweep and (len(set(self.rates)) < max(2, len(self.rates)) or min(self.rates) <= 0):
             raise ArmhubertError(f"a sweep needs at least 2 rates, different and above 0, got {list(self.rates)}")
         if not self.sweep and self.rates != RATES:
-            raise ArmhubertError("rates are those of a sweep: add --sweep lr, or give one with --learning-rate")
+            raise ArmhubertError("rates are those of a sweep: add sweep='lr', or give one with learning_rate=...")
 
     @property
     def training(self) -> Defaults:

@@ -65,7 +65,7 @@ class Features:
         if plan.bytes > 0.95 * plan.free:
             raise ArmhubertError(
                 f"the features need {plan.bytes / 1e9:.1f} GB and {plan.folder} has {plan.free / 1e9:.1f} GB free: "
-                "choose another disk with --cache, or run without"
+                "choose another disk with cache=..., or run without"
             )
         if not plan.items:
             return

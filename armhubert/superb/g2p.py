@@ -44,7 +44,7 @@ def pronounce(words: Iterable[str], *, stress: bool) -> tuple[dict[str, tuple[st
         from phonemizer.separator import Separator
     except ImportError:
         raise ArmhubertError(
-            "--g2p needs phonemizer and espeakng-loader: pip install 'armhubert[g2p]', or leave out --g2p"
+            "g2p=True needs phonemizer and espeakng-loader: pip install 'armhubert[g2p]', or leave out g2p=True"
         ) from None
     readable = [word for word in words if _READABLE.fullmatch(word)]
     try:
@@ -55,7 +55,7 @@ def pronounce(words: Iterable[str], *, stress: bool) -> tuple[dict[str, tuple[st
             [word.lower() for word in readable], separator=Separator(phone="_", word=" "), strip=True
         )
     except (RuntimeError, OSError) as error:
-        raise ArmhubertError(f"espeak-ng cannot be used for --g2p: {brief(error)}") from None
+        raise ArmhubertError(f"espeak-ng cannot be used for g2p=True: {brief(error)}") from None
     made = {word: _arpabet(text, stress) for word, text in zip(readable, spoken, strict=True)}
     source = f"espeak-ng {'.'.join(map(str, backend.version()))}"
     return {word: phones for word, phones in made.items() if phones}, source

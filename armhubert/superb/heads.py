@@ -213,7 +213,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
     except (ImportError, RuntimeError):
         raise ArmhubertError(
             "beam search with a language model needs flashlight-text: pip install flashlight-text kenlm, "
-            "or leave out --language-model"
+            "or leave out language_model=..."
         ) from None
     import tempfile
 

@@ -67,7 +67,7 @@ def choose_subsets(root: Path, options: Options) -> tuple[dict[SplitName, list[P
         if not rest:
             raise ArmhubertError(
                 f"{root} holds no training data in LibriSpeech's layout: expected train-clean-100/<speaker>/<chapter>/"
-                "*.flac with *.trans.txt below it, or name the subsets with --train"
+                "*.flac with *.trans.txt below it, or name the subsets with train=..."
             )
         chosen["train"] = rest
     tests = chosen["test"]

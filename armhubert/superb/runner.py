@@ -132,10 +132,14 @@ _PATHS = ("model", "data", "lexicon", "language_model")
 
 
 def _check_out(out: Path, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise ArmhubertError("resume=True continues a run and force=True starts one anew: give one of them")
     if resume or not out.exists() or force:
         return
     if not out.is_dir() or any(path.name != SCAN_CACHE for path in out.iterdir()):
-        raise ArmhubertError(f"{out} exists: give --resume {out}, --force to start anew, or another --out")
+        raise ArmhubertError(
+            f"{out} exists: continue it with resume=True, start anew with force=True, or choose another folder"
+        )
 
 
 # ---- one task (of one fold) ------------------------------------------------
@@ -221,8 +225,8 @@ class _Evaluation:
         for name, split in corpus.splits.items():
             if name != "train" and (cut := next((cut for cut in _cuts(split) if cut in trained), None)):
                 raise ArmhubertError(
-                    f"train and {name} must share no recording, both have {cut[0]}: name other subsets by --train, "
-                    "--dev, --test"
+                    f"train and {name} must share no recording, both have {cut[0]}: name other subsets by "
+                    "train=..., dev=... or test=..."
                 )
         if not self.config.dry_run:
             return corpus
@@ -245,7 +249,7 @@ class _Evaluation:
             passes = steps * config.training.batch * config.training.accumulate / splits["train"][0]
             if passes > MANY_PASSES:
                 notes = (*notes, f"SUPERB's {steps:,} steps are {passes:,.0f} passes over this little training speech: "
-                         "--steps sets fewer")  # fmt: skip
+                         "steps=... sets fewer")  # fmt: skip
         yield Started(
             config, self.task, self.upstream, self.fold + 1 if self.task.folds > 1 else 0, splits, notes, changed,
             parameters, first, steps, device_name(self.device),
@@ -311,7 +315,7 @@ class _Evaluation:
                     scores[rate] = training.best(until)
             if not scores:
                 tried_rates = ", ".join(f"{rate:g}" for rate in self.config.rates)
-                raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower --rates")
+                raise Diverged(f"every learning rate of the sweep diverged ({tried_rates}): give lower rates=...")
             ranked = sorted(scores, key=lambda rate: rank(choose, scores[rate]), reverse=True)
             kept = ranked[:1] if share == 1 else ranked[: -(-len(ranked) // 2)]
             given_up += reversed(ranked[len(kept) :])

@@ -223,7 +223,7 @@ def find_data(task: Task, root: Path, options: Options) -> Path:
     if not folders:
         raise ArmhubertError(
             f"none of {', '.join(task.folders)} is in {root}: put its data there under such a name, or name the folder "
-            f"in a --config file, as tasks: {{{task.name}: {{data: ...}}}}"
+            f"in a settings file, as tasks: {{{task.name}: {{data: ...}}}}"
         )
     errors = []
     for folder in folders:
@@ -292,7 +292,7 @@ def _load(model: str, features: FeatureChoice, device: str) -> Upstream:
 def _check_settings(config: EvaluateConfig) -> None:
     file = Path(config.out) / runner.CONFIG_FILE
     if not config.dry_run and file.is_file() and (other := runner.other_settings(read_mapping(file), config)):
-        raise ArmhubertError(f"{config.out} holds a run with other {', '.join(other)}: name another --out")
+        raise ArmhubertError(f"{config.out} holds a run with other {', '.join(other)}: name another out=...")
 
 
 def _check_weights(config: EvaluateConfig, upstream: Upstream) -> None:
@@ -302,7 +302,7 @@ def _check_weights(config: EvaluateConfig, upstream: Upstream) -> None:
     then = read_mapping(file).get("model")
     if upstream.identity and isinstance(then, dict) and then.get("identity") != upstream.identity:
         raise ArmhubertError(
-            f"{config.out} holds a result of other weights than {config.model} has now: name another --out"
+            f"{config.out} holds a result of other weights than {config.model} has now: name another out=..."
         )
 
 

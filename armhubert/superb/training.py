@@ -44,7 +44,9 @@ def _taking_in(path: Path) -> Iterator[None]:
     except ArmhubertError:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ArmhubertError(f"{path} does not fit this training ({brief(error)}): start anew with --force") from None
+        raise ArmhubertError(
+            f"{path} does not fit this training ({brief(error)}): start anew with force=True"
+        ) from None
 
 
 class Diverged(ArmhubertError):
@@ -179,14 +181,16 @@ class Training:
         try:
             content = read_pickle(path)
         except ArmhubertError as error:
-            raise ArmhubertError(f"{error}; start anew with --force") from None
+            raise ArmhubertError(f"{error}; start anew with force=True") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}): start anew with --force")
+            raise ArmhubertError(
+                f"{path} is no checkpoint of this version (format {FORMAT}): start anew with force=True"
+            )
         with _taking_in(path):
             mine, saved = self.identity(), content["identity"]
             if different := [name for name in mine if saved.get(name) != mine[name]]:
                 raise ArmhubertError(
-                    f"{self.folder} was begun with other {', '.join(different)}: start anew with --force"
+                    f"{self.folder} was begun with other {', '.join(different)}: start anew with force=True"
                 )
             self.probe.load_state_dict(content["probe"])
             self.optimizer.load_state_dict(content["optimizer"])

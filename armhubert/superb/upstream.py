@@ -89,7 +89,7 @@ def load_upstream(source: str, *, features: FeatureChoice = "auto", device: torc
     weights = load_weights(source)
     has_heads = weights.config.projection_width is not None
     if features == "heads" and not has_heads:
-        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use --features hidden")
+        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use features='hidden'")
     if has_heads and features != "hidden":
         return EncoderUpstream(source, ARMHuBERT.from_weights(weights, device=device), "heads")
     model = SpeechEncoder.from_weights(weights.without_heads(), device=device)
@@ -104,7 +104,7 @@ def names_code(source: str) -> bool:
 
 def _refuse_heads(source: str, features: FeatureChoice) -> None:
     if features == "heads":
-        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use --features auto")
+        raise ArmhubertError(f"features 'heads' need a student with heads, {source} has none: use features='auto'")
 
 
 def _digest(*parts: Any) -> str:

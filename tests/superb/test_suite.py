@@ -103,7 +103,7 @@ def test_a_result_of_weights_that_have_changed_is_not_taken_for_the_models(tmp_p
     *_, finished = run_suite(plan, tmp_path / "out")
     before = finished.results
     file.write_text(code.replace("old", "new"))
-    with pytest.raises(ArmhubertError, match=r"other weights than .*own\.py:M has now: name another --out"):
+    with pytest.raises(ArmhubertError, match=r"other weights than .*own\.py:M has now: name another out="):
         list(run_suite(plan, tmp_path / "out"))
     file.write_text(code)
     *_, finished = run_suite(plan, tmp_path / "out")
@@ -135,7 +135,7 @@ def test_a_suite_of_another_seed_is_another_suite(tmp_path, waves):
     assert suite(0, stop=True).reason == "stopped"
     assert suite(0).results["fbank"]["er"]["config"]["seed"] == 0
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(ArmhubertError, match="out/fbank/er holds a run with other seed: name another --out"):
+    with pytest.raises(ArmhubertError, match="out/fbank/er holds a run with other seed: name another out="):
         suite(1)
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
 

@@ -107,7 +107,7 @@ def find_lexicon(root: Path, options: Options) -> Path:
                 return folder / name
     raise ArmhubertError(
         f"no lexicon beside {root}: put lexicon.txt there (WORD, tab, phones), such as openslr.org/11's "
-        "librispeech-lexicon.txt, or give --lexicon FILE"
+        "librispeech-lexicon.txt, or name one with lexicon=..."
     )
 
 
@@ -148,12 +148,14 @@ def _check_lexicon(
     if not missing:
         return
     some = ", ".join(word for word, _ in missing.most_common(LISTED)) + (", ..." if len(missing) > LISTED else "")
-    remedy = "which --g2p cannot read in the lexicon's phones" if options.g2p else "or let --g2p make pronunciations"
+    remedy = (
+        "which g2p=True cannot read in the lexicon's phones" if options.g2p else "or let g2p=True make pronunciations"
+    )
     for split in SPLITS:
         if split in items and not items[split]:
             raise ArmhubertError(
                 f"every {split} utterance has words outside the lexicon ({len(missing)} words: {some}): "
-                f"give a lexicon of this data with --lexicon, {remedy}"
+                f"give a lexicon of this data with lexicon=..., {remedy}"
             )
     notes.append(
         f"{len(missing)} words are outside the lexicon ({some}): their utterances are left out; "
