@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_ONEDNN, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
-from armhubert.kernels import AttentionMap, attend, reattend
+from armhubert.kernels import AttentionMap, attend, onednn, reattend
 from armhubert.kernels import reuse_attention as module
+from armhubert.kernels import torch_reuse_attention as twin
 
 SETTINGS = ["exact", "resoftmax"]
 
@@ -68,9 +69,9 @@ def test_twin_gradients(setting):
     assert torch.autograd.gradcheck(reuse, [x.requires_grad_() for x in inputs])
 
 
-@pytest.mark.parametrize(("dropout", "piece"), [(0.0, module.PIECE), (0.3, module.PIECE), (0.3, 12)])
+@pytest.mark.parametrize(("dropout", "piece"), [(0.0, twin.PIECE), (0.3, twin.PIECE), (0.3, 12)])
 def test_twin_computing_gradients(dropout, piece, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", piece)  # 12: two rows of 6, a head of 3 x 3
+    monkeypatch.setattr(twin, "PIECE", piece)  # 12: two rows of 6, a head of 3 x 3
     lengths = torch.tensor([6, 3], device=DEVICE)
     inputs = [draw(2, 6, 2, 4, seed=s).requires_grad_() for s in range(3)]
 
@@ -84,8 +85,8 @@ def test_twin_computing_gradients(dropout, piece, monkeypatch):
 @pytest.mark.parametrize("T", [1, 63, 500])
 @pytest.mark.parametrize("fit", [True, False])
 def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
-    monkeypatch.setattr(module, "KEPT", 4 * T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "KEPT", 4 * T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
     q, k, v = draw(2, T, 3, 3, 40, dtype=torch.float32).cpu().unbind(2)
     x, weight, lengths = torch.randn(2, T, 20), torch.randn(120, 20), torch.tensor([T, max(1, T // 2)])
 
@@ -97,7 +98,7 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
     with torch.no_grad():
         got, maps = run(torch.float32)
         assert maps is None if not fit else [len(p) for p in maps] == lengths.repeat_interleave(3).tolist()
-        monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+        monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
         low, maps = run(torch.float32)
         assert maps is None
         for name, *outputs in zip(("computed", "reused"), got, low, run(torch.float64)[0], strict=True):
@@ -105,16 +106,16 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
 
 
 def by_pieces(monkeypatch: pytest.MonkeyPatch, pay: bool) -> None:
-    monkeypatch.setattr(module, "_pieces_pay", lambda q: pay and q.dtype == torch.bfloat16)
+    monkeypatch.setattr(twin, "_pieces_pay", lambda q, gradients: pay and not gradients and q.dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("scale", [1, 9, 60])
-@pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, module.LOW_PIECE)])
+@pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, twin.LOW_PIECE)])
 @pytest.mark.parametrize("fit", [True, False])
 def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit, monkeypatch):
-    monkeypatch.setattr(module, "LOW_PIECE", piece)
-    monkeypatch.setattr(module, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
+    monkeypatch.setattr(twin, "LOW_PIECE", piece)
+    monkeypatch.setattr(twin, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
     lengths = torch.tensor([T, max(1, T // 2)])
     shapes = ((2, T, 3, 40),) * 3, ((2, T, 20), (120, 20))
     (q, k, v), xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
@@ -153,19 +154,20 @@ def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
 def test_pieces_pay_for_long_bfloat16_where_the_processor_has_it_and_mkl_is_not_at_its_best(monkeypatch):
     q = torch.zeros(1, 200, 2, 40, dtype=torch.bfloat16)
     for name, value in {"DTYPES": (torch.float32, torch.bfloat16), "AVX512": True, "MKL_AT_ITS_BEST": False}.items():
-        monkeypatch.setattr(module.onednn, name, value)
-    assert module._pieces_pay(q)
-    assert not module._pieces_pay(q[:, :50])
-    assert not module._pieces_pay(q.float())
+        monkeypatch.setattr(onednn, name, value)
+    assert twin._pieces_pay(q, gradients=False)
+    assert not twin._pieces_pay(q, gradients=True)
+    assert not twin._pieces_pay(q[:, :50], gradients=False)
+    assert not twin._pieces_pay(q.float(), gradients=False)
     for name, value in {"DTYPES": (torch.float32,), "AVX512": False, "MKL_AT_ITS_BEST": True}.items():
         with monkeypatch.context() as patch:
-            patch.setattr(module.onednn, name, value)
-            assert not module._pieces_pay(q)
+            patch.setattr(onednn, name, value)
+            assert not twin._pieces_pay(q, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_of_an_empty_batch_are_none(dtype, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     by_pieces(monkeypatch, True)
     q = torch.zeros(0, 9, 2, 4, dtype=dtype)
     out, kept = attend(q, q, q, impl="torch")
@@ -176,13 +178,13 @@ def test_maps_of_an_empty_batch_are_none(dtype, monkeypatch, neglected_by_mkl):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("T", [1, 63, pytest.param(500, marks=NEEDS_ONEDNN)])
 def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     shape = {"B": 2, "T": T, "H": 3, "d": 40, "D": 20, "lengths": torch.tensor([T, max(1, T // 2)])}
-    applied = Mock(wraps=module._apply_maps)
-    monkeypatch.setattr(module, "_apply_maps", applied)
+    applied = Mock(wraps=twin._apply_maps)
+    monkeypatch.setattr(twin, "_apply_maps", applied)
     got = layer_pair("torch", torch.float32, setting, **shape)
     assert applied.called
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
     low = layer_pair("torch", torch.float32, setting, **shape)
     high = layer_pair("torch", torch.float64, setting, **shape)
     for name in got:
@@ -190,7 +192,7 @@ def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch,
 
 
 def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_() for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
 
@@ -203,7 +205,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, negle
     for uses in ([0], [2], [1, 2], [0, 1, 2]):
         got = run(uses)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "KEPT_FOR_BACKWARD", 0)
+            patch.setattr(twin, "KEPT_FOR_BACKWARD", 0)
             want = run(uses)
         assert 0 not in uses or got[2].any()
         for a, b in zip(got, want, strict=True):
@@ -212,7 +214,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, negle
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_(not frozen) for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
     with torch.no_grad():
@@ -220,7 +222,7 @@ def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypat
     assert kept.probabilities is not None
     leaves = [weight.requires_grad_(), *([] if frozen else inputs[:2])]
     got = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
     want = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -440,9 +442,9 @@ def test_dropout_of_the_twin_is_drawn_piece_by_piece(monkeypatch):
     monkeypatch.setattr(torch, "rand", drawn)
     q = draw(2, 40, 3, 16, dtype=torch.float64).requires_grad_()  # pieces add up in another order
     results = []
-    for piece in (module.PIECE, 400):
+    for piece in (twin.PIECE, 400):
         drawn.reset_mock()
-        monkeypatch.setattr(module, "PIECE", piece)
+        monkeypatch.setattr(twin, "PIECE", piece)
         out = attend(q, q, q, torch.tensor([40, 17]), dropout=0.4, seed=3, impl="torch")[0]
         results.append([out, *torch.autograd.grad(out.square().sum(), q)])
         shapes = [call.args[0] for call in drawn.call_args_list]
