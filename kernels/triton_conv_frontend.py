@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.conv_frontend import padded_counts, waveform_gradient
+from armhubert.kernels.conv_frontend import padded_counts
 from armhubert.kernels.runtime import contiguous, float32_precision, frame_counts
+from armhubert.kernels.torch_conv_frontend import waveform_gradient
 
 # ---- tiles ------------------------------------------------------------------
 
