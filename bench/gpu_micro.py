@@ -179,7 +179,7 @@ def variant_work(job: VariantJob) -> dict[str, Any]:
     weight = (torch.randn(width, width, generator=generator, device=device) * width**-0.5).to(dtype)
 
     def chain(layers: int) -> list[torch.Tensor]:
-        out, kept = attend(q, k, v, reused=layers)
+        out, kept = attend(q, k, v, reusing_layers=layers)
         return [out, *(reattend(kept, x, weight) for _ in range(layers))]
 
     runs = {}

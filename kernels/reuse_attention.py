@@ -47,7 +47,8 @@ from armhubert.kernels.runtime import (
 )
 from armhubert.kernels.variants import project_inside, store_map
 
-Setting = Literal["exact", "resoftmax"]
+AttentionMode = Literal["exact", "resoftmax"]
+"""How a reusing layer reads the map: "exact", as in the paper, or through a second softmax, as in the released code."""
 MAX_HEAD_WIDTH = 128
 PITCH = 8
 """Rows of a stored map start at multiples of so many numbers, at least 16 bytes."""
@@ -314,7 +315,7 @@ def attend(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
-    reused: int = 1,
+    reusing_layers: int = 1,
     impl: Impl = "auto",
 ) -> tuple[Tensor, AttentionMap]:
     """softmax(q k^T / sqrt(d)) v over valid keys, and a handle to its map for the layers that reuse it.
@@ -325,7 +326,8 @@ def attend(
         dropout: probability of dropping an entry of this layer's map; the handle is the map before dropout.
         seed: of the dropout: an int, or an int64 tensor of one element on q's device (no synchronisation). None draws
             one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
-        reused: how many layers will reuse the map: whether to store it for them depends on that, no value does.
+        reusing_layers: number of layers that will reuse the map; it only decides whether the map is stored, results do
+            not depend on it.
         impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
 
     Returns:
@@ -355,9 +357,9 @@ def attend(
         raise ValueError("a dropout seed cannot be honoured by impl='torch' under torch.compile; pass seed=None")
     key = _seed_tensor(seed, q.device) if dropout and not traced else None
     if chosen == "torch":
-        out, maps = twin.attend(q, k, v, lengths, keep=bool(reused), dropout=dropout, seed=key)
+        out, maps = twin.attend(q, k, v, lengths, keep=bool(reusing_layers), dropout=dropout, seed=key)
         return out, AttentionMap(q, k, None, lengths, maps)
-    if not needs_gradient(q, k, v) and store_map(q, reused):
+    if not needs_gradient(q, k, v) and store_map(q, reusing_layers):
         out, lse, kept = _attend_fwd(q, k, v, lengths, key, dropout, True)
         return out, AttentionMap(q, k, lse, lengths, (kept,))
     out, lse = _Attend.apply(q, k, v, lengths, key, dropout)
@@ -383,7 +385,7 @@ def reattend(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    setting: Setting = "exact",
+    mode: AttentionMode = "exact",
     impl: Impl = "auto",
 ) -> Tensor:
     """Apply a kept map to new values: concat_h(A_h V_h) with V = x weight^T + bias.
@@ -393,7 +395,7 @@ def reattend(
         x: [B, T, D].
         weight: [H d, D]; None: x holds the values themselves, [B, T, H d].
         bias: [H d] or None.
-        setting: "exact" (the paper) or "resoftmax" (a second softmax over the probabilities of valid keys, as the
+        mode: "exact" (the paper) or "resoftmax" (a second softmax over the probabilities of valid keys, as the
             released weights were trained).
         impl: "auto" (the implementation that made the map), "triton" or "torch".
 
@@ -405,8 +407,8 @@ def reattend(
     """
     q, k, lse, lengths, maps = attention_map
     B, T, H, d = q.shape
-    if setting not in ("exact", "resoftmax"):
-        raise ValueError(f"setting must be 'exact' or 'resoftmax', got {setting!r}")
+    if mode not in ("exact", "resoftmax"):
+        raise ValueError(f"mode must be 'exact' or 'resoftmax', got {mode!r}")
     if x.dim() != 3 or x.shape[:2] != (B, T):
         raise ValueError(f"x must be [{B}, {T}, D] like the map's batch, got {tuple(x.shape)}")
     if weight is None and (x.shape[2] != H * d or bias is not None):
@@ -427,7 +429,7 @@ def reattend(
         raise ValueError(f"x, weight and bias must have the map's dtype {q.dtype}, got {_each('dtype', x, weight)}")
     if impl == "triton" and lse is None:
         raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
-    resoftmax = setting == "resoftmax"
+    resoftmax = mode == "resoftmax"
 
     def values() -> Tensor:
         return (x if weight is None else linear(x, weight, bias)).unflatten(2, (H, d))

@@ -90,13 +90,13 @@ def project_inside(q: Tensor) -> bool:
     return next((longest for batch, longest in entries if batch >= B), entries[-1][1]) >= T
 
 
-def store_map(q: Tensor, reused: int) -> bool:
-    """Whether the computing layer should store its map for `reused` layers; gradients need none stored."""
+def store_map(q: Tensor, reusing_layers: int) -> bool:
+    """Whether the computing layer should store its map for that many reusing layers, in inference."""
     if torch.compiler.is_compiling():
         return False
     B, T, H, _ = q.shape
-    if not reused or B * H * T * T * q.itemsize > STORED_BYTES:
+    if not reusing_layers or B * H * T * T * q.itemsize > STORED_BYTES:
         return False
     entries = choices(q.device.index, q.itemsize)["stored"]
     layers = next((n for batch, frames, n in entries if batch >= B and frames >= T), 0)
-    return 0 < layers <= reused
+    return 0 < layers <= reusing_layers
