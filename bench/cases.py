@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from armhubert.baselines import HUBERT_BASE, released_front_end
+from armhubert.bench import costs
 from armhubert.config import armhubert
 from armhubert.frontend import FrontEnd
-from armhubert.kernels import AttentionMap, AttentionMode, Distance, Impl, attend, costs, distillation_loss, reattend
+from armhubert.kernels import AttentionMap, AttentionMode, Distance, Impl, attend, distillation_loss, reattend
+from armhubert.kernels.costs import Cost, Gpu
 
 Forward = Callable[[], Tensor | tuple[Tensor, ...]]
 
@@ -78,7 +80,7 @@ class Cell(NamedTuple):
         config = STACKS[self.stack]
         return (self.T - 1) * config.hop + config.receptive_field
 
-    def floor(self, gpu: costs.Gpu | None, *, backward: bool) -> float | None:
+    def floor(self, gpu: Gpu | None, *, backward: bool) -> float | None:
         """Seconds that no implementation in 16-bit beats, of the forward pass or of forward and backward."""
         if gpu is None:
             return None
@@ -89,7 +91,7 @@ class Cell(NamedTuple):
         parts = self._costs(backward)
         return sum(c.bytes for c in parts), sum(c.operations for c in parts)
 
-    def _costs(self, backward: bool) -> list[costs.Cost]:
+    def _costs(self, backward: bool) -> list[Cost]:
         B, T, H, d = self.B, self.T, self.H, self.d
         parts = []
         for back in (False, True)[: 1 + backward]:

@@ -32,7 +32,7 @@ SLOW = ("flex", "compiled released", "compiled")
 
 
 def gpu_rates(device: torch.device) -> costs.Gpu | None:
-    """Rates of this GPU, if costs.py knows it."""
+    """Rates of this GPU, if `kernels/costs.py` knows it."""
     if device.type != "cuda":
         return None
     return costs.named(torch.cuda.get_device_name(device))
