@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from armhubert.kernels.onednn import linear
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, needs_gradient, register, resolve_impl
+from armhubert.kernels.runtime import (
+    Impl,
+    autocast,
+    check_lengths,
+    check_tensors,
+    frame_mask,
+    needs_gradient,
+    register,
+    resolve_impl,
+)
 
 Distance = Literal["mse", "l1"]
 Layers = Tensor | Sequence[Tensor]
@@ -179,6 +188,10 @@ def _check(
 ) -> None:
     if distance not in ("mse", "l1"):
         raise ValueError(f"distance must be 'mse' or 'l1', got {distance!r}")
+    layers_by_name = (("hidden", hidden), ("clean", clean), ("masked", masked or ()))
+    check_tensors(weight=weight, bias=bias)
+    check_tensors(optional=True, mask=mask)
+    check_tensors(**{f"{name}[{index}]": t for name, layers in layers_by_name for index, t in enumerate(layers)})
     if weight.dim() != 3 or bias.shape != weight.shape[:2]:
         raise ValueError(
             f"weight must be [L, Dt, D] and bias [L, Dt], got {tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -189,7 +202,8 @@ def _check(
     if hidden[0].dim() != 3:
         raise ValueError(f"hidden layers must be [B, T, {D}], got {tuple(hidden[0].shape)}")
     B, T, _ = hidden[0].shape
-    for name, layers, width in (("hidden", hidden, D), ("clean", clean, Dt), ("masked", masked or (), Dt)):
+    for name, layers in layers_by_name:
+        width = D if name == "hidden" else Dt
         if layers and len(layers) != L:
             raise ValueError(f"{name} must have {L} layers, got {len(layers)}")
         for index, layer in enumerate(layers):

@@ -39,6 +39,7 @@ from armhubert.kernels.runtime import (
     Impl,
     autocast,
     check_lengths,
+    check_tensors,
     frame_mask,
     needs_gradient,
     register,
@@ -338,6 +339,7 @@ def attend(
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, or an implementation that cannot run here.
     """
+    check_tensors(q=q, k=k, v=v)
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
             f"q, k and v must share one shape [B, T, H, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -372,6 +374,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, int):
         return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"seed must be an int or one int64 on {device}, got {seed!r}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         raise ValueError(
             f"seed must be an int or one int64 on {device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
@@ -405,6 +409,10 @@ def reattend(
     Raises:
         ValueError: a map of another batch, width or dtype, or an implementation that cannot run here.
     """
+    if not isinstance(attention_map, AttentionMap):
+        raise ValueError(f"attention_map must be the AttentionMap of attend, got a {type(attention_map).__name__}")
+    check_tensors(x=x)
+    check_tensors(optional=True, weight=weight, bias=bias)
     q, k, lse, lengths, maps = attention_map
     B, T, H, d = q.shape
     if mode not in ("exact", "resoftmax"):

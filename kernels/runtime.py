@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -141,10 +142,22 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
     return counts
 
 
+def check_tensors(*, optional: bool = False, **tensors: Any) -> None:
+    """Refuse arguments that are not tensors, by their names; with `optional`, None is allowed."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            shown = " ".join(reprlib.repr(value).split())
+            raise ValueError(f"{name} must be a tensor{' or None' * optional}, got {shown}")
+
+
 def check_lengths(
     lengths: Tensor | None, B: int, T: int, device: torch.device, *, least: int = 1, unit: str = "frames"
 ) -> None:
-    """Lengths are integers [B] on the data's device, least..T; read only where that costs no synchronisation."""
+    """Refuse lengths that are not integers [B] on the data's device, or not within least..T.
+
+    Values on a GPU are not read, as that would be a synchronisation, nor those that a compiler traces.
+    """
+    check_tensors(optional=True, lengths=lengths)
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):

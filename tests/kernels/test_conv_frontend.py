@@ -403,6 +403,13 @@ def test_bad_input_is_told_before_any_launch():
     moments = window_moments(x, 10, 5)
     lengths = torch.tensor([500, 400], device=DEVICE)
     for match, call in {
+        r"waveforms must be a tensor, got \[": lambda: conv_frontend(x.tolist(), layers),
+        r"layers\[0\]: weight must be a tensor, got None": lambda: conv_frontend(x, [first._replace(weight=None)]),
+        r"layers\[0\]: bias must be a tensor": lambda: conv_frontend(x, [first._replace(bias=[0.0] * 24)]),
+        "channel_norm.weight must be a tensor": lambda: conv_frontend(x, [first], channel_norm=Norm(1.0, 0.0)),
+        "moments must be the Moments of": lambda: conv_frontend(x, layers, channel_norm=norm, moments=tuple(moments)),
+        r"waveforms must be a tensor, got \(": lambda: window_moments(tuple(x), 10, 5),
+        "lengths must be a tensor or None": lambda: window_moments(x, 10, 5, [500, 400]),
         r"floating point \[B, S\]": lambda: conv_frontend(x[0], layers),
         "at least one Convolution": lambda: conv_frontend(x, []),
         r"layers\[0\] must have weight": lambda: conv_frontend(x, layers[1:]),

@@ -632,13 +632,21 @@ def test_bad_input_is_told_before_any_launch():
     x, weight = draw(2, 5, 6, dtype=torch.float32), draw(16, 6, dtype=torch.float32)
     kept = attend(q, q, q)[1]
     for match, call in {
+        r"q must be a tensor, got \[\[": lambda: attend(q.tolist(), q, q),
+        "v must be a tensor, got None": lambda: attend(q, q, None),
         "share one shape": lambda: attend(q, q[:, :4], q),
         "one floating dtype": lambda: attend(q, q.double(), q),
         r"dropout must be in \[0, 1\)": lambda: attend(q, q, q, dropout=1.0),
         "lengths must be int32 or int64": lambda: attend(q, q, q, torch.tensor([torch.nan, 1.0], device=DEVICE)),
         "int64": lambda: attend(q, q, q, torch.tensor([5], device=DEVICE)),
+        r"lengths must be a tensor or None, got \[5, 3\]": lambda: attend(q, q, q, [5, 3]),
         "impl must be": lambda: attend(q, q, q, impl="cuda"),
         "seed must be": lambda: attend(q, q, q, dropout=0.5, seed=torch.zeros(2, device=DEVICE), impl="torch"),
+        r"seed must be an int or one int64 on .*, got 0\.5": lambda: attend(q, q, q, dropout=0.5, seed=0.5),
+        "attention_map must be the AttentionMap of attend, got a tuple": lambda: reattend(attend(q, q, q), x, weight),
+        "x must be a tensor": lambda: reattend(kept, x.tolist(), weight),
+        "weight must be a tensor or None": lambda: reattend(kept, x, weight.tolist()),
+        "bias must be a tensor or None": lambda: reattend(kept, x, weight, 0.0),
         "x must be": lambda: reattend(kept, x[:1], weight),
         "weight must be": lambda: reattend(kept, x, weight[:8]),
         "without weight, x must be": lambda: reattend(kept, x),
