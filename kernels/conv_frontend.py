@@ -49,9 +49,9 @@ class Norm(NamedTuple):
     """Affine part and epsilon of a normalisation over (or of each of) C channels."""
 
     weight: Tensor
-    """[C]."""
+    """Factor of each channel, [C]."""
     bias: Tensor
-    """[C]."""
+    """Offset of each channel, [C]."""
     eps: float = 1e-5
 
 
@@ -59,30 +59,30 @@ class Convolution(NamedTuple):
     """One layer of the stack."""
 
     weight: Tensor
-    """[C', C, k] as nn.Conv1d keeps it; C = 1 in the first layer."""
+    """Weight [C', C, k] as nn.Conv1d keeps it; C = 1 in the first layer."""
     stride: int
     bias: Tensor | None = None
-    """[C']."""
+    """One number for each output channel, [C']; None: no bias."""
     norm: Norm | None = None
-    """LayerNorm over C'; every layer has one or none has."""
+    """LayerNorm over the C' channels; either every layer has one or none has."""
 
 
 class Moments(NamedTuple):
-    """Sums over the first layer's windows, float64 and additive: a long recording's are the sums of its parts'."""
+    """Sums over the first layer's windows, in float64; those of a long recording are the sums of its parts'."""
 
     windows: Tensor
-    """[B], how many."""
+    """Number of windows, [B]."""
     sum: Tensor
-    """[B, K]."""
+    """Sum of the windows, [B, K]."""
     outer: Tensor
-    """[B, K, K] sum of w w^T."""
+    """Sum of the windows' outer products w w^T, [B, K, K]."""
 
     def plus(self, other: "Moments") -> "Moments":
-        """Of both parts together."""
+        """Moments of both parts together."""
         return Moments(self.windows + other.windows, self.sum + other.sum, self.outer + other.outer)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean [B, K] and covariance [B, K, K]; zeros where there is no window."""
+        """Mean [B, K] and covariance [B, K, K] of the windows; zeros where there is none."""
         windows = self.windows.clamp(min=1)
         mean = self.sum / windows[:, None]
         return mean, self.outer / windows[:, None, None] - mean[:, :, None] * mean[:, None]
@@ -92,7 +92,7 @@ class Moments(NamedTuple):
 
 
 def padded_counts(counts: Sequence[Any], strides: Sequence[int]) -> list[Any]:
-    """Rows that an utterance has in each layer's buffer, at least its frames, so that P_{l-1} = s_l P_l.
+    """Rows of an utterance in each layer's buffer: at least its frames, and such that P_{l-1} = s_l P_l.
 
     Then row r of a batch's map needs rows s r .. s r + k - 1 of the one before, whatever the utterance, and a layer is
     one matrix product for the whole batch.
@@ -119,7 +119,7 @@ def _op_forward_torch(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """What the Triton op returns, z_1 .. z_{L-1} [B, P_l, C_l] with rows of zeros, where there is no GPU."""
+    """The Triton op's results on a CPU: out, and with `keep` z_1 .. z_{L-1} [B, P_l, C_l] with rows of zeros."""
     out, maps = twin.composite(x, shift, w0, b0, weights, biases, norms, strides, eps)
     padded = padded_counts([z.shape[1] for z in maps], strides)
     kept = [F.pad(z, (0, 0, 0, rows - z.shape[1])) for z, rows in zip(maps, padded, strict=True)]
@@ -211,7 +211,7 @@ _sums = register(
 
 
 class _FrontEnd(torch.autograd.Function):
-    """out of settings, x, shift, w0, b0, then L - 1 weights, their biases and all norms."""
+    """Output of the stack, from settings, x, shift, w0, b0, then L - 1 weights, their biases and all norms."""
 
     @staticmethod
     def forward(
@@ -247,7 +247,7 @@ class _FrontEnd(torch.autograd.Function):
 
 
 def _split(parameters: Sequence[Tensor], sizes: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """-> weights, biases, norms."""
+    """The flat parameters as weights, biases and norms."""
     first, second = sizes[0], sum(sizes)
     return list(parameters[:first]), list(parameters[first:second]), list(parameters[second:])
 
@@ -342,7 +342,7 @@ def _check(
 
 
 def _fold(weight: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """First convolution and channel norm -> m [B, K], weights [B, C, K], bias [B, C], float64 (module docstring)."""
+    """First convolution and channel norm as one convolution: m [B, K], weights [B, C, K] and bias [B, C] in float64."""
     mean, covariance = moments.statistics()
     taps = weight[:, 0].double()
     variance = ((taps @ covariance) * taps).sum(-1)  # [B, C]

@@ -5,6 +5,10 @@
                 = masked_l[n]   elsewhere
     loss_l      = sum over valid frames n of mean_d |pred_l[n, d] - target_l[n, d]|^p,    p = 2 (mse) or 1 (l1)
 
+The op chooses between the views itself, for callers that hold both. This library's training does not: its teacher mixes
+the views layer by layer (`armhubert.teacher.teacher_targets`), so that only the layer it is at exists in both, and the
+loss gets the mixture as `clean`, without `masked` and `mask` (`armhubert.losses.Objective.frame_loss`).
+
 Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), eq. of the masking distillation; padded frames are not
 counted here. The caller divides by the number of valid frames and weighs the layers.
 
@@ -38,7 +42,7 @@ Layers = Tensor | Sequence[Tensor]
 def _residual(
     h: Tensor, W: Tensor, b: Tensor, clean: Tensor, masked: Tensor | None, mask: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """prediction - target of one layer, zero on padded frames. -> [B, T, Dt] in the dtype of h."""
+    """Prediction minus target of one layer, zero on padded frames: [B, T, Dt] in the dtype of h."""
     residual = linear(h, W, b)
     if masked is None or mask is None:
         residual -= clean
@@ -60,7 +64,7 @@ def distillation_forward(
     l1: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A layer at a time. -> loss [L] float32; with `keep`, also what backward needs: residual or sign [L, B, T, Dt]."""
+    """Loss [L] in float32, a layer at a time; with `keep` also the residuals, or for l1 their signs, [L, B, T, Dt]."""
     L, (B, T, _), Dt = len(hidden), hidden[0].shape, weight.shape[1]
     acc = torch.promote_types(hidden[0].dtype, torch.float32)
     loss = torch.empty(L, dtype=acc, device=weight.device)
@@ -85,7 +89,8 @@ def distillation_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients for hidden, weight and bias by plain matrix products from the kept residual.
 
-    d pred = g 2/Dt residual (mse) or g 1/Dt sign (l1); scaled first, so that float16 sums do not overflow.
+    The prediction's gradient is g 2/Dt residual (mse) or g 1/Dt sign (l1), scaled first so that float16 sums do not
+    overflow.
     """
     L, Dt, D = weight.shape
     d_hidden, d_weight, d_bias = [], torch.empty_like(weight), weight.new_empty(L, Dt)
@@ -142,7 +147,7 @@ _backward = register(
 
 
 class _Distillation(torch.autograd.Function):
-    """loss [L] of the flattened inputs: switches, weight, bias, mask, lengths, then hidden, clean and masked layers."""
+    """Loss [L]; its inputs are switches, weight, bias, mask, lengths, then hidden, clean and masked layers."""
 
     @staticmethod
     def forward(
@@ -242,7 +247,8 @@ def distillation_loss(
         hidden: student layers, [L, B, T, D] or L tensors [B, T, D] (no stacking copy).
         weight: heads [L, Dt, D].
         bias: heads [L, Dt].
-        clean: teacher layers that saw the whole utterance, [L, B, T, Dt] or L tensors [B, T, Dt].
+        clean: teacher layers that saw the whole utterance, or targets mixed of both views already, [L, B, T, Dt] or L
+            tensors [B, T, Dt].
         masked: teacher layers that saw the masked utterance, like clean; None compares with clean everywhere.
         mask: [B, T] bool, True where the student's input frame was masked; needed with masked, not read without.
         lengths: [B] int, valid frames of each utterance; None if all T are.

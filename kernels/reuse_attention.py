@@ -52,11 +52,11 @@ AttentionMode = Literal["exact", "resoftmax"]
 """How a reusing layer reads the map: "exact", as in the paper, or through a second softmax, as in the released code."""
 MAX_HEAD_WIDTH = 128
 PITCH = 8
-"""Rows of a stored map start at multiples of so many numbers, at least 16 bytes."""
+"""Rows of a map that Triton stores start at multiples of this many numbers, 16 bytes or more."""
 
 
 def pitched(T: Any) -> Any:
-    """Numbers from row to row of a stored map of T frames."""
+    """Numbers from the start of a row to that of the next in a map of T frames that Triton stores."""
     return (T + PITCH - 1) // PITCH * PITCH
 
 
@@ -64,13 +64,13 @@ class AttentionMap(NamedTuple):
     """What a reusing layer needs of a computing layer's attention: enough to recompute softmax(q k^T) tile by tile."""
 
     queries: Tensor
-    """[B, T, H, d], any strides (a view of a fused projection)."""
+    """The computing layer's queries, [B, T, H, d], with any strides (a view of a fused projection)."""
     keys: Tensor
-    """[B, T, H, d]."""
+    """The computing layer's keys, [B, T, H, d]."""
     log_sum_exp: Tensor | None
-    """[B, H, T] float32, natural log of the sum of exponentials of the scaled logits; None from the PyTorch twin."""
+    """Natural log of each row's sum of exponentials of scaled logits, [B, H, T] float32; None from the PyTorch twin."""
     lengths: Tensor | None
-    """[B] valid frames; None if all T are."""
+    """Valid frames of each utterance, [B]; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
     """The stored map, if storing pays; its form depends on who made it. Triton (inference only): one tensor
     [B, H, T, pitched(T)], zero at padded rows and invalid keys. PyTorch, float32: one [n, n] per utterance and head, n
@@ -153,9 +153,9 @@ def _attend_fwd_torch(
 
 
 def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels save of each row, [B, H, T]: log-sum-exp, and Z of the second softmax; padded rows 0 and 1.
+    """Log-sum-exp of each row and Z of its second softmax, [B, H, T], and the map [B, H, T, T].
 
-    And the map [B, H, T, T], padded rows 0.
+    In padded rows they are 0, 1 and 0, as the kernels save them.
     """
     T = q.shape[1]
     valid = frame_mask(q.new_full((len(q),), T, dtype=torch.int64) if lengths is None else lengths, T)
@@ -299,7 +299,7 @@ _attention_bwd = register(
 
 
 def _resolve(impl: Impl, q: Tensor) -> Literal["triton", "torch"]:
-    """As resolve_impl, knowing that the kernels hold whole heads in registers: at most 128 columns."""
+    """Like resolve_impl, but the kernels hold whole heads in registers: wider ones than 128 columns go to PyTorch."""
     chosen = resolve_impl(impl, q)
     if chosen == "triton" and q.shape[-1] > MAX_HEAD_WIDTH:
         if impl == "triton":
@@ -325,8 +325,8 @@ def attend(
         q, k, v: [B, T, H, d], one dtype and device, any strides (views of one fused projection are fine).
         lengths: [B] int32 or int64, valid frames of each utterance, 1..T; None if all T are.
         dropout: probability of dropping an entry of this layer's map; the handle is the map before dropout.
-        seed: of the dropout: an int, or an int64 tensor of one element on q's device (no synchronisation). None draws
-            one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
+        seed: seed of the dropout, an int or an int64 tensor of one element on q's device (no synchronisation). None
+            draws one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
         reusing_layers: number of layers that will reuse the map; it only decides whether the map is stored, results do
             not depend on it.
         impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
@@ -369,7 +369,7 @@ def attend(
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """[1] int64 on the device, without a synchronisation."""
+    """The seed as one int64, [1], on the device, made without a synchronisation."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, int):

@@ -19,11 +19,11 @@ from armhubert.kernels.runtime import frame_counts, frame_mask
 CHUNK = 8_200_000
 """Numbers in the widest map of a chunk: 10 s of the default student, 33 MB, about the most that malloc keeps mapped."""
 ROWS = 64
-"""Frames a row for oneDNN's channels-last weight gradient, which over thousands in a row is five times slower."""
+"""Frames in a row of oneDNN's channels-last weight gradient, which over rows of thousands is five times slower."""
 
 
 def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, S] -> sum [B, K] and sum of outer products [B, K, K] over valid windows, float64."""
+    """Sum [B, K] and sum of outer products [B, K, K] of the valid windows of x [B, S], in float64."""
     windows = x.double().unfold(-1, kernel, stride)  # [B, T, K]
     if frames is not None:
         windows = torch.where(frame_mask(frames, windows.shape[1])[..., None], windows, 0)
@@ -52,7 +52,7 @@ def _weight_images(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """[T, C], [C', C, 1, k] -> [T', C'].
+    """One layer: [T, C], [C', C, 1, k] -> [T', C'].
 
     An image of one row has no second to stride to, but a stride keeps PyTorch from preferring its own 1x1 convolution
     to oneDNN's on one thread, where it is half as fast.
@@ -61,7 +61,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Te
 
 
 def _convolve_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """GELU(_convolve(...)) without gradients."""
+    """GELU of what `_convolve` gives, without gradients."""
     return onednn.convolve_gelu(_image(x), weight, bias, (2, stride))[0, :, 0].t().contiguous()
 
 
@@ -87,10 +87,11 @@ def forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """An utterance and a few seconds at a time, so that no map leaves the cache: exact, as nothing is padded.
+    """Output [B, T, C] and, with `keep`, z_1 .. z_{L-1} of every chunk.
 
-    shift (m) [B, K], w0 [B, C, K] and b0 [B, C] belong to one utterance each; biases and norms (weight, bias of each
-    layer) are empty where the architecture has none. -> out [B, T, C]; with `keep`, z_1 .. z_{L-1} of every chunk.
+    An utterance and a few seconds are worked on at a time, so that no map leaves the cache; as nothing is padded, the
+    result is exact. shift (m) [B, K], w0 [B, C, K] and b0 [B, C] belong to one utterance each; biases and norms
+    (weight, bias of each layer) are empty where the architecture has none.
     """
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
@@ -119,7 +120,7 @@ def forward(
 
 
 def _add_weight_gradient(total: Tensor, gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> None:
-    """[T', C'] and [T, C], for weights [C', C, 1, k], added to [C', C, k]: blocks of ROWS frames, then what remains."""
+    """Add to total [C', C, k] the weight's gradient from gz [T', C'] and a [T, C], ROWS frames at a time."""
     (T, N), C, kernel = gz.shape, a.shape[1], weight.shape[3]
     for start, count, rows in ((0, T // ROWS, ROWS), (T - T % ROWS, 1, T % ROWS)):
         if not count or not rows:
@@ -135,7 +136,7 @@ def _add_weight_gradient(total: Tensor, gz: Tensor, a: Tensor, weight: Tensor, s
 
 
 def _input_gradient(gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """[T', C'] -> [T, C], the shape of a."""
+    """Gradient of a layer's input a [T, C] from gz [T', C']."""
     g = torch.ops.aten.convolution_backward(
         _image(gz), _image(a), weight, None, [2, stride], [0, 0], [1, 1], False, [0, 0], 1,
         [True, False, False],
@@ -146,7 +147,7 @@ def _input_gradient(gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tenso
 def _activation_gradient(
     g: Tensor, z: Tensor, norms: Sequence[Tensor], d_norms: list[Tensor], layer: int, eps: float
 ) -> Tensor:
-    """Gradient of a_l -> gradient of z_l; those of the norm are added to d_norms."""
+    """Gradient of z_l from that of a_l; the gradients of the norm are added to d_norms."""
     if not norms:
         return torch.ops.aten.gelu_backward(g, z)
     weight, bias = norms[2 * layer], norms[2 * layer + 1]
@@ -160,7 +161,7 @@ def _activation_gradient(
 
 
 def waveform_gradient(gz: Tensor, w0: Tensor, stride: int, samples: int) -> Tensor:
-    """[B, T, C], [B, C, K] -> [B, S]: each utterance's own convolution, transposed."""
+    """Gradient of the waveforms [B, S] from gz [B, T, C]: each utterance's own convolution w0 [B, C, K], transposed."""
     B, T, C = gz.shape
     g = F.conv_transpose1d(gz.transpose(1, 2).reshape(1, B * C, T), w0.reshape(B * C, 1, -1), stride=stride, groups=B)
     return F.pad(g[0], (0, samples - g.shape[-1]))
@@ -180,7 +181,7 @@ def backward(
     eps: float,
     need_x: bool,
 ) -> list[Tensor]:
-    """Chunk by chunk as forward. -> gradients of w0, b0, x (empty unless need_x), weights, biases, norms."""
+    """Gradients of w0, b0, x (empty unless need_x), weights, biases and norms, chunk by chunk like `forward`."""
     images = _weight_images(weights)
     taps = [w0.shape[2], *(w.shape[2] for w in weights)]
     counts = frame_counts(x.shape[1], taps, strides)
@@ -222,7 +223,7 @@ def composite(
     strides: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The whole batch in plain PyTorch, for compilers, exporters and other devices. -> out and z_0 .. z_{L-1}."""
+    """Output and z_0 .. z_{L-1} of the whole batch in plain PyTorch, for compilers, exporters and other devices."""
     windows = (x.unfold(-1, w0.shape[2], strides[0]) - shift[:, None]).to(w0.dtype)
     z = torch.baddbmm(b0.to(w0.dtype)[:, None], windows, w0.transpose(1, 2))  # [B, T, C]
     maps = [z]

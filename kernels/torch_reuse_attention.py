@@ -107,7 +107,7 @@ def reattend(maps: Maps | None, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
 def _pieces_pay(q: Tensor, gradients: bool) -> bool:
     """Whether attention by pieces beats sdpa: in bfloat16, where PyTorch's own is as slow as in float32 or slower.
 
-    So it is on AMD's processors with AVX-512. Zen 4 was measured by pieces, Zen 5 not yet.
+    That is so on AMD's processors with AVX-512. Zen 4 was measured by pieces, Zen 5 not yet.
     """
     return (
         not gradients
@@ -174,7 +174,7 @@ def _valid(lengths: Tensor | None, B: int, T: int) -> list[int]:
 
 
 def _softmax_(logits: Tensor) -> Tensor:
-    """In place on a CPU: a second tensor of this size would leave no room in the cache."""
+    """Softmax over keys, in place on a CPU: a second tensor of this size would leave no room in the cache."""
     return torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
 
 
@@ -358,7 +358,7 @@ def _apply_pieces(maps: Maps, v: Tensor, lengths: Tensor | None, resoftmax: bool
 # ---- recomputed -------------------------------------------------------------
 
 PIECE = 2**18
-"""Entries of a map worked on at a time on a CPU (1 MB of float32): cached, and in pages that malloc uses again."""
+"""Entries of a map worked on at a time on a CPU, 1 MB of float32: they stay cached, in pages that malloc reuses."""
 
 
 def _generator(seed: Tensor | None, b: int) -> torch.Generator | None:
@@ -386,10 +386,10 @@ def attention_forward(
     dropout: float,
     resoftmax: bool,
 ) -> Tensor:
-    """A piece of an utterance's map at a time, so that no whole map ever exists. -> [B, T, H d], padded rows 0.
+    """Output [B, T, H d], padded rows 0, of a piece of an utterance's map at a time: no whole map ever exists.
 
-    With gradients, keeping the map for the layers that reuse it does not pay: it must be written and read again, in
-    pages that are fresh each time, and a pair of layers takes longer than with the map made twice (CPU, 4 x 499).
+    With gradients, keeping the pieces for layers that reuse the map does not pay: they must be written and read again,
+    in pages that are fresh each time, and a pair of layers takes longer than with the map made twice (CPU, 4 x 499).
     """
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
@@ -418,7 +418,7 @@ def attention_backward(
     dropout: float,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k, v, a piece of an utterance's map at a time; the formulas are in reuse_attention.py."""
+    """Gradients of q, k and v, from a piece of an utterance's map at a time; the formulas are in reuse_attention.py."""
     B, T, H, d = q.shape
     dq, dk, dv = (x.new_zeros(B, H, T, d) for x in (q, k, v))
     for b, n in enumerate(_valid(lengths, B, T)):
