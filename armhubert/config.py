@@ -19,11 +19,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from armhubert.errors import ArmhubertError, brief, nearest, shown
+from armhubert.kernels import AttentionMode
 
 ConvLayer = tuple[int, int, int]
 """(output channels, kernel, stride) of one waveform convolution."""
-
-AttentionMode = Literal["exact", "resoftmax"]
 
 _T = TypeVar("_T")
 

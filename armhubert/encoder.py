@@ -85,9 +85,10 @@ def _fusible(layer: nn.Module) -> bool:
 class ComputingAttention(nn.Module):
     """Self-attention that computes its map and hands it on."""
 
-    def __init__(self, config: EncoderConfig, heads: int, reused: int, impl: Impl) -> None:
+    def __init__(self, config: EncoderConfig, heads: int, reusing_layers: int, impl: Impl) -> None:
         super().__init__()
-        self.heads, self.dropout, self.reused, self.impl = heads, config.attention_dropout, reused, impl
+        self.heads, self.dropout, self.impl = heads, config.attention_dropout, impl
+        self.reusing_layers = reusing_layers
         inner = heads * (config.width // config.heads)
         self.qkv = Linear(config.width, 3 * inner)
         self.output = Linear(inner, config.width)
@@ -96,7 +97,9 @@ class ComputingAttention(nn.Module):
         """[B, T, D], valid frames [B] (None: all) -> [B, T, D] and the map, before dropout."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.heads)
         dropout = self.dropout if self.training else 0.0
-        out, attention_map = attend(q, k, v, lengths, dropout=dropout, reused=self.reused, impl=self.impl)
+        out, attention_map = attend(
+            q, k, v, lengths, dropout=dropout, reusing_layers=self.reusing_layers, impl=self.impl
+        )
         return self.output(out), attention_map
 
 
@@ -112,7 +115,7 @@ class ReusingAttention(nn.Module):
     def forward(self, x: Tensor, attention_map: AttentionMap) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         values = (x, self.value.weight, self.value.bias) if _fusible(self.value) else (self.value(x),)
-        return self.output(reattend(attention_map, *values, setting=self.mode, impl=self.impl))
+        return self.output(reattend(attention_map, *values, mode=self.mode, impl=self.impl))
 
 
 class RelativePositions(nn.Module):
@@ -190,8 +193,8 @@ class EncoderLayer(nn.Module):
             self.attention = GatedPositionAttention(config, kept)
         elif kept:
             following = config.pattern[index + 1 :]
-            reused = len(following) - len(following.lstrip("R"))
-            self.attention = ComputingAttention(config, len(kept), reused, impl)
+            reusing_layers = len(following) - len(following.lstrip("R"))
+            self.attention = ComputingAttention(config, len(kept), reusing_layers, impl)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.up = Linear(config.width, ffn) if ffn else None
         self.down = Linear(ffn, config.width) if ffn else None

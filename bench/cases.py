@@ -1,4 +1,4 @@
-"""The registry of benchmark cases: one cell names an op, a shape and a setting, and builds its candidates.
+"""The registry of benchmark cases: one cell names an op, a shape and settings, and builds its candidates.
 
 `make bench` times the cells on a CPU, `bench/gpu.sh` on a GPU, both against the same baselines:
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from armhubert.baselines import HUBERT_BASE, released_front_end
+from armhubert.bench import costs
 from armhubert.config import armhubert
 from armhubert.frontend import FrontEnd
-from armhubert.kernels import AttentionMap, Distance, Impl, Setting, attend, costs, distillation_loss, reattend
+from armhubert.kernels import AttentionMap, AttentionMode, Distance, Impl, attend, distillation_loss, reattend
+from armhubert.kernels.costs import Cost, Gpu
 
 Forward = Callable[[], Tensor | tuple[Tensor, ...]]
 
@@ -40,7 +42,7 @@ class Cell(NamedTuple):
     T: int
     H: int = 12
     d: int = 40
-    setting: Setting = "exact"
+    mode: AttentionMode = "exact"
     ragged: bool = False
     """Lengths from T / 2 to T instead of none."""
     L: int = 12
@@ -59,7 +61,7 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """What tables call it."""
-        detail = {"loss": self.distance, "attend": "", "conv": self.stack}.get(self.op, self.setting)
+        detail = {"loss": self.distance, "attend": "", "conv": self.stack}.get(self.op, self.mode)
         widths = {"loss": f"L{self.L} {self.D}-{self.Dt}", "conv": ""}.get(self.op, f"H{self.H} d{self.d}")
         return " ".join(p for p in (self.op, detail, f"B{self.B} T{self.T}", widths, "ragged" * self.ragged) if p)
 
@@ -68,7 +70,7 @@ class Cell(NamedTuple):
         """Those that must be compiled first."""
         if not self.slow:
             return ()
-        exact = self.setting == "exact" or self.op == "attend"
+        exact = self.mode == "exact" or self.op == "attend"
         of_op = {"loss": ("compiled released", "compiled"), "conv": ("compiled released",)}
         return of_op.get(self.op, ("flex", "compiled") if exact else ("compiled",))
 
@@ -78,7 +80,7 @@ class Cell(NamedTuple):
         config = STACKS[self.stack]
         return (self.T - 1) * config.hop + config.receptive_field
 
-    def floor(self, gpu: costs.Gpu | None, *, backward: bool) -> float | None:
+    def floor(self, gpu: Gpu | None, *, backward: bool) -> float | None:
         """Seconds that no implementation in 16-bit beats, of the forward pass or of forward and backward."""
         if gpu is None:
             return None
@@ -89,7 +91,7 @@ class Cell(NamedTuple):
         parts = self._costs(backward)
         return sum(c.bytes for c in parts), sum(c.operations for c in parts)
 
-    def _costs(self, backward: bool) -> list[costs.Cost]:
+    def _costs(self, backward: bool) -> list[Cost]:
         B, T, H, d = self.B, self.T, self.H, self.d
         parts = []
         for back in (False, True)[: 1 + backward]:
@@ -161,7 +163,7 @@ def released_reattend(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    setting: Setting = "exact",
+    mode: AttentionMode = "exact",
     lengths: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
@@ -169,7 +171,7 @@ def released_reattend(
     B, T, _D = x.shape
     H = stored.shape[0] // B
     v = F.linear(x, weight, bias).view(B, T, H, -1).transpose(1, 2).reshape(B * H, T, -1)
-    if setting == "resoftmax":
+    if mode == "resoftmax":
         return _released_apply(stored, v, lengths, B)[0]
     return torch.bmm(stored, v).view(B, H, T, -1).transpose(1, 2).reshape(B, T, -1)
 
@@ -307,7 +309,7 @@ def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl,
         return Candidate(lambda: reuse(handle, x, weight, bias), [q, k, x, weight, bias])
 
     def compiled() -> Candidate:
-        twin = by(partial(attend, impl="torch"), partial(reattend, setting=cell.setting, impl="torch"))
+        twin = by(partial(attend, impl="torch"), partial(reattend, mode=cell.mode, impl="torch"))
         return twin._replace(forward=torch.compile(twin.forward, **_COMPILED))
 
     def flex() -> Candidate:
@@ -323,10 +325,10 @@ def _attention(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl,
         return by(make_map, reuse)
 
     makers: Makers = {
-        "ours": lambda: by(partial(attend, impl=impl), partial(reattend, setting=cell.setting, impl=impl)),
-        "released": lambda: by(released_attend, partial(released_reattend, setting=cell.setting, lengths=lengths)),
+        "ours": lambda: by(partial(attend, impl=impl), partial(reattend, mode=cell.mode, impl=impl)),
+        "released": lambda: by(released_attend, partial(released_reattend, mode=cell.mode, lengths=lengths)),
     }
-    if cell.setting == "exact" or cell.op == "attend":
+    if cell.mode == "exact" or cell.op == "attend":
         for name, backend in _SDPA[device.type].items():
             ways = partial(sdpa_attend, backend=backend), partial(sdpa_reattend, backend=backend)
             makers[name] = partial(by, *ways)
@@ -388,12 +390,12 @@ def gpu_cells() -> Iterator[Cell]:
     yield Cell("pair", 16, 499, slow=True)
     yield Cell("attend", 16, 499, slow=True)
     yield Cell("conv", 16, 499, slow=True)
-    yield Cell("reattend", 16, 499, setting="resoftmax", slow=True)
+    yield Cell("reattend", 16, 499, mode="resoftmax", slow=True)
     yield Cell("reattend", 16, 499, ragged=True, slow=True)
     for B, T in ((1, 499), (64, 250), (1, 50), (4, 1499), (64, 499), (1, 3000), (16, 100), (64, 50), (4, 200)):
         yield Cell("reattend", B, T)
     for B, T in ((1, 499), (16, 1499), (64, 250)):
-        yield Cell("reattend", B, T, setting="resoftmax")
+        yield Cell("reattend", B, T, mode="resoftmax")
     for B, T in ((1, 499), (64, 499), (1, 50), (16, 1499), (4, 3000)):
         yield Cell("attend", B, T)
     for B, T in ((1, 499), (64, 499), (4, 499), (1, 50), (16, 1499)):
@@ -406,7 +408,7 @@ def gpu_cells() -> Iterator[Cell]:
     yield Cell("conv", 16, 499, stack="teacher")
     yield Cell("attend", 16, 499, d=36)
     yield Cell("reattend", 16, 499, d=36)
-    yield Cell("pair", 16, 499, setting="resoftmax")
+    yield Cell("pair", 16, 499, mode="resoftmax")
     yield Cell("pair", 16, 1499)
     yield Cell("reattend", 16, 1499)
     yield Cell("reattend", 64, 3000)
@@ -414,9 +416,9 @@ def gpu_cells() -> Iterator[Cell]:
 
 def cpu_cells() -> Iterator[Cell]:
     """What `make bench` times on the CPU twins."""
-    for setting in ("exact", "resoftmax"):
+    for mode in ("exact", "resoftmax"):
         for B, T in ((4, 499), (1, 499)):
-            yield Cell("pair", B, T, setting=setting)
+            yield Cell("pair", B, T, mode=mode)
     yield Cell("pair", 2, 1499)
     yield Cell("reattend", 4, 499)
     yield Cell("attend", 4, 499)
@@ -432,7 +434,7 @@ def rehearsal_cells() -> Iterator[Cell]:
     small: dict[str, Any] = {"B": 2, "T": 9, "H": 2, "d": 16}
     for op in ("attend", "reattend", "pair"):
         yield Cell(op, **small, slow=op == "reattend")
-    yield Cell("pair", **small, setting="resoftmax", ragged=True)
+    yield Cell("pair", **small, mode="resoftmax", ragged=True)
     yield Cell("reattend", **small, ragged=True)
     yield Cell("loss", **small, L=2, Dt=24)
     yield Cell("conv", 1, 9, ragged=True)

@@ -133,7 +133,7 @@ class Pair(NamedTuple):
         qkv, x, weight, bias, g = (t.to(dtype) for t in self[:5])
         return Pair(qkv, x, weight, bias, g, self.lengths)
 
-    def run(self, impl: Impl, setting: Any, *, heads_first: bool = False, **options: Any) -> list[Tensor]:
+    def run(self, impl: Impl, mode: Any, *, heads_first: bool = False, **options: Any) -> list[Tensor]:
         """Outputs on valid frames, and every gradient."""
         q, k, v = (t.detach() for t in self.qkv.unbind(2))
         if heads_first:
@@ -141,17 +141,17 @@ class Pair(NamedTuple):
         leaves = [t.detach().requires_grad_() for t in (q, k, v, self.x, self.weight, self.bias)]
         q, k, v, x, weight, bias = leaves
         computed, kept = attend(q, k, v, self.lengths, impl=impl, **options)
-        reused = reattend(kept, x, weight, bias, setting=setting, impl=impl)
+        reused = reattend(kept, x, weight, bias, mode=mode, impl=impl)
         grads = torch.autograd.grad([computed, reused], leaves, [*self.g.unbind()])
         valid = 1 if self.lengths is None else frame_mask(self.lengths, x.shape[1])[..., None]
         return [(computed * valid).detach(), (reused * valid).detach(), *grads]
 
-    def outputs(self, impl: Impl, setting: Any) -> list[Tensor]:
+    def outputs(self, impl: Impl, mode: Any) -> list[Tensor]:
         """Outputs on valid frames alone, as inference computes them."""
         q, k, v = self.qkv.unbind(2)
         with torch.no_grad():
             computed, kept = attend(q, k, v, self.lengths, impl=impl)
-            reused = reattend(kept, self.x, self.weight, self.bias, setting=setting, impl=impl)
+            reused = reattend(kept, self.x, self.weight, self.bias, mode=mode, impl=impl)
         valid = 1 if self.lengths is None else frame_mask(self.lengths, self.x.shape[1])[..., None]
         return [computed * valid, reused * valid]
 
@@ -187,7 +187,7 @@ def pair(device: str, dtype: str, B: int, T: int, H: int, d: int, D: int, pad: b
 def check_attention(
     device: str,
     dtype: str,
-    setting: str,
+    mode: str,
     B: int,
     T: int,
     H: int,
@@ -204,17 +204,17 @@ def check_attention(
     inputs = pair(device, dtype, B, T, H, d, D, pad)
     if variant == "stored":
         with mock.patch.object(attention_module, "store_map", return_value=True):
-            got = inputs.outputs(kernels_of(device), setting)
-        low, high = inputs.outputs("torch", setting), inputs.to(torch.float64).outputs("torch", setting)
+            got = inputs.outputs(kernels_of(device), mode)
+        low, high = inputs.outputs("torch", mode), inputs.to(torch.float64).outputs("torch", mode)
         return judge(PAIR[:2], got, low, high)
     forced = {"inside": True, "outside": False}.get(variant)
     context: Any = contextlib.nullcontext()
     if forced is not None:
         context = mock.patch.object(attention_module, "project_inside", return_value=forced)
     with context:
-        got = inputs.run(kernels_of(device), setting, heads_first=heads_first)
-    low = inputs.run("torch", setting)
-    high = inputs.to(torch.float64).run("torch", setting)
+        got = inputs.run(kernels_of(device), mode, heads_first=heads_first)
+    low = inputs.run("torch", mode)
+    high = inputs.to(torch.float64).run("torch", mode)
     return judge(PAIR, got, low, high, inputs.scales())
 
 
@@ -279,7 +279,7 @@ def check_dropout(device: str, dtype: str, B: int, T: int, H: int, d: int, p: fl
     return {**row, "at": f"{row['at']}; kept {share:.4f} of {1 - p}"}
 
 
-def check_padding(device: str, dtype: str, setting: str) -> dict[str, Any]:
+def check_padding(device: str, dtype: str, mode: str) -> dict[str, Any]:
     """An utterance in a padded batch, large finite garbage behind it, against itself alone."""
     impl, kind = kernels_of(device), DTYPES[dtype]
     q, k, v = (draw(device, 2, 121, 2, 40, dtype=kind, seed=s) for s in range(3))
@@ -288,9 +288,9 @@ def check_padding(device: str, dtype: str, setting: str) -> dict[str, Any]:
         t[1, 73:] = 1e3
     lengths = torch.tensor([121, 73], device=device)
     out, kept = attend(q, k, v, lengths, impl=impl)
-    reused = reattend(kept, x, weight, setting=setting, impl=impl)  # type: ignore[arg-type]
+    reused = reattend(kept, x, weight, mode=mode, impl=impl)  # type: ignore[arg-type]
     alone, kept_alone = attend(q[1:, :73], k[1:, :73], v[1:, :73], impl=impl)
-    reused_alone = reattend(kept_alone, x[1:, :73], weight, setting=setting, impl=impl)  # type: ignore[arg-type]
+    reused_alone = reattend(kept_alone, x[1:, :73], weight, mode=mode, impl=impl)  # type: ignore[arg-type]
     step = torch.finfo(kind).eps
     gap = max(
         ((a - b).abs().max() / b.abs().max()).item() / step
@@ -310,8 +310,8 @@ def check_rerun(device: str, dtype: str, op: str) -> dict[str, Any]:
         inputs = front_end_inputs(device, dtype, "mini", 3, 0.7)
         return same(inputs.names, *(inputs.run(impl, DTYPES[dtype]) for _ in range(2)))
     options: dict[str, Any] = {"dropout": 0.1, "seed": 3} if op == "dropout" else {}
-    setting = "resoftmax" if op == "resoftmax" else "exact"
-    run = partial(pair(device, dtype, 4, 257, 4, 40, 160, True).run, impl, setting, **options)
+    mode = "resoftmax" if op == "resoftmax" else "exact"
+    run = partial(pair(device, dtype, 4, 257, 4, 40, 160, True).run, impl, mode, **options)
     return same(PAIR, run(), run())
 
 
@@ -322,8 +322,8 @@ def check_compile(device: str, op: str) -> dict[str, Any]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, lengths: Tensor) -> Tensor:
         out, kept = attend(q, k, v, lengths, impl=impl)
-        setting = "resoftmax" if op == "resoftmax" else "exact"
-        return (out + reattend(kept, x, weight, setting=setting, impl=impl)).float().square().mean()  # type: ignore[arg-type]
+        mode = "resoftmax" if op == "resoftmax" else "exact"
+        return (out + reattend(kept, x, weight, mode=mode, impl=impl)).float().square().mean()  # type: ignore[arg-type]
 
     def frames(module: FrontEnd, waveforms: Tensor, lengths: Tensor) -> Tensor:
         return module(waveforms, lengths).float().square().mean()
@@ -675,12 +675,12 @@ def jobs(device: str, quick: bool) -> list[Job]:
 def _quick_jobs() -> Iterator[tuple[str, dict[str, Any]]]:
     shape = {"B": 2, "T": 13, "H": 2, "d": 20, "D": 24}
     for dtype in DTYPES:
-        yield "attention", {"dtype": dtype, "setting": "exact", **shape}
-        yield "attention", {"dtype": dtype, "setting": "resoftmax", **shape, "variant": "outside"}
-        yield "attention", {"dtype": dtype, "setting": "resoftmax", **shape, "variant": "stored"}
+        yield "attention", {"dtype": dtype, "mode": "exact", **shape}
+        yield "attention", {"dtype": dtype, "mode": "resoftmax", **shape, "variant": "outside"}
+        yield "attention", {"dtype": dtype, "mode": "resoftmax", **shape, "variant": "stored"}
         yield "loss", {"dtype": dtype, "distance": "mse", "L": 2, "B": 2, "T": 9, "D": 16, "Dt": 12}
     yield "dropout", {"dtype": "fp32", "B": 2, "T": 33, "H": 2, "d": 20, "p": 0.3}
-    yield "padding", {"dtype": "fp32", "setting": "exact"}
+    yield "padding", {"dtype": "fp32", "mode": "exact"}
     for op in ("exact", "dropout", "loss"):
         yield "rerun", {"dtype": "fp32", "op": op}
     for op in ("exact", "loss"):
@@ -702,10 +702,10 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
     full = {"B": 4, "T": 499, "H": 12, "d": 40, "D": 480}
     for dtype in ("bf16", "fp32", "fp16"):
         yield "student", {"name": "mini", "mode": "exact", "dtype": dtype, "seconds": 3.0}
-        for setting in ("exact", "resoftmax"):
-            yield "attention", {"dtype": dtype, "setting": setting, **full}
-            yield "attention", {"dtype": dtype, "setting": setting, **full, "variant": "inside"}
-            yield "attention", {"dtype": dtype, "setting": setting, **full, "variant": "stored"}
+        for mode in ("exact", "resoftmax"):
+            yield "attention", {"dtype": dtype, "mode": mode, **full}
+            yield "attention", {"dtype": dtype, "mode": mode, **full, "variant": "inside"}
+            yield "attention", {"dtype": dtype, "mode": mode, **full, "variant": "stored"}
         yield "loss", {"dtype": dtype, "distance": "mse", "L": 12, "B": 4, "T": 499, "D": 480, "Dt": 768}
         yield "dropout", {"dtype": dtype, "B": 2, "T": 200, "H": 3, "d": 40, "p": 0.1}
         for stack in ("student", "teacher", "layer norms", "mini"):
@@ -726,8 +726,8 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "conv", {"dtype": dtype, "stack": "student", "B": 1, "seconds": 0.025}
         for op in ("exact", "resoftmax", "loss", "conv"):
             yield "rerun", {"dtype": dtype, "op": op}
-        for setting in ("exact", "resoftmax"):
-            yield "padding", {"dtype": dtype, "setting": setting}
+        for mode in ("exact", "resoftmax"):
+            yield "padding", {"dtype": dtype, "mode": mode}
             shapes = (
                 (2, 1, 2, 64, 20),
                 (3, 7, 2, 36, 20),
@@ -737,23 +737,23 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
             )
             for B, T, H, d, D in shapes:
                 shape = {"B": B, "T": T, "H": H, "d": d, "D": D}
-                yield "attention", {"dtype": dtype, "setting": setting, **shape}
-                yield "attention", {"dtype": dtype, "setting": setting, **shape, "variant": "stored"}
+                yield "attention", {"dtype": dtype, "mode": mode, **shape}
+                yield "attention", {"dtype": dtype, "mode": mode, **shape, "variant": "stored"}
         for L, B, T, D, Dt in ((1, 1, 1, 8, 3), (3, 2, 63, 40, 72), (12, 2, 7, 36, 24), (1, 1, 129, 48, 130)):
             for distance in ("mse", "l1"):
                 yield "loss", {"dtype": dtype, "distance": distance, "L": L, "B": B, "T": T, "D": D, "Dt": Dt}
         yield "loss", {"dtype": dtype, "distance": "l1", "L": 12, "B": 4, "T": 100, "D": 432, "Dt": 768}
         yield "loss", {"dtype": dtype, "distance": "mse", "L": 2, "B": 2, "T": 90, "D": 64, "Dt": 80, "views": 1}
         yield "dropout", {"dtype": dtype, "B": 2, "T": 70, "H": 2, "d": 64, "p": 0.5}
-        yield "attention", {"dtype": dtype, "setting": "exact", **full, "pad": False, "heads_first": True}
+        yield "attention", {"dtype": dtype, "mode": "exact", **full, "pad": False, "heads_first": True}
     for mode in ("exact", "resoftmax"):
         for dtype in ("bf16", "fp32"):
             yield "student", {"name": "armhubert", "mode": mode, "dtype": dtype, "seconds": 6.0}
     for dtype in ("bf16", "fp32"):
         for T, B in ((1500, 2), (6000, 1)):
             shape = {"B": B, "T": T, "H": 2, "d": 40, "D": 80}
-            yield "attention", {"dtype": dtype, "setting": "resoftmax" if T == 1500 else "exact", **shape}
+            yield "attention", {"dtype": dtype, "mode": "resoftmax" if T == 1500 else "exact", **shape}
     for dtype in ("bf16", "fp32", "fp16"):
         for d in (12, 24, 80, 128):
-            for setting in ("exact", "resoftmax"):
-                yield "attention", {"dtype": dtype, "setting": setting, "B": 2, "T": 150, "H": 2, "d": d, "D": 33}
+            for mode in ("exact", "resoftmax"):
+                yield "attention", {"dtype": dtype, "mode": mode, "B": 2, "T": 150, "H": 2, "d": d, "D": 33}

@@ -32,7 +32,7 @@ SLOW = ("flex", "compiled released", "compiled")
 
 
 def gpu_rates(device: torch.device) -> costs.Gpu | None:
-    """Rates of this GPU, if costs.py knows it."""
+    """Rates of this GPU, if `kernels/costs.py` knows it."""
     if device.type != "cuda":
         return None
     return costs.named(torch.cuda.get_device_name(device))
@@ -179,7 +179,7 @@ def variant_work(job: VariantJob) -> dict[str, Any]:
     weight = (torch.randn(width, width, generator=generator, device=device) * width**-0.5).to(dtype)
 
     def chain(layers: int) -> list[torch.Tensor]:
-        out, kept = attend(q, k, v, reused=layers)
+        out, kept = attend(q, k, v, reusing_layers=layers)
         return [out, *(reattend(kept, x, weight) for _ in range(layers))]
 
     runs = {}

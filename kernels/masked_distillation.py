@@ -5,6 +5,10 @@
                 = masked_l[n]   elsewhere
     loss_l      = sum over valid frames n of mean_d |pred_l[n, d] - target_l[n, d]|^p,    p = 2 (mse) or 1 (l1)
 
+The op chooses between the views itself, for callers that hold both. This library's training does not: its teacher mixes
+the views layer by layer (`armhubert.teacher.teacher_targets`), so that only the layer it is at exists in both, and the
+loss gets the mixture as `clean`, without `masked` and `mask` (`armhubert.losses.Objective.frame_loss`).
+
 Source: Jang et al., Recycle-and-Distill (arXiv 2305.11685), eq. of the masking distillation; padded frames are not
 counted here. The caller divides by the number of valid frames and weighs the layers.
 
@@ -18,7 +22,16 @@ import torch
 from torch import Tensor
 
 from armhubert.kernels.onednn import linear
-from armhubert.kernels.runtime import Impl, autocast, check_lengths, frame_mask, needs_gradient, register, resolve_impl
+from armhubert.kernels.runtime import (
+    Impl,
+    autocast,
+    check_lengths,
+    check_tensors,
+    frame_mask,
+    needs_gradient,
+    register,
+    resolve_impl,
+)
 
 Distance = Literal["mse", "l1"]
 Layers = Tensor | Sequence[Tensor]
@@ -29,7 +42,7 @@ Layers = Tensor | Sequence[Tensor]
 def _residual(
     h: Tensor, W: Tensor, b: Tensor, clean: Tensor, masked: Tensor | None, mask: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """prediction - target of one layer, zero on padded frames. -> [B, T, Dt] in the dtype of h."""
+    """Prediction minus target of one layer, zero on padded frames: [B, T, Dt] in the dtype of h."""
     residual = linear(h, W, b)
     if masked is None or mask is None:
         residual -= clean
@@ -51,7 +64,7 @@ def distillation_forward(
     l1: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A layer at a time. -> loss [L] float32; with `keep`, also what backward needs: residual or sign [L, B, T, Dt]."""
+    """Loss [L] in float32, a layer at a time; with `keep` also the residuals, or for l1 their signs, [L, B, T, Dt]."""
     L, (B, T, _), Dt = len(hidden), hidden[0].shape, weight.shape[1]
     acc = torch.promote_types(hidden[0].dtype, torch.float32)
     loss = torch.empty(L, dtype=acc, device=weight.device)
@@ -76,7 +89,8 @@ def distillation_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients for hidden, weight and bias by plain matrix products from the kept residual.
 
-    d pred = g 2/Dt residual (mse) or g 1/Dt sign (l1); scaled first, so that float16 sums do not overflow.
+    The prediction's gradient is g 2/Dt residual (mse) or g 1/Dt sign (l1), scaled first so that float16 sums do not
+    overflow.
     """
     L, Dt, D = weight.shape
     d_hidden, d_weight, d_bias = [], torch.empty_like(weight), weight.new_empty(L, Dt)
@@ -133,7 +147,7 @@ _backward = register(
 
 
 class _Distillation(torch.autograd.Function):
-    """loss [L] of the flattened inputs: switches, weight, bias, mask, lengths, then hidden, clean and masked layers."""
+    """Loss [L]; its inputs are switches, weight, bias, mask, lengths, then hidden, clean and masked layers."""
 
     @staticmethod
     def forward(
@@ -179,6 +193,10 @@ def _check(
 ) -> None:
     if distance not in ("mse", "l1"):
         raise ValueError(f"distance must be 'mse' or 'l1', got {distance!r}")
+    layers_by_name = (("hidden", hidden), ("clean", clean), ("masked", masked or ()))
+    check_tensors(weight=weight, bias=bias)
+    check_tensors(optional=True, mask=mask)
+    check_tensors(**{f"{name}[{index}]": t for name, layers in layers_by_name for index, t in enumerate(layers)})
     if weight.dim() != 3 or bias.shape != weight.shape[:2]:
         raise ValueError(
             f"weight must be [L, Dt, D] and bias [L, Dt], got {tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -189,7 +207,8 @@ def _check(
     if hidden[0].dim() != 3:
         raise ValueError(f"hidden layers must be [B, T, {D}], got {tuple(hidden[0].shape)}")
     B, T, _ = hidden[0].shape
-    for name, layers, width in (("hidden", hidden, D), ("clean", clean, Dt), ("masked", masked or (), Dt)):
+    for name, layers in layers_by_name:
+        width = D if name == "hidden" else Dt
         if layers and len(layers) != L:
             raise ValueError(f"{name} must have {L} layers, got {len(layers)}")
         for index, layer in enumerate(layers):
@@ -228,7 +247,8 @@ def distillation_loss(
         hidden: student layers, [L, B, T, D] or L tensors [B, T, D] (no stacking copy).
         weight: heads [L, Dt, D].
         bias: heads [L, Dt].
-        clean: teacher layers that saw the whole utterance, [L, B, T, Dt] or L tensors [B, T, Dt].
+        clean: teacher layers that saw the whole utterance, or targets mixed of both views already, [L, B, T, Dt] or L
+            tensors [B, T, Dt].
         masked: teacher layers that saw the masked utterance, like clean; None compares with clean everywhere.
         mask: [B, T] bool, True where the student's input frame was masked; needed with masked, not read without.
         lengths: [B] int, valid frames of each utterance; None if all T are.

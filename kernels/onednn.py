@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from armhubert.kernels.runtime import needs_gradient, tracing
 
 ROWS = 1024
-"""Rows at a time where there are several pieces, so that they stay in a cache."""
+"""Rows that are multiplied at a time where sums are added up in pieces, so that they stay in a cache."""
 
 
 def _fused(name: str) -> Any:
-    """One of the ops that PyTorch's compiler uses; None where this build of PyTorch has none."""
+    """One of the ops that PyTorch's compiler uses, or None where this build of PyTorch lacks it."""
     return getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -42,10 +42,10 @@ def emulated(dtype: torch.dtype) -> bool:
 
 
 DTYPES = (torch.float32,) if emulated(torch.bfloat16) else (torch.float32, torch.bfloat16)
-"""That oneDNN computes in here."""
+"""Dtypes whose products oneDNN computes natively on this processor."""
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether the processor has it: without, oneDNN gains nothing."""
+"""Whether the processor has AVX-512; without it oneDNN gains nothing."""
 
 
 def _processor() -> str:
@@ -56,27 +56,27 @@ def _processor() -> str:
 
 
 def _in_halves(processor: str) -> bool:
-    """Whether AVX-512 runs on units of 256 bits: AMD's before family 26, Zen 5."""
+    """Whether the processor runs AVX-512 on units of 256 bits, as AMD's did before family 26 (Zen 5)."""
     family = re.search(r"family\s*:?\s*(\d+)", processor, re.IGNORECASE)
     return "AuthenticAMD" in processor and family is not None and int(family[1]) < 26
 
 
 _PROCESSOR = _processor()
 MKL_AT_ITS_BEST = torch.backends.mkl.is_available() and "GenuineIntel" in _PROCESSOR
-"""Whether PyTorch multiplies by MKL on a processor of Intel's."""
+"""Whether PyTorch multiplies by MKL on one of Intel's processors, the only ones that MKL's AVX-512 kernels serve."""
 IN_HALVES = _in_halves(_PROCESSOR)
-"""Whether MKL's AVX2 kernels come near the processor's peak, so that float32 stays with them."""
+"""Whether AVX-512 runs on units of 256 bits, so that MKL's AVX2 kernels come near the peak and keep float32."""
 SMALLEST = 1 << (26 if MKL_AT_ITS_BEST else 23)
-"""Multiply-adds from which oneDNN's own cost, tens of microseconds and a pass over the weights, is below the gain."""
+"""Fewest multiply-adds for which oneDNN pays: a call costs tens of microseconds and a pass over the weights."""
 LONGEST = 1024 if MKL_AT_ITS_BEST else 384
-"""Products that oneDNN adds up in one go, so that its error stays below twice that of MKL, which has other kernels, and
+"""Longest sum that oneDNN computes in one piece, so that its error stays below twice MKL's; MKL has other kernels, and
 other errors, for other makers' processors."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`torch.nn.functional.linear`, faster on CPUs: x [..., D], weight [D', D], bias [D'] -> [..., D'].
 
-    With `gelu`, the exact GELU of it.
+    With `gelu`, the result is its exact GELU.
     """
     if not _by_onednn(x, weight):
         y = F.linear(x, weight, bias)
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
 
 class _Linear(torch.autograd.Function):
-    """[N, D], [D', D], [D'] -> [N, D']."""
+    """`product` with gradients: [N, D], [D', D], [D'] -> [N, D']."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,10 +113,11 @@ class _Linear(torch.autograd.Function):
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, longest: int | None = None
 ) -> Tensor:
-    """x W^T + b without gradients: [N, D], [D', D], [D'] -> [N, D']; x contiguous, the weight or its transpose too.
+    """x W^T + b without gradients: [N, D], [D', D], [D'] -> [N, D'].
 
-    oneDNN adds up a whole row of D products in one go, which costs up to twice MKL's rounding error; in pieces of at
-    most `longest` (LONGEST) it costs half of that. Other strides would be right as well, and a hundred times slower.
+    oneDNN computes a sum of D products in one piece, with up to twice MKL's rounding error; pieces of at most `longest`
+    (LONGEST) halve the error. x is to be contiguous, and the weight or its transpose: other strides would give the same
+    numbers, a hundred times slower.
     """
     assert _linear_pointwise is not None
     N, D = x.shape
@@ -147,7 +148,7 @@ def convolve_gelu(image: Tensor, weight: Tensor, bias: Tensor | None, stride: tu
 
 
 def serves(x: Tensor) -> bool:
-    """Whether float32 products of `x` are faster by oneDNN: AVX-512 that MKL neglects, no compiler, no autocast."""
+    """Whether oneDNN is faster for float32 products of `x`: on AVX-512 that MKL neglects, where `runs` allows it."""
     return not (MKL_AT_ITS_BEST or IN_HALVES) and x.dtype == torch.float32 and runs(x)
 
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from armhubert.kernels.runtime import tracing
 
 SHORTEST = 40
-"""Frames of a batch from which it pays."""
+"""Fewest frames of a batch for which the transform pays."""
 FEWEST_TAPS = 32
-"""Of a kernel, for the same."""
+"""Fewest kernel taps for which the transform pays."""
 CHUNK = 8
 """Blocks that are worked on together, so that their transforms stay in a cache."""
 
 
 def serves(x: Tensor, taps: int, needs_gradient: bool) -> bool:
-    """Whether x [B, T, C] and K taps are worth a transform here: on a CPU, without gradients, by no compiler."""
+    """Whether the transform pays for x [B, T, C] and K taps: on a CPU, without gradients, under no compiler."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -39,14 +39,14 @@ def serves(x: Tensor, taps: int, needs_gradient: bool) -> bool:
 
 
 def spectrum(weight: Tensor) -> Tensor:
-    """The kernel's transform: weight [C, C/G, K] -> [F, G, C/G, C/G] complex64, inputs before outputs."""
+    """Transform of the kernel: weight [C, C/G, K] -> [F, G, C/G, C/G] complex64, inputs before outputs."""
     outputs, inputs, taps = weight.shape
     bins = torch.fft.rfft(weight.float().flip(-1), 2 * taps)
     return bins.view(outputs // inputs, inputs, inputs, -1).permute(3, 0, 2, 1).contiguous()
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """x [B, T, C], the kernel's `spectrum`, bias [C] -> [B, T, C] in x's dtype, computed in float32."""
+    """Convolve x [B, T, C] by the kernel's `spectrum` and add bias [C], in float32 -> [B, T, C] in x's dtype."""
     B, T, C = x.shape
     frequencies, groups, width, _ = kernel.shape
     taps = frequencies - 1

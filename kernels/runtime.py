@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -27,7 +28,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def register(
     name: str, schema: str, *, triton_fn: str, torch_fn: Callable[..., Any], fake_fn: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """One op, two kernels: Triton on CUDA (and on CPU under the interpreter), PyTorch on CPU.
+    """Register one op with two kernels: Triton on CUDA (and on CPU under the interpreter), PyTorch on CPU.
 
     `triton_fn` names a function as "module:function" inside this package: it is imported at the first launch, so that
     the package works and imports fast where Triton is absent. A schema string and a hand-written fake keep the op
@@ -80,7 +81,7 @@ def tracing() -> bool:
 
 
 def _supported(x: Tensor) -> bool:
-    """Whether Triton makes code for the device of x: Ampere and later, or AMD's; the interpreter, a CPU."""
+    """Whether Triton serves the device of x: a GPU since Ampere, one of AMD's, or a CPU under the interpreter."""
     if not x.is_cuda:
         return INTERPRET and x.device.type == "cpu"
     return _recent(x.device.index)
@@ -100,13 +101,13 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def float32_precision() -> str:
-    """How tl.dot multiplies float32: "tf32" where the caller allows PyTorch's products that, else "ieee"."""
+    """How tl.dot multiplies float32: "tf32" where the caller allows it to PyTorch's own products, else "ieee"."""
     # by its new name: allow_tf32 raises once a caller has set that one
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
-    """Contiguous, as kernels read what has no strides among their arguments."""
+    """The tensor made contiguous, for kernels that are not told its strides."""
     return None if t is None else t.contiguous()
 
 
@@ -128,12 +129,12 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def frame_mask(lengths: Tensor, T: int) -> Tensor:
-    """Lengths [B] -> [B, T] bool, True inside each utterance: of frames, or of samples."""
+    """Mask [B, T] that is True inside each utterance, from lengths [B] in frames or samples."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
 def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> list[Any]:
-    """Samples -> frames after each convolution."""
+    """Number of frames after each convolution of so many samples."""
     counts = []
     for kernel, stride in zip(taps, strides, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -141,10 +142,22 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
     return counts
 
 
+def check_tensors(*, optional: bool = False, **tensors: Any) -> None:
+    """Refuse arguments that are not tensors, by their names; with `optional`, None is allowed."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            shown = " ".join(reprlib.repr(value).split())
+            raise ValueError(f"{name} must be a tensor{' or None' * optional}, got {shown}")
+
+
 def check_lengths(
     lengths: Tensor | None, B: int, T: int, device: torch.device, *, least: int = 1, unit: str = "frames"
 ) -> None:
-    """Lengths are integers [B] on the data's device, least..T; read only where that costs no synchronisation."""
+    """Refuse lengths that are not integers [B] on the data's device, or not within least..T.
+
+    Values on a GPU are not read, as that would be a synchronisation, nor those that a compiler traces.
+    """
+    check_tensors(optional=True, lengths=lengths)
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):

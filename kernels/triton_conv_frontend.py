@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.conv_frontend import padded_counts, waveform_gradient
+from armhubert.kernels.conv_frontend import padded_counts
 from armhubert.kernels.runtime import contiguous, float32_precision, frame_counts
+from armhubert.kernels.torch_conv_frontend import waveform_gradient
 
 # ---- tiles ------------------------------------------------------------------
 
@@ -260,7 +261,7 @@ GELU_NUMBERS, GELU_WARPS = 2048, 4
 
 
 def _taps(kernel: int) -> int:
-    """Taps as a tensor core takes them."""
+    """Number of taps, rounded up to what a tensor core takes."""
     return max(16, triton.next_power_of_2(kernel))
 
 
@@ -270,7 +271,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, S] -> sum [B, K] and sum of outer products [B, K, K] over valid windows, float64."""
+    """Sum [B, K] and sum of outer products [B, K, K] of the valid windows of x [B, S], in float64."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     B, T = len(x), (x.shape[1] - kernel) // stride + 1
     blocks = triton.cdiv(T, SUMS_BLOCK)
@@ -283,7 +284,7 @@ def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> t
 
 
 def _wave(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor, stride: int, T: int, P: int, activate: bool) -> Tensor:
-    """First layer, or with `activate` its GELU. -> [B, P, C]"""
+    """The first layer's map, or with `activate` its GELU, [B, P, C]."""
     B, C, K = w0.shape
     out = w0.new_empty(B, P, C)
     shipped = config("wave", w0.dtype)
@@ -314,7 +315,7 @@ def forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """-> out [B, T, C] and, with `keep`, z_1 .. z_{L-1} [B, P_l, C_l]."""
+    """Output [B, T, C] and, with `keep`, z_1 .. z_{L-1} [B, P_l, C_l]."""
     B, _, K = w0.shape
     x, shift, w0, b0 = _dense(x, shift, w0, b0)
     counts = frame_counts(x.shape[1], [K, *(w.shape[2] for w in weights)], strides)
@@ -382,7 +383,7 @@ def _norm_gelu(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float, T: in
 def _activation_backward(
     g: Tensor, z: Tensor, norms: Sequence[Tensor], layer: int, eps: float, T: int, activation: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """g [B, T or P, C] of a_l -> gradient of z_l [B, P, C], a_l itself where asked for, gradients of the norm."""
+    """Gradient of z_l [B, P, C] from that of a_l [B, T or P, C]; a_l itself where asked for; gradients of the norm."""
     P, N = z.shape[1:]
     y = z
     if norms:
@@ -409,7 +410,7 @@ def _taps_by_stride(taps: int, stride: int) -> list[tuple[int, int, int]]:
 
 
 def _input_gradient(gz: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """[B, P, N] -> [B, P s, C]: matrix products into the s-fold view of the input."""
+    """Gradient of a layer's input [B, P s, C] from gz [B, P, N]: matrix products into the s-fold view of the input."""
     B, P, N = gz.shape
     C, taps, matrix = weight.shape[1], weight.shape[2], _matrix(weight)
     g = gz.view(B * P, N)
@@ -424,7 +425,7 @@ def _input_gradient(gz: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def _weight_gradient(gz: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """[B, P, N], [B, P s, C] -> [N, C, k]: matrix products on the s-fold view of the input."""
+    """Gradient of the weight [N, C, k] from gz [B, P, N] and a [B, P s, C]: products on the s-fold view of a."""
     N, C, taps = weight.shape
     g = gz.view(-1, N)
     inputs = a.view(len(g), stride * C)
@@ -449,7 +450,7 @@ def backward(
     eps: float,
     need_x: bool,
 ) -> list[Tensor]:
-    """-> gradients of w0, b0, x (empty unless need_x), weights, biases, norms. Matrix products are PyTorch's own."""
+    """Gradients of w0, b0, x (empty unless need_x), weights, biases and norms. Matrix products are PyTorch's own."""
     x, shift, w0, b0 = _dense(x, shift, w0, b0)
     K, stride = w0.shape[2], strides[0]
     counts = frame_counts(x.shape[1], [K, *(w.shape[2] for w in weights)], strides)

@@ -108,7 +108,7 @@ def config(dtype: torch.dtype) -> Config:
 
 
 def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[B, T, D] each -> [B T, D] each with one row stride and adjacent columns, copied only where need be."""
+    """Layers [B, T, D] as [B T, D] with one row stride and adjacent columns, copied only where need be."""
     flat = tuple(layer.flatten(0, 1) for layer in layers)
     if all(x.stride(-1) == 1 and x.stride(0) == flat[0].stride(0) for x in flat):
         return flat
@@ -116,7 +116,7 @@ def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _pointers(layers: Sequence[Tensor]) -> tuple[Any, ...]:
-    """For the kernel to choose from: AMD's compiler fails to choose between tensors that it is told are small."""
+    """Pointers for the kernel to choose from: AMD's compiler fails to choose between tensors known to be small."""
     return tuple(triton.reinterpret(x, x.dtype) for x in layers)
 
 
@@ -131,7 +131,7 @@ def forward(
     l1: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> loss [L] float32, residual or sign [L, B, T, E] in the dtype of hidden (empty unless keep)."""
+    """Loss [L] in float32, and residual or sign [L, B, T, E] in the dtype of hidden (empty unless keep)."""
     L, E, C = weight.shape
     B, T, _ = hidden[0].shape
     N = B * T

@@ -599,7 +599,7 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
 
 
 def _rows_dense(*tensors: Tensor) -> list[Tensor]:
-    """Columns must be adjacent for wide loads; every other stride is free."""
+    """The tensors with adjacent columns, as wide loads need them; every other stride is free."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
@@ -633,7 +633,7 @@ def _grid(shape: torch.Size, block: int) -> tuple[int]:
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out [B, T, H D], log-sum-exp [B, H, T] float32, with `keep` the map [B, H, T, pitched(T)] (else empty)."""
+    """Output [B, T, H D], log-sum-exp [B, H, T] in float32 and, with `keep`, the map [B, H, T, pitched(T)]."""
     q, k, v = _rows_dense(q, k, v)
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
@@ -665,7 +665,7 @@ def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resof
 def reattend_forward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> out [B, T, H D], normaliser [B, H, T] of the second softmax (empty unless resoftmax)."""
+    """Output [B, T, H D], and the normaliser [B, H, T] of the second softmax (empty unless resoftmax)."""
     q, k, v = _rows_dense(q, k, v)
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
@@ -689,7 +689,7 @@ def reattend_fused_forward(
     lengths: Tensor | None,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As reattend_forward, with v = x weight^T + bias projected inside the kernel."""
+    """Like reattend_forward, with v = x weight^T + bias projected inside the kernel."""
     q, k, x = _rows_dense(q, k, x)
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
@@ -717,7 +717,7 @@ def attention_backward(
     dropout: float,
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv, contiguous [B, T, H, D]."""
+    """Gradients of q, k and v, contiguous [B, T, H, D]."""
     q, k, v = _rows_dense(q, k, v)
     B, T, H, D = q.shape
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))

@@ -18,9 +18,9 @@ from torch import Tensor
 from armhubert.kernels import costs
 
 BATCHES, FRAMES = (1, 4, 16, 64), (50, 100, 128, 200, 256, 384, 512, 1024)
-"""What is measured, and predicted, with the widths of the preset `armhubert`."""
+"""The grid of batch sizes and frames that is measured, and predicted, with the widths of the preset `armhubert`."""
 STORED_BYTES = 2**28
-"""Most memory of a stored map."""
+"""Most bytes that a stored map may take."""
 WORTHWHILE = 0.97
 """Storing is chosen only where it takes less than this share of the time: it costs memory."""
 FILE = Path(__file__).with_name("variants.json")
@@ -29,15 +29,18 @@ Table = dict[str, list[list[int]]]
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Seconds of the ways in each cell of a grid -> the choices they make.
+    """Turn the seconds that each way takes in the cells of a grid into a table of choices.
 
     Args:
-        rows: B, T; seconds of a reusing layer with the projection `inside_s` and `outside_s`, and from a stored map
-            `stored_s`; `storing_s`, what storing adds to the computing layer.
+        rows: for each cell, B and T, and the seconds of a reusing layer that projects values inside the kernel
+            (`inside_s`), before it (`outside_s`), or reads a stored map (`stored_s`), and the seconds that storing
+            adds to the computing layer (`storing_s`).
 
     Returns:
-        inside: [B, T], up to B utterances project inside up to T frames, the last before that first loses.
-        stored: [B, T, n], up to B utterances of T frames store a map that at least n layers reuse; n = 0: never.
+        inside: pairs [B, T]: a batch of up to B utterances projects inside the kernel if it has up to T frames, the
+            last of the grid before projecting inside first loses.
+        stored: triples [B, T, n]: a batch of up to B utterances and T frames stores a map that at least n layers
+            reuse; n = 0: it never does.
     """
     cells = sorted(rows, key=lambda row: (row["B"], row["T"]))
     inside: dict[int, list[int]] = {}
@@ -55,21 +58,21 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def predicted(gpu: costs.Gpu, itemsize: int) -> Iterator[dict[str, Any]]:
-    """Rows of the grid by the cost model."""
+    """Rows of the grid for `table`, as the cost model predicts them."""
     for B in BATCHES:
         for T in FRAMES:
             yield {"B": B, "T": T, **costs.ways_to_reuse(B, T, 12, 40, 480, gpu, itemsize)}
 
 
 def measured() -> dict[str, Table]:
-    """GPU family -> what `python -m armhubert.bench gpu adopt` wrote of bench/gpu.sh's measurements, in bfloat16."""
+    """Tables by GPU family that `python -m armhubert.bench gpu adopt` made of bench/gpu.sh's times in bfloat16."""
     found: dict[str, Table] = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
     return found
 
 
 @cache
 def choices(device: int | None, itemsize: int) -> Table:
-    """Of a CUDA device, or of an H100 for the interpreter."""
+    """Table of a CUDA device, measured or else predicted; None, for the interpreter, gets an H100's."""
     if device is None:
         return table(predicted(costs.GPUS["H100"], itemsize))
     properties = torch.cuda.get_device_properties(device)
@@ -81,7 +84,7 @@ def choices(device: int | None, itemsize: int) -> Table:
 def project_inside(q: Tensor) -> bool:
     """Whether one fused kernel beats projection then attention, for the map of q [B, T, H, d].
 
-    Always no under a compiler: a choice by shape would be a guard, and a recompilation.
+    Under a compiler the answer is always no: a choice by shape would be a guard, and a recompilation.
     """
     if torch.compiler.is_compiling():
         return False
@@ -90,13 +93,13 @@ def project_inside(q: Tensor) -> bool:
     return next((longest for batch, longest in entries if batch >= B), entries[-1][1]) >= T
 
 
-def store_map(q: Tensor, reused: int) -> bool:
-    """Whether the computing layer should store its map for `reused` layers; gradients need none stored."""
+def store_map(q: Tensor, reusing_layers: int) -> bool:
+    """Whether storing the map of q pays where so many layers reuse it; with gradients none is stored."""
     if torch.compiler.is_compiling():
         return False
     B, T, H, _ = q.shape
-    if not reused or B * H * T * T * q.itemsize > STORED_BYTES:
+    if not reusing_layers or B * H * T * T * q.itemsize > STORED_BYTES:
         return False
     entries = choices(q.device.index, q.itemsize)["stored"]
     layers = next((n for batch, frames, n in entries if batch >= B and frames >= T), 0)
-    return 0 < layers <= reused
+    return 0 < layers <= reusing_layers

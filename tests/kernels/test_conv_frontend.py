@@ -9,6 +9,7 @@ from oracle import DEVICE, DTYPES, INTERPRET, assert_no_worse_than_torch, check_
 from torch import Tensor
 
 from armhubert.kernels import Convolution, Norm, conv_frontend, window_moments
+from armhubert.kernels import torch_conv_frontend as twin
 from armhubert.kernels.conv_frontend import padded_counts
 from armhubert.kernels.runtime import frame_counts
 
@@ -105,8 +106,8 @@ def plain(x, layers, channel_norm):
 @pytest.mark.parametrize("name", STACKS)
 def test_the_formula(name, chunk, monkeypatch):
     """An utterance alone and in a padded batch, with garbage behind it, is what its own convolutions and norms give."""
-    monkeypatch.setattr(module, "CHUNK", chunk)
-    monkeypatch.setattr(module, "ROWS", 5)
+    monkeypatch.setattr(twin, "CHUNK", chunk)
+    monkeypatch.setattr(twin, "ROWS", 5)
     layers, channel_norm, leaves = build(STACKS[name])
     x, lengths = 0.1 * draw(3, 620).to(DEVICE) + 0.3, [620, 515, 475]
     for row, length in zip(x, lengths, strict=True):
@@ -127,8 +128,8 @@ def test_the_formula(name, chunk, monkeypatch):
 
 @pytest.mark.parametrize("name", ["student", "large teacher", "no norm"])
 def test_twin_gradients(name, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 200)
-    monkeypatch.setattr(module, "ROWS", 2)
+    monkeypatch.setattr(twin, "CHUNK", 200)
+    monkeypatch.setattr(twin, "ROWS", 2)
     spec = {"student": ((3, 10, 5), (4, 1, 1), (3, 3, 2), (4, 2, 2))}.get(name, ((2, 4, 3), (3, 3, 2), (2, 2, 2)))
     layers, channel_norm, leaves = build((spec, STACKS[name][1], STACKS[name][2]))
     lengths = torch.tensor([110, 83], device=DEVICE)
@@ -402,6 +403,13 @@ def test_bad_input_is_told_before_any_launch():
     moments = window_moments(x, 10, 5)
     lengths = torch.tensor([500, 400], device=DEVICE)
     for match, call in {
+        r"waveforms must be a tensor, got \[": lambda: conv_frontend(x.tolist(), layers),
+        r"layers\[0\]: weight must be a tensor, got None": lambda: conv_frontend(x, [first._replace(weight=None)]),
+        r"layers\[0\]: bias must be a tensor": lambda: conv_frontend(x, [first._replace(bias=[0.0] * 24)]),
+        "channel_norm.weight must be a tensor": lambda: conv_frontend(x, [first], channel_norm=Norm(1.0, 0.0)),
+        "moments must be the Moments of": lambda: conv_frontend(x, layers, channel_norm=norm, moments=tuple(moments)),
+        r"waveforms must be a tensor, got \(": lambda: window_moments(tuple(x), 10, 5),
+        "lengths must be a tensor or None": lambda: window_moments(x, 10, 5, [500, 400]),
         r"floating point \[B, S\]": lambda: conv_frontend(x[0], layers),
         "at least one Convolution": lambda: conv_frontend(x, []),
         r"layers\[0\] must have weight": lambda: conv_frontend(x, layers[1:]),

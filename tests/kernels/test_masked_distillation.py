@@ -180,6 +180,11 @@ def test_forward_only_keeps_nothing():
 def test_bad_input_is_told_before_any_launch():
     hidden, weight, bias, clean, masked, mask, lengths = inputs(2, 2, 5, 6, 4, dtype=torch.float32)
     for match, arguments in {
+        "weight must be a tensor": (hidden, weight.tolist(), bias, clean),
+        r"hidden\[1\] must be a tensor, got None": ([hidden[0], None], weight, bias, clean),
+        r"clean\[0\] must be a tensor": (hidden, weight, bias, clean.tolist()),
+        "mask must be a tensor or None": (hidden, weight, bias, clean, masked, mask.tolist()),
+        "lengths must be a tensor or None": (hidden, weight, bias, clean, masked, mask, lengths.tolist()),
         "no gradient": (hidden, weight, bias, clean.clone().requires_grad_(), masked, mask),
         "one \\[B, T, D\\] for each": (hidden[:1], weight, bias, clean),
         "clean and masked must share one dtype": (hidden, weight, bias, clean, masked.double(), mask),

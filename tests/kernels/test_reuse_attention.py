@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_ONEDNN, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
-from armhubert.kernels import AttentionMap, attend, reattend
+from armhubert.kernels import AttentionMap, attend, onednn, reattend
 from armhubert.kernels import reuse_attention as module
+from armhubert.kernels import torch_reuse_attention as twin
 
-SETTINGS = ["exact", "resoftmax"]
+MODES = ["exact", "resoftmax"]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -28,7 +29,7 @@ def ragged(B: int, T: int) -> Tensor:
     return torch.tensor([max(1, T - 5 * b) for b in range(B)], device=DEVICE)
 
 
-def layer_pair(impl, dtype, setting, *, B, T, H, d, D, lengths, packed=True):
+def layer_pair(impl, dtype, mode, *, B, T, H, d, D, lengths, packed=True):
     """A computing and a reusing layer: outputs on valid frames and the gradients of every input."""
     qkv = draw(B, T, 3, H, d, dtype=dtype, seed=T + d).requires_grad_()
     x = draw(B, T, D, dtype=dtype, seed=1).requires_grad_()
@@ -37,17 +38,17 @@ def layer_pair(impl, dtype, setting, *, B, T, H, d, D, lengths, packed=True):
     g = draw(2, B, T, H * d, dtype=dtype, seed=4) * (1 if lengths is None else valid_frames(lengths, T))
     q, k, v = qkv.unbind(2) if packed else (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
     computed, kept = attend(q, k, v, lengths, impl=impl)
-    reused = reattend(kept, x, weight, bias, setting=setting, impl=impl)
+    reused = reattend(kept, x, weight, bias, mode=mode, impl=impl)
     grads = torch.autograd.grad([computed, reused], [qkv, x, weight, bias], [g[0], g[1]])
     shown = 1 if lengths is None else valid_frames(lengths, T)
     names = ("computed", "reused", "d_qkv", "d_x", "d_weight", "d_bias")
     return dict(zip(names, (computed * shown, reused * shown, *grads), strict=True))
 
 
-def compare(dtype, setting, **shape):
-    got = layer_pair("triton", dtype, setting, **shape)
-    low = layer_pair("torch", dtype, setting, **shape)
-    high = layer_pair("torch", torch.float64, setting, **shape)
+def compare(dtype, mode, **shape):
+    got = layer_pair("triton", dtype, mode, **shape)
+    low = layer_pair("torch", dtype, mode, **shape)
+    high = layer_pair("torch", torch.float64, mode, **shape)
     for name in got:
         assert_no_worse_than_torch(name, got[name], low[name], high[name])
 
@@ -55,22 +56,22 @@ def compare(dtype, setting, **shape):
 # ---- the twins --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_twin_gradients(setting):
+@pytest.mark.parametrize("mode", MODES)
+def test_twin_gradients(mode):
     B, T, H, d, D = 3, 6, 2, 4, 5
     lengths = torch.tensor([6, 4, 1], device=DEVICE)
     inputs = [draw(B, T, H, d), draw(B, T, H, d, seed=1), draw(B, T, D), draw(H * d, D), draw(H * d)]
 
     def reuse(q, k, x, weight, bias):
         kept = AttentionMap(q, k, None, lengths)
-        return reattend(kept, x, weight, bias, setting=setting, impl="torch") * valid_frames(lengths, T)
+        return reattend(kept, x, weight, bias, mode=mode, impl="torch") * valid_frames(lengths, T)
 
     assert torch.autograd.gradcheck(reuse, [x.requires_grad_() for x in inputs])
 
 
-@pytest.mark.parametrize(("dropout", "piece"), [(0.0, module.PIECE), (0.3, module.PIECE), (0.3, 12)])
+@pytest.mark.parametrize(("dropout", "piece"), [(0.0, twin.PIECE), (0.3, twin.PIECE), (0.3, 12)])
 def test_twin_computing_gradients(dropout, piece, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", piece)  # 12: two rows of 6, a head of 3 x 3
+    monkeypatch.setattr(twin, "PIECE", piece)  # 12: two rows of 6, a head of 3 x 3
     lengths = torch.tensor([6, 3], device=DEVICE)
     inputs = [draw(2, 6, 2, 4, seed=s).requires_grad_() for s in range(3)]
 
@@ -80,24 +81,24 @@ def test_twin_computing_gradients(dropout, piece, monkeypatch):
     assert torch.autograd.gradcheck(compute, inputs)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("T", [1, 63, 500])
 @pytest.mark.parametrize("fit", [True, False])
-def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
-    monkeypatch.setattr(module, "KEPT", 4 * T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
+def test_twin_keeps_maps_in_inference_where_onednn_is_faster(mode, T, fit, monkeypatch, neglected_by_mkl):
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "KEPT", 4 * T * T * 3 * (2 if fit else 1))  # else one of the two utterances' alone
     q, k, v = draw(2, T, 3, 3, 40, dtype=torch.float32).cpu().unbind(2)
     x, weight, lengths = torch.randn(2, T, 20), torch.randn(120, 20), torch.tensor([T, max(1, T // 2)])
 
     def run(dtype):
         computed, kept = attend(q.to(dtype), k.to(dtype), v.to(dtype), lengths, impl="torch")
-        reused = reattend(kept, x.to(dtype), weight.to(dtype), setting=setting, impl="torch")
+        reused = reattend(kept, x.to(dtype), weight.to(dtype), mode=mode, impl="torch")
         return torch.stack([computed, reused]) * valid_frames(lengths, T), kept.probabilities
 
     with torch.no_grad():
         got, maps = run(torch.float32)
         assert maps is None if not fit else [len(p) for p in maps] == lengths.repeat_interleave(3).tolist()
-        monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+        monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
         low, maps = run(torch.float32)
         assert maps is None
         for name, *outputs in zip(("computed", "reused"), got, low, run(torch.float64)[0], strict=True):
@@ -105,16 +106,16 @@ def test_twin_keeps_maps_in_inference_where_onednn_is_faster(setting, T, fit, mo
 
 
 def by_pieces(monkeypatch: pytest.MonkeyPatch, pay: bool) -> None:
-    monkeypatch.setattr(module, "_pieces_pay", lambda q: pay and q.dtype == torch.bfloat16)
+    monkeypatch.setattr(twin, "_pieces_pay", lambda q, gradients: pay and not gradients and q.dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1, 9, 60])
-@pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, module.LOW_PIECE)])
+@pytest.mark.parametrize(("T", "piece"), [(1, 1), (63, 63 * 20), (63, 63 * 63 * 2), (500, twin.LOW_PIECE)])
 @pytest.mark.parametrize("fit", [True, False])
-def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit, monkeypatch):
-    monkeypatch.setattr(module, "LOW_PIECE", piece)
-    monkeypatch.setattr(module, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
+def test_twin_goes_by_pieces_in_bfloat16_inference(mode, scale, T, piece, fit, monkeypatch):
+    monkeypatch.setattr(twin, "LOW_PIECE", piece)
+    monkeypatch.setattr(twin, "KEPT", 2 * T * T * 3 * (2 if fit else 1))
     lengths = torch.tensor([T, max(1, T // 2)])
     shapes = ((2, T, 3, 40),) * 3, ((2, T, 20), (120, 20))
     (q, k, v), xw = ([draw(*s, dtype=torch.bfloat16, seed=i).cpu() for i, s in enumerate(group)] for group in shapes)
@@ -124,7 +125,7 @@ def test_twin_goes_by_pieces_in_bfloat16_inference(setting, scale, T, piece, fit
         by_pieces(monkeypatch, pay)
         computed, kept = attend(*(t.to(dtype) for t in qkv), lengths, impl="torch")
         assert (kept.probabilities is not None) is (pay and fit)
-        reused = reattend(kept, *(t.to(dtype) for t in xw), setting=setting, impl="torch")
+        reused = reattend(kept, *(t.to(dtype) for t in xw), mode=mode, impl="torch")
         return torch.stack([computed, reused]) * valid_frames(lengths, T)
 
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
     by_pieces(monkeypatch, True)
 
     def run(dtype, keep):
-        kept = attend(*(t.to(dtype) for t in inputs), reused=keep, impl="torch")[1]
+        kept = attend(*(t.to(dtype) for t in inputs), reusing_layers=keep, impl="torch")[1]
         assert (kept.probabilities is not None) is keep
         learns = weight.to(dtype).requires_grad_()
         out = reattend(kept, x.to(dtype), learns, impl="torch")
@@ -153,19 +154,20 @@ def test_a_map_kept_in_pieces_serves_layers_that_learn(monkeypatch):
 def test_pieces_pay_for_long_bfloat16_where_the_processor_has_it_and_mkl_is_not_at_its_best(monkeypatch):
     q = torch.zeros(1, 200, 2, 40, dtype=torch.bfloat16)
     for name, value in {"DTYPES": (torch.float32, torch.bfloat16), "AVX512": True, "MKL_AT_ITS_BEST": False}.items():
-        monkeypatch.setattr(module.onednn, name, value)
-    assert module._pieces_pay(q)
-    assert not module._pieces_pay(q[:, :50])
-    assert not module._pieces_pay(q.float())
+        monkeypatch.setattr(onednn, name, value)
+    assert twin._pieces_pay(q, gradients=False)
+    assert not twin._pieces_pay(q, gradients=True)
+    assert not twin._pieces_pay(q[:, :50], gradients=False)
+    assert not twin._pieces_pay(q.float(), gradients=False)
     for name, value in {"DTYPES": (torch.float32,), "AVX512": False, "MKL_AT_ITS_BEST": True}.items():
         with monkeypatch.context() as patch:
-            patch.setattr(module.onednn, name, value)
-            assert not module._pieces_pay(q)
+            patch.setattr(onednn, name, value)
+            assert not twin._pieces_pay(q, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_of_an_empty_batch_are_none(dtype, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     by_pieces(monkeypatch, True)
     q = torch.zeros(0, 9, 2, 4, dtype=dtype)
     out, kept = attend(q, q, q, impl="torch")
@@ -173,24 +175,24 @@ def test_maps_of_an_empty_batch_are_none(dtype, monkeypatch, neglected_by_mkl):
     assert reattend(kept, out.requires_grad_(), impl="torch").shape == (0, 9, 8)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("T", [1, 63, pytest.param(500, marks=NEEDS_ONEDNN)])
-def test_gradients_through_the_maps_that_the_twin_keeps(setting, T, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+def test_gradients_through_the_maps_that_the_twin_keeps(mode, T, monkeypatch, neglected_by_mkl):
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     shape = {"B": 2, "T": T, "H": 3, "d": 40, "D": 20, "lengths": torch.tensor([T, max(1, T // 2)])}
-    applied = Mock(wraps=module._apply_maps)
-    monkeypatch.setattr(module, "_apply_maps", applied)
-    got = layer_pair("torch", torch.float32, setting, **shape)
+    applied = Mock(wraps=twin._apply_maps)
+    monkeypatch.setattr(twin, "_apply_maps", applied)
+    got = layer_pair("torch", torch.float32, mode, **shape)
     assert applied.called
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
-    low = layer_pair("torch", torch.float32, setting, **shape)
-    high = layer_pair("torch", torch.float64, setting, **shape)
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
+    low = layer_pair("torch", torch.float32, mode, **shape)
+    high = layer_pair("torch", torch.float64, mode, **shape)
     for name in got:
         assert_no_worse_than_torch(name, got[name], low[name], high[name])
 
 
 def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_() for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
 
@@ -203,7 +205,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, negle
     for uses in ([0], [2], [1, 2], [0, 1, 2]):
         got = run(uses)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "KEPT_FOR_BACKWARD", 0)
+            patch.setattr(twin, "KEPT_FOR_BACKWARD", 0)
             want = run(uses)
         assert 0 not in uses or got[2].any()
         for a, b in zip(got, want, strict=True):
@@ -212,7 +214,7 @@ def test_maps_kept_for_backward_take_gradients_from_any_layer(monkeypatch, negle
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypatch, neglected_by_mkl):
-    monkeypatch.setattr(module, "BY_HEADS", 1)
+    monkeypatch.setattr(twin, "BY_HEADS", 1)
     inputs = [draw(2, 33, 2, 12, seed=s, dtype=torch.float32).cpu().requires_grad_(not frozen) for s in range(3)]
     x, weight = (draw(*shape, dtype=torch.float32).cpu() for shape in ((2, 33, 24), (24, 24)))
     with torch.no_grad():
@@ -220,7 +222,7 @@ def test_a_map_made_without_gradients_serves_layers_that_learn(frozen, monkeypat
     assert kept.probabilities is not None
     leaves = [weight.requires_grad_(), *([] if frozen else inputs[:2])]
     got = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
-    monkeypatch.setattr(module.onednn, "MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
     want = torch.autograd.grad(reattend(kept, x, weight, impl="torch").square().sum(), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -232,13 +234,13 @@ def test_twin_is_the_formula():
     A = torch.einsum("bihd,bjhd->bhij", q, k).div(2).softmax(-1)
     torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", A, x.view(2, 7, 3, 4)).flatten(2))
     v = F.linear(x, weight).view(2, 7, 3, 4)
-    for setting, M in (("exact", A), ("resoftmax", A.softmax(-1))):
+    for mode, M in (("exact", A), ("resoftmax", A.softmax(-1))):
         want = torch.einsum("bhij,bjhd->bihd", M, v).flatten(2)
-        torch.testing.assert_close(reattend(kept, x, weight, setting=setting, impl="torch"), want)
+        torch.testing.assert_close(reattend(kept, x, weight, mode=mode, impl="torch"), want)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_twin_traces(setting):
+@pytest.mark.parametrize("mode", MODES)
+def test_twin_traces(mode):
     """The traceable form that compilers and exporters see equals the one that works an utterance at a time."""
     lengths = torch.tensor([7, 3], device=DEVICE)
     q, k, v = (draw(2, 7, 3, 4, seed=s) for s in range(3))
@@ -246,7 +248,7 @@ def test_twin_traces(setting):
 
     def both(q, k, v, x):
         out, kept = attend(q, k, v, lengths, impl="torch")
-        return out + reattend(kept, x, weight, setting=setting, impl="torch")
+        return out + reattend(kept, x, weight, mode=mode, impl="torch")
 
     got = torch.compile(both, fullgraph=True, backend="eager")(q, k, v, x)
     shown = valid_frames(lengths, 7)
@@ -257,12 +259,12 @@ def test_twin_traces(setting):
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d"), [(1, 64), (7, 36), (63, 40), (129, 40)])
-def test_matches(T, d, dtype, setting):
+def test_matches(T, d, dtype, mode):
     B = 1 if T > 100 else 2
-    compare(dtype, setting, B=B, T=T, H=2 if T < 100 else 1, d=d, D=20, lengths=ragged(B, T) - int(T > 100))
+    compare(dtype, mode, B=B, T=T, H=2 if T < 100 else 1, d=d, D=20, lengths=ragged(B, T) - int(T > 100))
 
 
 @pytest.mark.needs_triton
@@ -310,7 +312,7 @@ def test_small_gradients_in_float16():
         x = draw(B, T, 8, seed=3).to(torch.float16).to(kind)
         weight = (draw(d, 8) / 3).to(torch.float16).to(kind)
         kept = attend(*leaves, leaves[1], impl=impl)[1]
-        out = reattend(kept, x, weight.requires_grad_(), setting="resoftmax", impl=impl)
+        out = reattend(kept, x, weight.requires_grad_(), mode="resoftmax", impl=impl)
         return torch.autograd.grad(out, [*leaves, weight], g.to(kind))
 
     got, low, high = (
@@ -328,30 +330,30 @@ def test_small_gradients_in_float16():
     H=st.integers(1, 3),
     d=st.integers(3, 70),
     D=st.integers(1, 70),
-    setting=st.sampled_from(SETTINGS),
+    mode=st.sampled_from(MODES),
 )
-def test_any_shape(B, T, H, d, D, setting):
-    compare(torch.float32, setting, B=B, T=T, H=H, d=d, D=D, lengths=ragged(B, T))
+def test_any_shape(B, T, H, d, D, mode):
+    compare(torch.float32, mode, B=B, T=T, H=H, d=d, D=D, lengths=ragged(B, T))
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_projection_inside_equals_two_stages(setting, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_projection_inside_equals_two_stages(mode, monkeypatch):
     shape = {"B": 2, "T": 40, "H": 2, "d": 40, "D": 48, "lengths": ragged(2, 40)}
-    inside = layer_pair("triton", torch.float32, setting, **shape)
+    inside = layer_pair("triton", torch.float32, mode, **shape)
     monkeypatch.setattr(module, "project_inside", lambda q: False)
-    outside = layer_pair("triton", torch.float32, setting, **shape)
+    outside = layer_pair("triton", torch.float32, mode, **shape)
     for name in inside:
         torch.testing.assert_close(inside[name], outside[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.needs_triton
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d"), [(1, 40), (7, 36), (63, 64), (129, 40)])
-def test_stored_map(T, d, dtype, setting, monkeypatch):
+def test_stored_map(T, d, dtype, mode, monkeypatch):
     """Stored by the computing layer, applied by the reusing one: as exact as recomputed, 0 where none attends."""
-    monkeypatch.setattr(module, "store_map", lambda q, reused: True)
+    monkeypatch.setattr(module, "store_map", lambda q, layers: True)
     B, H = (1, 1) if T > 100 else (3, 2)
     q, k, v = draw(B, T, 3, H, d, dtype=dtype, seed=T).unbind(2)
     x, weight, bias = draw(B, T, 20, dtype=dtype), draw(H * d, 20, dtype=dtype, seed=2) / 4, draw(H * d, dtype=dtype)
@@ -361,7 +363,7 @@ def test_stored_map(T, d, dtype, setting, monkeypatch):
     def pair(impl, *inputs):
         q, k, v, x, weight, bias = inputs
         out, kept = attend(q, k, v, lengths, impl=impl)
-        return out * shown, reattend(kept, x, weight, bias, setting=setting, impl=impl) * shown, kept
+        return out * shown, reattend(kept, x, weight, bias, mode=mode, impl=impl) * shown, kept
 
     inputs = (q, k, v, x, weight, bias)
     *got, kept = pair("triton", *inputs)
@@ -379,11 +381,11 @@ def test_stored_map(T, d, dtype, setting, monkeypatch):
 @pytest.mark.needs_triton
 def test_stored_map_is_for_inference(monkeypatch):
     """With gradients there is none; a map stored without them still lets gradients through, by way of q and k."""
-    monkeypatch.setattr(module, "store_map", lambda q, reused: bool(reused))
+    monkeypatch.setattr(module, "store_map", lambda q, layers: bool(layers))
     q, x, weight = (draw(*s, dtype=torch.float32) for s in ((2, 9, 2, 16), (2, 9, 8), (32, 8)))
     kept = attend(q, q, q, impl="triton")[1]
     assert kept.probabilities is not None
-    assert attend(q, q, q, reused=0, impl="triton")[1].probabilities is None
+    assert attend(q, q, q, reusing_layers=0, impl="triton")[1].probabilities is None
     x.requires_grad_()
     reused = reattend(kept, x, weight, impl="triton")
     torch.testing.assert_close(reused, reattend(kept, x.detach(), weight, impl="triton"))
@@ -440,9 +442,9 @@ def test_dropout_of_the_twin_is_drawn_piece_by_piece(monkeypatch):
     monkeypatch.setattr(torch, "rand", drawn)
     q = draw(2, 40, 3, 16, dtype=torch.float64).requires_grad_()  # pieces add up in another order
     results = []
-    for piece in (module.PIECE, 400):
+    for piece in (twin.PIECE, 400):
         drawn.reset_mock()
-        monkeypatch.setattr(module, "PIECE", piece)
+        monkeypatch.setattr(twin, "PIECE", piece)
         out = attend(q, q, q, torch.tensor([40, 17]), dropout=0.4, seed=3, impl="torch")[0]
         results.append([out, *torch.autograd.grad(out.square().sum(), q)])
         shapes = [call.args[0] for call in drawn.call_args_list]
@@ -465,8 +467,8 @@ def test_dropout_follows_the_seed(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_padding_does_not_leak(impl, setting):
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_does_not_leak(impl, mode):
     """An utterance in a padded batch, with garbage behind it, equals itself alone."""
     q, k, v = (draw(2, 21, 2, 40, dtype=torch.float32, seed=s) for s in range(3))
     x, weight = draw(2, 21, 16, dtype=torch.float32), draw(80, 16, dtype=torch.float32)
@@ -476,8 +478,8 @@ def test_padding_does_not_leak(impl, setting):
     out, kept = attend(q, k, v, lengths, impl=impl)
     alone, kept_alone = attend(q[1:, :13], k[1:, :13], v[1:, :13], impl=impl)
     torch.testing.assert_close(out[1:, :13], alone)
-    reused = reattend(kept, x, weight, setting=setting, impl=impl)
-    reused_alone = reattend(kept_alone, x[1:, :13], weight, setting=setting, impl=impl)
+    reused = reattend(kept, x, weight, mode=mode, impl=impl)
+    reused_alone = reattend(kept_alone, x[1:, :13], weight, mode=mode, impl=impl)
     torch.testing.assert_close(reused[1:, :13], reused_alone, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(out).all()
     assert torch.isfinite(reused).all()
@@ -493,11 +495,11 @@ def test_reruns_are_bitwise_equal():
 # ---- the ops in PyTorch's machinery -----------------------------------------
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_opcheck(setting):
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(mode):
     q, k, v = (draw(2, 7, 2, 16, dtype=torch.float32, seed=s) for s in range(3))
     x, weight, bias = (draw(*s, dtype=torch.float32) for s in ((2, 7, 12), (32, 12), (32,)))
-    lengths, resoftmax = ragged(2, 7), setting == "resoftmax"
+    lengths, resoftmax = ragged(2, 7), mode == "resoftmax"
     seed = torch.tensor([3], device=DEVICE)
     out, lse, kept = module._attend_fwd(q, k, v, lengths, None, 0.0, True)
     _, norm = module._reattend_fwd(q, k, v, lse, lengths, resoftmax)
@@ -509,15 +511,15 @@ def test_opcheck(setting):
     check_op(module._attention_bwd, (out, q, k, v, out, lse, norm, lengths, None, 0.0, resoftmax))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_stored_map_compiles_whole(setting, monkeypatch):
-    monkeypatch.setattr(module, "store_map", lambda q, reused: True)
+@pytest.mark.parametrize("mode", MODES)
+def test_stored_map_compiles_whole(mode, monkeypatch):
+    monkeypatch.setattr(module, "store_map", lambda q, layers: True)
     monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
     torch._dynamo.reset()
 
     def pair(q, k, v, x, weight, lengths):
         out, kept = attend(q, k, v, lengths)
-        return out + reattend(kept, x, weight, setting=setting)
+        return out + reattend(kept, x, weight, mode=mode)
 
     compiled = torch.compile(pair, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (7, 13):
@@ -529,9 +531,9 @@ def test_stored_map_compiles_whole(setting, monkeypatch):
         torch.testing.assert_close(got * shown, want * shown)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("inside", [True, False])
-def test_op_compiles_whole(inside, setting, monkeypatch):
+def test_op_compiles_whole(inside, mode, monkeypatch):
     """Forward and backward in one graph with dynamic shapes: the ops are opaque, so this needs no GPU."""
     monkeypatch.setattr(module, "project_inside", lambda q: inside)
     monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
@@ -539,7 +541,7 @@ def test_op_compiles_whole(inside, setting, monkeypatch):
 
     def pair(q, k, v, x, weight, lengths):
         out, kept = attend(q, k, v, lengths)
-        return (out + reattend(kept, x, weight, setting=setting)).sum()
+        return (out + reattend(kept, x, weight, mode=mode)).sum()
 
     compiled = torch.compile(pair, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (7, 13):
@@ -589,8 +591,8 @@ def test_autocast_of_the_twin():
     weight.requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out, kept = attend(q, q, q, impl="torch")
-        for setting in SETTINGS:
-            reused = reattend(kept, x, weight, setting=setting, impl="torch")
+        for mode in MODES:
+            reused = reattend(kept, x, weight, mode=mode, impl="torch")
             assert out.dtype == reused.dtype == kept.queries.dtype == torch.bfloat16
             (d_weight,) = torch.autograd.grad(reused.sum(), weight, retain_graph=True)
             assert d_weight.dtype == torch.float32
@@ -612,14 +614,14 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gradients", [False, True])
-def test_values_can_be_given_instead_of_a_projection(impl, setting, gradients):
+def test_values_can_be_given_instead_of_a_projection(impl, mode, gradients):
     q, values = draw(2, 20, 2, 8, dtype=torch.float32), draw(2, 20, 16, dtype=torch.float32, seed=1)
     q, values = q.requires_grad_(gradients), values.requires_grad_(gradients)
     one = torch.eye(16, device=DEVICE)
-    kept = attend(q, q, q, ragged(2, 20), reused=9, impl=impl)[1]
-    results = [reattend(kept, values, *weight, setting=setting, impl=impl) for weight in ((), (one,))]
+    kept = attend(q, q, q, ragged(2, 20), reusing_layers=9, impl=impl)[1]
+    results = [reattend(kept, values, *weight, mode=mode, impl=impl) for weight in ((), (one,))]
     if gradients:
         results = [torch.autograd.grad(r.square().sum(), [q, values], retain_graph=True) for r in results]
     torch.testing.assert_close(*results)
@@ -630,20 +632,28 @@ def test_bad_input_is_told_before_any_launch():
     x, weight = draw(2, 5, 6, dtype=torch.float32), draw(16, 6, dtype=torch.float32)
     kept = attend(q, q, q)[1]
     for match, call in {
+        r"q must be a tensor, got \[\[": lambda: attend(q.tolist(), q, q),
+        "v must be a tensor, got None": lambda: attend(q, q, None),
         "share one shape": lambda: attend(q, q[:, :4], q),
         "one floating dtype": lambda: attend(q, q.double(), q),
         r"dropout must be in \[0, 1\)": lambda: attend(q, q, q, dropout=1.0),
         "lengths must be int32 or int64": lambda: attend(q, q, q, torch.tensor([torch.nan, 1.0], device=DEVICE)),
         "int64": lambda: attend(q, q, q, torch.tensor([5], device=DEVICE)),
+        r"lengths must be a tensor or None, got \[5, 3\]": lambda: attend(q, q, q, [5, 3]),
         "impl must be": lambda: attend(q, q, q, impl="cuda"),
         "seed must be": lambda: attend(q, q, q, dropout=0.5, seed=torch.zeros(2, device=DEVICE), impl="torch"),
+        r"seed must be an int or one int64 on .*, got 0\.5": lambda: attend(q, q, q, dropout=0.5, seed=0.5),
+        "attention_map must be the AttentionMap of attend, got a tuple": lambda: reattend(attend(q, q, q), x, weight),
+        "x must be a tensor": lambda: reattend(kept, x.tolist(), weight),
+        "weight must be a tensor or None": lambda: reattend(kept, x, weight.tolist()),
+        "bias must be a tensor or None": lambda: reattend(kept, x, weight, 0.0),
         "x must be": lambda: reattend(kept, x[:1], weight),
         "weight must be": lambda: reattend(kept, x, weight[:8]),
         "without weight, x must be": lambda: reattend(kept, x),
         "and bias None": lambda: reattend(kept, q.flatten(2), bias=weight[:, 0]),
         "bias must be": lambda: reattend(kept, x, weight, x[0, 0]),
         "map's dtype": lambda: reattend(kept, x.double(), weight),
-        "setting must be": lambda: reattend(kept, x, weight, setting="softmax"),
+        "mode must be": lambda: reattend(kept, x, weight, mode="softmax"),
         "log_sum_exp": lambda: reattend(AttentionMap(q, q, None, None), x, weight, impl="triton"),
     }.items():
         with pytest.raises(ValueError, match=match):

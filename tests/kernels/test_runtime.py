@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,3 +29,13 @@ def test_a_compiler_can_trace_the_choice(monkeypatch):
         return x + 1 if runtime._recent(0) else x
 
     assert torch.compile(recent, fullgraph=True, backend="aot_eager")(torch.zeros(2)).sum() == 0
+
+
+def test_what_is_no_tensor_is_refused_in_one_short_line():
+    with pytest.raises(ValueError, match="q must be a tensor, got ") as caught:
+        runtime.check_tensors(k=torch.zeros(1), q=np.zeros((9, 9, 9)))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 80
+    runtime.check_tensors(optional=True, bias=None)
+    with pytest.raises(ValueError, match="bias must be a tensor, got None"):
+        runtime.check_tensors(bias=None)

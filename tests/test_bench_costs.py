@@ -1,11 +1,12 @@
 import pytest
 
-from armhubert.kernels import costs
+from armhubert.bench import costs
+from armhubert.kernels.costs import GPUS
 
 
 def test_floors_of_the_default_student_on_an_h200():
     """B 16, 10 s, bfloat16: worked by hand, in microseconds."""
-    gpu = costs.GPUS["H200"]
+    gpu = GPUS["H200"]
     assert costs.reattend(16, 499, 12, 40, 480).floor(gpu) * 1e6 == pytest.approx(14, abs=0.5)
     assert costs.distillation(12, 16, 499, 480, 768).floor(gpu) * 1e6 == pytest.approx(89, abs=1)
     stack = ((128, 10, 5), (256, 1, 1), *[(256, 3, 2)] * 4, (480, 1, 1), *[(480, 2, 2)] * 2)
