@@ -30,7 +30,7 @@ from armhubert.data import (
 )
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distill_run import Data, Progress, Run, Validated, Window, while_read
-from armhubert.distributed import World, device_name, pick_device, world
+from armhubert.distributed import World, device_name, join_world, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import held, make_folder, write_atomic
@@ -159,32 +159,32 @@ def distill(
     out = Path(config.out)
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
-    with world(pick_device(config.device)) as processes, contextlib.ExitStack() as stack:
-        teacher, student, copied = load_models(config, processes.device)
+    with join_world(pick_device(config.device)) as world, contextlib.ExitStack() as stack:
+        teacher, student, copied = load_models(config, world.device)
         sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
-        if processes.leads:
+        if world.leads:
             make_folder(out)
             stack.enter_context(held(out, strict=False))
-        data = yield from _prepare_data(config, sources, student.config.receptive_field, processes, should_stop)
+        data = yield from _prepare_data(config, sources, student.config.receptive_field, world, should_stop)
         if data is None:
             if saved is None:
-                yield _finished(TrainingState(), "not begun", processes, out)
+                yield _finished(TrainingState(), "not begun", world, out)
             else:
-                yield _finished(saved.state, "stopped", processes, out)
+                yield _finished(saved.state, "stopped", world, out)
             return
-        identity = _identity(config, teacher, student, data, processes)
-        run = Run(config, processes, teacher, student, data)
+        identity = _identity(config, teacher, student, data, world)
+        run = Run(config, world, teacher, student, data)
         if saved is not None:
             _check_identity(saved.identity, identity, out, data)
             run.restore(saved)
         started = _started(run, copied, out)
-        if processes.leads:
+        if world.leads:
             if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
                 for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
                     (out / name).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             write_skipped(data.scan, out / SKIPPED_FILE)
-        log = runlog.RunLog(out, run.state.step) if processes.leads else None
+        log = runlog.RunLog(out, run.state.step) if world.leads else None
         yield started
 
         try:
@@ -275,8 +275,8 @@ def _train(
     yield _finished(state, reason, run.world, out)
 
 
-def _finished(state: TrainingState, reason: Reason, processes: World, out: Path) -> Finished:
-    memory = high_water_mark(processes.device)
+def _finished(state: TrainingState, reason: Reason, world: World, out: Path) -> Finished:
+    memory = high_water_mark(world.device)
     return Finished(state.step, reason, state.best_loss, state.train_seconds, state.audio_seconds, memory, out)
 
 
@@ -401,18 +401,18 @@ def _prepare_data(
     config: DistillConfig,
     sources: Sequence[Sequence[Path]],
     min_samples: int,
-    processes: World,
+    world: World,
     should_stop: Callable[[], bool],
 ) -> Generator[Report, None, Data | None]:
     """Examine and split the speech; the lead process does the work, the others read its cache. None: stopped."""
     scans: list[Scan] = []
     cache = Path(config.out) / SCAN_CACHE
-    if processes.leads:
+    if world.leads:
         scans = yield from _scan(sources, min_samples, cache, config.workers, should_stop)
-    processes.wait_for_lead()
-    if processes.any(should_stop()):
+    world.wait_for_lead()
+    if world.any(should_stop()):
         return None
-    if not processes.leads:
+    if not world.leads:
         scans = yield from _scan(sources, min_samples, cache, config.workers)
     for part, what in zip(scans, ("data", "valid"), strict=False):
         part.require_utterances(what=what)
@@ -448,7 +448,7 @@ def _scan(
 
 
 def _identity(
-    config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: Data, processes: World
+    config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: Data, world: World
 ) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for utterance in (*data.train, *data.valid):
@@ -457,7 +457,7 @@ def _identity(
         "teacher": fingerprint(teacher),
         "student": student.config.as_dict(),
         "data": digest.hexdigest(),
-        "batches in a step": config.accumulate * processes.size,
+        "batches in a step": config.accumulate * world.size,
     }
 
 

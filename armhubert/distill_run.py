@@ -110,19 +110,19 @@ class Run:
     """Models, optimizer and state of one process of a run."""
 
     def __init__(
-        self, config: DistillConfig, processes: World, teacher: SpeechEncoder, student: ARMHuBERT, data: Data
+        self, config: DistillConfig, world: World, teacher: SpeechEncoder, student: ARMHuBERT, data: Data
     ) -> None:
-        self.config, self.world, self.teacher, self.student, self.data = config, processes, teacher, student, data
+        self.config, self.world, self.teacher, self.student, self.data = config, world, teacher, student, data
         self.state = TrainingState()
         self.layers = layer_mapping(student.config.layers, teacher.config.layers)
-        self.layer_weights = losses.layer_weights(student.config.layers, config.layer_weight).to(processes.device)
+        self.layer_weights = losses.layer_weights(student.config.layers, config.layer_weight).to(world.device)
         student.gradient_checkpointing = config.gradient_checkpointing
-        self.objective = Objective(student, config.terms, config.distance, config.impl).to(processes.device)
-        self.term_weights = torch.tensor(list(config.terms.values()), device=processes.device)
+        self.objective = Objective(student, config.terms, config.distance, config.impl).to(world.device)
+        self.term_weights = torch.tensor(list(config.terms.values()), device=world.device)
         self.wrapped: torch.nn.Module = self.objective
-        if processes.size > 1:
+        if world.size > 1:
             self.wrapped = DistributedDataParallel(
-                self.objective, device_ids=[processes.device] if processes.device.type == "cuda" else None
+                self.objective, device_ids=[world.device] if world.device.type == "cuda" else None
             )
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -134,8 +134,8 @@ class Run:
             fused=True,
         )
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype is torch.float16)
-        self.batches_per_step = config.accumulate * processes.size
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.batches_per_step = config.accumulate * world.size
         self.steps = config.steps or self._steps_of_epochs(200.0 if config.epochs is None else config.epochs)
 
     def _steps_of_epochs(self, epochs: float) -> int:

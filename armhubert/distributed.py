@@ -111,7 +111,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
-def world(device: torch.device) -> Iterator[World]:
+def join_world(device: torch.device) -> Iterator[World]:
     """Join the other processes that torchrun started (gloo on CPUs, NCCL on GPUs); alone where it started none."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     joined = dist.is_initialized()

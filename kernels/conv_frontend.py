@@ -273,7 +273,7 @@ def window_moments(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an implementation that cannot run here.
     """
-    check_tensors(waveforms=waveforms)
+    check_tensors({"waveforms": waveforms})
     if waveforms.dim() != 2 or not waveforms.is_floating_point():
         raise ValueError(f"waveforms must be floating point [B, S], got {waveforms.dtype} {tuple(waveforms.shape)}")
     if kernel < 1 or stride < 1 or waveforms.shape[1] < kernel:
@@ -292,7 +292,7 @@ def window_moments(
 def _check(
     waveforms: Tensor, layers: Sequence[Convolution], channel_norm: Norm | None, moments: Moments | None
 ) -> None:
-    check_tensors(waveforms=waveforms)
+    check_tensors({"waveforms": waveforms})
     if waveforms.dim() != 2 or not waveforms.is_floating_point():
         raise ValueError(f"waveforms must be floating point [B, S], got {waveforms.dtype} {tuple(waveforms.shape)}")
     if not layers:
@@ -300,7 +300,7 @@ def _check(
     channels, samples = 1, waveforms.shape[1]
     for index, (weight, stride, bias, norm) in enumerate(layers):
         name = f"layers[{index}]"
-        check_tensors(**{f"{name}: weight": weight})
+        check_tensors({f"{name}: weight": weight})
         if weight.dim() != 3 or weight.shape[1] != channels or stride < 1:
             raise ValueError(
                 f"{name} must have weight [C', {channels}, k] and a stride of 1 or more, got {tuple(weight.shape)} and "
@@ -313,7 +313,7 @@ def _check(
         if index == 0 and channel_norm is not None:
             vectors |= {"channel_norm.weight": channel_norm.weight, "channel_norm.bias": channel_norm.bias}
         for what, vector in vectors.items():
-            check_tensors(**{f"{name}: {what}": vector})
+            check_tensors({f"{name}: {what}": vector})
             if vector.shape != (channels,):
                 raise ValueError(f"{name}: {what} must be [{channels}], got {tuple(vector.shape)}")
         for what, tensor in {"weight": weight, **vectors}.items():

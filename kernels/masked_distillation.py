@@ -194,9 +194,9 @@ def _check(
     if distance not in ("mse", "l1"):
         raise ValueError(f"distance must be 'mse' or 'l1', got {distance!r}")
     layers_by_name = (("hidden", hidden), ("clean", clean), ("masked", masked or ()))
-    check_tensors(weight=weight, bias=bias)
-    check_tensors(optional=True, mask=mask)
-    check_tensors(**{f"{name}[{index}]": t for name, layers in layers_by_name for index, t in enumerate(layers)})
+    check_tensors({"weight": weight, "bias": bias})
+    check_tensors({"mask": mask}, optional=True)
+    check_tensors({f"{name}[{index}]": t for name, layers in layers_by_name for index, t in enumerate(layers)})
     if weight.dim() != 3 or bias.shape != weight.shape[:2]:
         raise ValueError(
             f"weight must be [L, Dt, D] and bias [L, Dt], got {tuple(weight.shape)} and {tuple(bias.shape)}"

@@ -339,7 +339,7 @@ def attend(
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, or an implementation that cannot run here.
     """
-    check_tensors(q=q, k=k, v=v)
+    check_tensors({"q": q, "k": k, "v": v})
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
             f"q, k and v must share one shape [B, T, H, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -411,8 +411,8 @@ def reattend(
     """
     if not isinstance(attention_map, AttentionMap):
         raise ValueError(f"attention_map must be the AttentionMap of attend, got a {type(attention_map).__name__}")
-    check_tensors(x=x)
-    check_tensors(optional=True, weight=weight, bias=bias)
+    check_tensors({"x": x})
+    check_tensors({"weight": weight, "bias": bias}, optional=True)
     q, k, lse, lengths, maps = attention_map
     B, T, H, d = q.shape
     if mode not in ("exact", "resoftmax"):

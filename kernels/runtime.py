@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
     return counts
 
 
-def check_tensors(*, optional: bool = False, **tensors: Any) -> None:
+def check_tensors(tensors: Mapping[str, Any], *, optional: bool = False) -> None:
     """Refuse arguments that are not tensors, by their names; with `optional`, None is allowed."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and not (optional and value is None):
@@ -157,7 +157,7 @@ def check_lengths(
 
     Values on a GPU are not read, as that would be a synchronisation, nor those that a compiler traces.
     """
-    check_tensors(optional=True, lengths=lengths)
+    check_tensors({"lengths": lengths}, optional=True)
     if lengths is None:
         return
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):

@@ -33,9 +33,9 @@ def test_a_compiler_can_trace_the_choice(monkeypatch):
 
 def test_what_is_no_tensor_is_refused_in_one_short_line():
     with pytest.raises(ValueError, match="q must be a tensor, got ") as caught:
-        runtime.check_tensors(k=torch.zeros(1), q=np.zeros((9, 9, 9)))
+        runtime.check_tensors({"k": torch.zeros(1), "q": np.zeros((9, 9, 9))})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 80
-    runtime.check_tensors(optional=True, bias=None)
+    runtime.check_tensors({"bias": None}, optional=True)
     with pytest.raises(ValueError, match="bias must be a tensor, got None"):
-        runtime.check_tensors(bias=None)
+        runtime.check_tensors({"bias": None})
