@@ -143,7 +143,7 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
 
 
 def check_tensors(tensors: Mapping[str, Any], *, optional: bool = False) -> None:
-    """Refuse arguments that are not tensors, by their names; with `optional`, None is allowed."""
+    """Refuse arguments, given by their names, that are not tensors; with `optional`, None is allowed."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and not (optional and value is None):
             shown = " ".join(reprlib.repr(value).split())
