@@ -38,6 +38,7 @@ from armhubert.kernels.onednn import linear
 from armhubert.kernels.runtime import (
     Impl,
     autocast,
+    brief,
     check_lengths,
     check_tensors,
     frame_mask,
@@ -328,7 +329,7 @@ def attend(
         seed: seed of the dropout, an int or an int64 tensor of one element on q's device (no synchronisation). None
             draws one from PyTorch's generator, so torch.manual_seed and activation checkpointing govern it.
         reusing_layers: number of layers that will reuse the map; it only decides whether the map is stored, results do
-            not depend on it.
+            not depend on it but for rounding.
         impl: "auto", "triton" or "torch". The two draw different dropout masks from one seed.
 
     Returns:
@@ -375,7 +376,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, int):
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
-        raise ValueError(f"seed must be an int or one int64 on {device}, got {seed!r}")
+        raise ValueError(f"seed must be an int or one int64 on {device}, got {brief(seed)}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         raise ValueError(
             f"seed must be an int or one int64 on {device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"

@@ -142,12 +142,16 @@ def frame_counts(samples: Any, taps: Sequence[int], strides: Sequence[int]) -> l
     return counts
 
 
+def brief(value: object) -> str:
+    """The value in one short line, for messages."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def check_tensors(tensors: Mapping[str, Any], *, optional: bool = False) -> None:
     """Refuse arguments, given by their names, that are not tensors; with `optional`, None is allowed."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and not (optional and value is None):
-            shown = " ".join(reprlib.repr(value).split())
-            raise ValueError(f"{name} must be a tensor{' or None' * optional}, got {shown}")
+            raise ValueError(f"{name} must be a tensor{' or None' * optional}, got {brief(value)}")
 
 
 def check_lengths(

@@ -45,12 +45,12 @@ BY_HEADS = 2**21
 """Fewest multiply-adds of one head's product, for each thread, for which attention by heads beats sdpa: each product
 is a parallel region of its own (measured with two threads)."""
 KEPT = 2**26
-"""Most bytes of maps that pay in inference. One utterance's maps may take as much for it to go by heads at all, and the
-batch's for them to be kept. malloc gives what is larger back to the system, and maps it anew page by page; longer
-utterances are no faster by heads either."""
+"""Most bytes of maps that pay in inference, for two tests: attention goes by heads if one utterance's maps fit, and keeps
+maps, by heads or by pieces, if those of the batch do. malloc gives what is larger back to the system and maps it anew,
+page by page; longer utterances are no faster by heads either."""
 KEPT_FOR_BACKWARD = 2**28
-"""Most bytes of a batch's maps that a computing layer keeps by heads until its backward pass, where keeping them saves
-products as well."""
+"""Most bytes of a batch's maps for which attention goes by heads with gradients: the computing layer then keeps them
+until its backward pass, where they save products as well."""
 LONGEST = 768
 """Longest sum over frames that oneDNN computes in one piece here. Its rounding error grows with the length, but up to
 this length the map's own rounding error hides it. After a second softmax the map has almost none, so `onednn.LONGEST`
@@ -73,16 +73,17 @@ def attend(
         return _sdpa(q, k, v, lengths, dropout), None
     if dropout:
         return _Recomputed.apply(q, k, v, lengths, seed, dropout, False), None
+    by_heads = _heads_pay(q, gradients)
     maps: Maps = ()
     if _pieces_pay(q, gradients):
         out, maps = _by_pieces(q, k, v, lengths, keep and _batch_fits(q))
-    elif not _heads_pay(q, gradients):
-        out = _sdpa(q, k, v, lengths)
-    elif gradients:
+    elif by_heads and gradients:
         out, *kept = _ByHeads.apply(q, k, v, lengths)
         maps = tuple(kept) if keep else ()
-    else:
+    elif by_heads:
         out, maps = _by_heads(q, k, v, lengths, keep and _batch_fits(q))
+    else:
+        out = _sdpa(q, k, v, lengths)
     return out, maps or None
 
 
@@ -130,7 +131,7 @@ def _heads_pay(q: Tensor, gradients: bool) -> bool:
 
 
 def _batch_fits(q: Tensor) -> bool:
-    """Whether the maps of a whole batch pay for the memory that keeping them takes, in inference."""
+    """Whether the maps of the whole batch are small enough to be kept in inference."""
     B, T, H, _ = q.shape
     return B * H * T * T * q.itemsize <= KEPT
 
