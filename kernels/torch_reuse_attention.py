@@ -45,9 +45,9 @@ BY_HEADS = 2**21
 """Fewest multiply-adds of one head's product, for each thread, for which attention by heads beats sdpa: each product
 is a parallel region of its own (measured with two threads)."""
 KEPT = 2**26
-"""Most bytes of maps that pay in inference: attention goes by heads if one utterance's maps fit, and keeps maps, by heads
-or by pieces, if those of the batch do. malloc gives what is larger back to the system and maps it anew, page by page;
-longer utterances are no faster by heads either."""
+"""Most bytes of maps that pay in inference: attention goes by heads if one utterance's maps fit, and keeps maps, by
+heads or by pieces, if those of the batch do. malloc gives what is larger back to the system and maps it anew, page by
+page; longer utterances are no faster by heads either."""
 KEPT_FOR_BACKWARD = 2**28
 """Most bytes of a batch's maps for which attention goes by heads with gradients: the computing layer then keeps them
 until its backward pass, where they save products as well."""
