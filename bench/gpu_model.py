@@ -251,9 +251,10 @@ def _distillation(job: Job) -> dict[str, Any]:
                 with torch.no_grad():
                     clean = teacher_twin(waveforms, lengths).hidden_states
                     masked = teacher_twin(waveforms, lengths, mask).hidden_states
-                output = student(waveforms, lengths, mask, projections=False)
+                first = student.layer_inputs(student.embed(waveforms, lengths)[0], frames, mask)
+                hidden = (first, *student.layer_outputs(first, frames, through_heads=True))
             assert student.heads is not None
-            inputs = list(student.head_inputs(output.hidden_states))
+            inputs = list(student.head_inputs(hidden))
             seen, unseen = ([h[i] for i in layers] for h in (clean, masked))
             return released_loss(inputs, student.heads.weight, student.heads.bias, seen, unseen, mask & valid, frames)
 
