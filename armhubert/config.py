@@ -484,6 +484,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return value
         raise ArmhubertError(f"{name} must be {' or '.join(map(repr, args))}, got {shown(value)}")
     if origin is tuple:
+        if args == (str, ...) and isinstance(value, (str, os.PathLike)):
+            value = (value,)
         if isinstance(value, (list, tuple)):
             if len(args) == 2 and args[1] is Ellipsis:
                 return tuple(_coerce(item, args[0], name) for item in value)

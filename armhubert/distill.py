@@ -43,7 +43,6 @@ from armhubert.teacher import fingerprint, layer_mapping, load_teacher
 __all__ = [
     "DistillConfig",
     "Finished",
-    "NoBest",
     "Progress",
     "Report",
     "Saved",
@@ -92,12 +91,6 @@ class Started(NamedTuple):
     """What the user may not have meant."""
 
 
-class NoBest(NamedTuple):
-    """No held-out loss of the run was finite, so that none is the lowest: the student written is the last one."""
-
-    step: int
-
-
 class Saved(NamedTuple):
     """The training state is on disk."""
 
@@ -129,7 +122,7 @@ class Finished(NamedTuple):
     out: Path
 
 
-Report = Scanning | Started | Progress | Validated | NoBest | Saved | StepSkipped | Finished
+Report = Scanning | Started | Progress | Validated | Saved | StepSkipped | Finished
 
 
 # ---- the loop --------------------------------------------------------------
@@ -248,7 +241,7 @@ def _train(
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
                 remedy = "with clip set, or in bf16 or fp32" if config.precision == "fp16" else "or with clip set"
-                kept = f"; {out} keeps the last good state" if (out / CHECKPOINT_FILE).is_file() else ""
+                kept = f"; {out} keeps the last checkpoint" if (out / CHECKPOINT_FILE).is_file() else ""
                 raise ArmhubertError(
                     f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
                     f"{state.step}: start a new run with a learning rate below {config.learning_rate}, {remedy}{kept}"
@@ -270,8 +263,11 @@ def _train(
             yield save()
     assert reason is not None
     run.world.wait()
-    if state.validations_without_gain and state.best_loss == float("inf"):
-        yield NoBest(state.step)
+    if reason != "stopped" and state.validations_without_gain and state.best_loss == float("inf"):
+        raise ArmhubertError(
+            f"no held-out loss was finite, so {out} holds the student of step {state.step}, which is no good: start a "
+            f"new run with a learning rate below {config.learning_rate}, or with clip set"
+        )
     yield _finished(state, reason, run.world, out)
 
 

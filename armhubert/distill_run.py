@@ -439,6 +439,7 @@ def _training_section(run: Run) -> str:
     end = "" if config.mask_prob_end is None else f" to {config.mask_prob_end}"
     masking = f"mask probability {config.mask_prob}{end}, " if "masking" in config.terms else ""
     lines = [
+        "",
         "## Training",
         "",
         f"Distilled from `{Path(config.teacher).name}` with armhubert: loss `{config.loss}` ({config.distance}), "

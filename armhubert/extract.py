@@ -425,7 +425,7 @@ class _Run:
     def _write(self, utterance: Utterance, features: Tensor) -> _Row:
         """Features [N, T, D] -> a file."""
         header, _ = self._header(features.shape[1])
-        data = header + _bytes(features)
+        data = header + self._bytes(features, utterance)
         write_atomic(self.out / self.names[utterance.path], data)
         return self._row(utterance, features.shape[1]), len(data)
 
@@ -446,8 +446,17 @@ class _Run:
                 features = layer_features(self.model, window.inputs, None, self.selection)[:, 0, window.keep]
                 for offset, layer in zip(offsets, features.to(self.dtype).cpu(), strict=True):
                     file.seek(offset + window.start * row_bytes)
-                    file.write(_bytes(layer))
+                    file.write(self._bytes(layer, utterance))
         return self._row(utterance, frames), len(header) + len(offsets) * frames * row_bytes
+
+    def _bytes(self, features: Tensor, utterance: Utterance) -> bytes:
+        if not features.isfinite().all():
+            wider = "" if self.config.dtype == "fp32" else ", or write dtype='fp32'"
+            raise ArmhubertError(
+                f"features of {utterance.path} are not finite in {self.config.dtype}: use a model whose training did "
+                f"not diverge{wider}; what is finished is kept"
+            )
+        return features.contiguous().view(torch.uint8).numpy().tobytes()
 
     def _row(self, utterance: Utterance, frames: int) -> dict[str, Any]:
         return {
@@ -481,10 +490,6 @@ class _Run:
             text += b" " * (-len(text) % 8)
             header = len(text).to_bytes(8, "little") + text
         return header, [len(header) + i * size for i in range(count)]
-
-
-def _bytes(x: Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _ahead(steps: Iterator[list[Future[_Row]]]) -> Iterator[list[_Row]]:

@@ -49,7 +49,9 @@ class RunLog:
             self._board.add({f"{kind}/{name}": value for name, value in (scalars | by_layer).items()}, step)
 
     def draw(self) -> None:
-        """Rewrite the pictures from everything measured so far."""
+        """Rewrite the pictures from everything measured so far; without anything there are none."""
+        if not self.rows:
+            return
         draw_loss(self.rows, self.folder / "loss.png")
         draw_layers(self.rows, self.folder / "layers.png")
 
@@ -114,7 +116,8 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
         if points:
             label = {"train": "training, masked", "valid": "held out, unmasked"}[kind]
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            alone = {"marker": "o"} if len(points) == 1 else {}
+            axes.plot(*zip(*points, strict=True), label=label, **(style | alone))
     figures.logarithmic(axes)
     figures.save(figure, path)
 

@@ -157,8 +157,6 @@ def format_line(report: "Report") -> str:
     if isinstance(report, distill.Validated):
         layers = ",".join(f"{x:.4f}" for x in report.layers)
         return f"valid step={report.step} loss={report.loss:.5f} layers={layers} best={str(report.best).lower()}"
-    if isinstance(report, distill.NoBest):
-        return f"no-best step={report.step}"
     if isinstance(report, distill.Saved):
         return f"saved step={report.step} path={shlex.quote(str(report.path))}"
     if isinstance(report, distill.StepSkipped):
@@ -213,10 +211,6 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
             elif isinstance(report, distill.StepSkipped):
                 bar.console.print(
                     f"step {report.step} skipped: not finite ({report.in_a_row} in a row)", style="yellow"
-                )
-            elif isinstance(report, distill.NoBest):
-                bar.console.print(
-                    f"no held-out loss was finite: the student is the last one, of step {report.step}", style="yellow"
                 )
             elif isinstance(report, distill.Finished):
                 bar.stop()

@@ -183,6 +183,11 @@ def test_help_tells_what_every_setting_means(settings):
     assert "Attributes:" in pydoc.plain(pydoc.render_doc(settings))
 
 
+def test_one_name_stands_for_a_list_of_one():
+    assert DistillConfig(data="speech").data == ("speech",)
+    assert build(EvaluateConfig, {"train": "dev-clean", "data": "."}, "x").train == ("dev-clean",)
+
+
 def test_missing_settings_are_named():
     with pytest.raises(ArmhubertError, match="file lacks conv_layers, ffn, heads, layers, width"):
         build(EncoderConfig, {}, "file")

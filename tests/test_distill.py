@@ -735,18 +735,17 @@ def test_a_validation_that_is_not_finite_is_never_the_best_and_keeps_none_from_b
     validated = of(reports, distill.Validated)
     assert [v.best for v in validated] == [False, True, False]
     assert reports[-1].best_loss == validated[1].loss
-    assert not of(reports, distill.NoBest)
     card = (Path(config.out) / "README.md").read_text()
     assert "2 steps of 3" in card
     assert f"unmasked): {validated[1].loss:.4f}" in card
 
 
-def test_where_no_validation_is_finite_the_last_student_is_written_and_that_is_said(settings, held_out_losses):
+def test_where_no_validation_is_finite_the_last_student_is_written_and_the_run_fails(settings, held_out_losses):
     held_out_losses(*[float("nan")] * 3)
-    reports = run(config := settings(hold_out=0.3, steps=3, validate_every=1, save_every=1000))
-    assert not any(v.best for v in of(reports, distill.Validated))
-    assert reports[-2:-1] == [distill.NoBest(3)]
-    assert (reports[-1].reason, reports[-1].best_loss) == ("done", float("inf"))
+    config, reports = settings(hold_out=0.3, steps=3, validate_every=1, save_every=1000), []
+    with pytest.raises(ArmhubertError, match=r"no held-out loss was finite.* step 3.* learning rate below 0\.001"):
+        reports.extend(distill.distill(config))
+    assert [v.best for v in of(reports, distill.Validated)] == [False] * 3
     exported = ARMHuBERT.from_pretrained(config.out).state_dict()
     last = checkpoint.load(Path(config.out) / "checkpoint.pt").student
     assert all(torch.equal(exported[name], value) for name, value in last.items())

@@ -240,6 +240,16 @@ def test_a_folder_of_something_else_is_left_alone(student, speech, tmp_path):
 # ---- names, and what is refused --------------------------------------------
 
 
+@pytest.mark.parametrize("chunk_seconds", [60.0, 0.4])
+def test_features_that_are_no_numbers_are_never_written(student, speech, tmp_path, chunk_seconds):
+    model = ARMHuBERT.from_pretrained(student)
+    torch.nn.init.constant_(model.layers[1].down.bias, float("nan"))
+    model.save_pretrained(tmp_path / "diverged")
+    with pytest.raises(ArmhubertError, match=r"features of .*wav are not finite in fp32: use a model"):
+        run(tmp_path / "diverged", speech, tmp_path / "out", chunk_seconds=chunk_seconds, context_seconds=0.1)
+    assert not list((tmp_path / "out").rglob("*.npy"))
+
+
 def test_names_mirror_the_data(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     paths = [a / "x/1.wav", a / "x/1.flac", a / "2.wav"]
