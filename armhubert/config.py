@@ -46,13 +46,13 @@ class _WithFields:
         except OSError:  # installed without its source
             return self.doc
         body = typing.cast(ast.ClassDef, tree).body
-        fields = [
+        fields = "\n".join(
             textwrap.fill(f"{field.target.id}: {' '.join(text.value.value.split())}", 100, subsequent_indent=" " * 4)
             for field, text in itertools.pairwise(body)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-        ]
-        return f"{inspect.cleandoc(self.doc)}\n\nAttributes:\n{textwrap.indent(chr(10).join(fields), ' ' * 4)}\n"
+        )
+        return f"{inspect.cleandoc(self.doc)}\n\nAttributes:\n{textwrap.indent(fields, ' ' * 4)}\n"
 
 
 def documented(cls: type[_T]) -> type[_T]:

@@ -164,7 +164,8 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
         )
     x = [torch.cat(layers) for layers in zip(*ours, strict=True)]
     y = [torch.cat(layers) for layers in zip(*theirs, strict=True)]
-    if student.heads is not None and student.config.projection_width == teacher.config.width:
+    by_heads = student.config.projection_width == teacher.config.width
+    if by_heads:
         outputs = [torch.cat(layers) for layers in zip(*predictions, strict=True)]
         cosine = tuple(_cosine(p, y[layer]) for p, layer in zip(outputs, mapping, strict=True))
     else:
@@ -173,7 +174,7 @@ def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:
     yield Similarity(
         cka_table(x, y),
         cosine,
-        "heads" if student.heads is not None and student.config.projection_width == teacher.config.width else "fit",
+        "heads" if by_heads else "fit",
         tuple(_mean([row[i] for row in overlaps]) for i in range(len(mapping))),
         mapping,
         len(x[0]),

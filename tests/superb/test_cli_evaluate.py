@@ -112,6 +112,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_audio_is_read(cal
     ("argv", "says"),
     [
         (["--task", "krs"], "unknown task 'krs'; did you mean 'ks'"),
+        (["--task", "similarty"], "unknown task 'similarty'; did you mean 'similarity'"),
         (["--task", "ks"], "give --data, the root of ks's data"),
         (["--task", "ks", "--suite", "mini"], "unknown task 'ks' of the suite; known: mini-pr"),
         (["fbank", "--task", "similarity", "--suite", "superb"], "unknown task 'similarity' of the suite; known: pr,"),

@@ -397,6 +397,7 @@ def test_global_state_is_left_alone(config):
     ("changes", "message"),
     [
         ({"task": "kss"}, "unknown task 'kss'; did you mean 'ks'"),
+        ({"task": "similarity"}, "unknown task 'similarity'; known: asr, asv, er"),
         ({"steps": 0}, "steps must be above 0, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"data": "/nowhere"}, "must be a folder that exists"),

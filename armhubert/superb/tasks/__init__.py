@@ -39,7 +39,6 @@ def find(name: str) -> Task:
     """The task called `name`; an unknown name is an ArmhubertError that names the nearest."""
     known = TASKS | MINI
     if name not in known:
-        raise ArmhubertError(
-            f"unknown task {name!r}{nearest(name, [*TASKS, 'similarity'])}"
-        )  # a comparison, beside the tasks
+        others = {*TASKS, "similarity"} - {name}  # similarity is no task here, and one on the command line
+        raise ArmhubertError(f"unknown task {name!r}{nearest(name, others)}")
     return known[name]
