@@ -274,8 +274,8 @@ def test_unequal_and_equal_batches_hold_the_same_audio():
     plans = ragged._plans(samples)
     assert plans.keys() == set(ragged.WAYS)
     for way, plan in plans.items():
-        assert sum(crop.count for batch in plan for crop in batch) == pytest.approx(sum(samples), abs=len(samples))
-        assert sorted(crop.index for batch in plan for crop in batch) == list(range(len(samples)))
+        assert sum(crop.samples for batch in plan for crop in batch) == pytest.approx(sum(samples), abs=len(samples))
+        assert sorted(crop.utterance for batch in plan for crop in batch) == list(range(len(samples)))
         for batch in plan:
             waveforms, lengths = ragged._batch(batch, way, torch.device("cpu"))
             assert waveforms.numel() <= 60 * 16_000
