@@ -170,6 +170,11 @@ def distill(
         if saved is not None:
             _check_identity(saved.identity, identity, out, data)
             run.restore(saved)
+            if run.state.step > run.steps:
+                raise ArmhubertError(
+                    f"{out} has made {run.state.step} steps, more than the {run.steps} asked for: ask for more, or "
+                    "start a new run"
+                )
         started = _started(run, copied, out)
         if world.leads:
             if saved is None:  # with `force`, the old run's state and student must not be taken for this one's

@@ -35,7 +35,7 @@ from armhubert.config import SAMPLE_RATE, check_fields, documented
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import make_folder, write_atomic
+from armhubert.files import check_unused, make_folder, write_atomic
 from armhubert.packages import require
 from armhubert.student import ARMHuBERT
 from armhubert.weights import Weights
@@ -85,8 +85,7 @@ class ExportConfig:
             )
             other = f"choose the name, or {formats}" if formats else "choose the name"
             raise ArmhubertError(f"a file of format {self.format} must end in {suffix}, got {self.out!r}: {other}")
-        if Path(self.out).is_dir() or (Path(self.out).exists() and not self.force):
-            raise ArmhubertError(f"{self.out} exists: choose another name, or force=True to replace it")
+        check_unused(Path(self.out), self.force)
 
 
 class Stage(NamedTuple):

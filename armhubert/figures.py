@@ -27,11 +27,15 @@ def panels(count: int = 1, *, rows: int = 1, width: float = WIDTH, height: float
 
 
 def logarithmic(panel: Any, which: str = "y") -> None:
-    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade."""
+    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade; nothing above 0 stays
+    linear.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    getattr(panel, f"set_{which}scale")("log")
     axis = getattr(panel, f"{which}axis")
+    if not axis.get_data_interval()[1] > 0:
+        return
+    getattr(panel, f"set_{which}scale")("log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = axis.get_view_interval()
     if high > 30 * low:  # a number at every minor tick would lie over the next

@@ -63,6 +63,18 @@ def make_folder(path: Path) -> None:
         raise ArmhubertError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
 
 
+def check_unused(path: Path, force: bool) -> None:
+    """Nothing is lost: a file that exists is replaced where that was asked for, a folder never.
+
+    Raises:
+        ArmhubertError: a folder there, or a file without `force`.
+    """
+    if path.is_dir():
+        raise ArmhubertError(f"{path} is a folder: choose another name")
+    if path.exists() and not force:
+        raise ArmhubertError(f"{path} exists: choose another name, or force=True to replace it")
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """What is written piece by piece in `folder`: a full disk, or one that is gone, is an ArmhubertError."""

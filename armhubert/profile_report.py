@@ -79,7 +79,7 @@ def label(model: Model) -> str:
 
 def draw(result: Profile, path: Path) -> None:
     """Left: speed of every cell, in seconds of audio a second; right: where the eager passes spend their time."""
-    figure, (speed, parts) = figures.panels(2, width=13, height=1.6 + 0.42 * len(result.models) + 2)
+    figure, (speed, parts) = figures.panels(2, width=15, height=1.6 + 0.42 * len(result.models) + 2)
     names = [label(model) for model in result.models]
     height = 0.8 / len(result.cells)
     for i, (cell, color) in enumerate(zip(result.cells, figures.shades(len(result.cells)), strict=True)):
@@ -101,6 +101,8 @@ def draw(result: Profile, path: Path) -> None:
     parts.set(xlabel="seconds for 1 x 10 s, by stage (eager)", yticks=range(len(eager)))
     parts.set_yticklabels([label(model) for model in eager])
     parts.invert_yaxis()
+    for panel in (speed, parts) if eager else (speed,):
+        panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, which fill the panel
     figures.save(figure, path)
 
 

@@ -15,7 +15,7 @@ from armhubert.cli.app import app
 from armhubert.cli.options import numbers
 from armhubert.cli.signals import stop_on_signal
 from armhubert.errors import ArmhubertError
-from armhubert.files import make_folder
+from armhubert.files import check_unused, make_folder
 
 if TYPE_CHECKING:
     from armhubert.superb import progress
@@ -165,10 +165,10 @@ def evaluate(
     if "rates" in given:
         given["rates"] = numbers(given["rates"], float, "--rates")
     if task == "similarity" and suite is None:
-        options = {"--config": config, "--resume": resume, "--force": force}
+        options = {"--config": config, "--resume": resume}
         if unfit := [name for name, value in options.items() if value]:
             raise ArmhubertError(f"similarity takes no {unfit[0]}: leave it out")
-        similarity(model or [], against, data or [], out, utterances, given)
+        similarity(model or [], against, data or [], out, utterances, given, force)
         return
     if against is not None:
         raise ArmhubertError("--against is for --task similarity: leave it out")
@@ -399,6 +399,7 @@ def similarity(
     out: str | None,
     utterances: int,
     given: dict[str, Any],
+    force: bool,
 ) -> None:
     """Compare a student with its teacher on speech, without training."""
     from armhubert.bundled import TEST_SPEECH
@@ -417,6 +418,7 @@ def similarity(
         utterances=utterances,
         **extra,
     )
+    check_unused(Path(config.out) / "similarity.json", force)
     make_folder(Path(config.out))
     with ui.progress() as bar:
         for report in compare(config):

@@ -9,7 +9,7 @@ from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.options import numbers
 from armhubert.errors import ArmhubertError
-from armhubert.files import make_folder
+from armhubert.files import check_unused, make_folder
 
 _FEATURES = (
     "--baseline", "--mode", "--seconds", "--batch-sizes", "--batch-seconds", "--heads", "--limit", "--ragged",
@@ -69,6 +69,7 @@ def profile(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write profile.json, .csv and pictures here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier profile or trace.")] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write a chrome trace of one pass of MODEL over 10 s here.")
     ] = None,
@@ -96,7 +97,7 @@ def profile(
         given = [option for option in _FEATURES if (source := sources[option]) and source.name != "DEFAULT"]
         if given:
             raise ArmhubertError(f"--training times steps, not features, got {', '.join(given)} as well: leave it out")
-        _training(model, config, device, repeats, warmup, out)
+        _training(model, config, device, repeats, warmup, out, force)
         return
     if config is not None:
         raise ArmhubertError(f"--config belongs to --training, got {config} without it: leave it out")
@@ -116,9 +117,10 @@ def profile(
         ragged=ragged,
     )
     results = read_results(quality or ())
-    for folder in (out, trace and trace.parent):
-        if folder is not None:
-            make_folder(folder)
+    for file in (out and out / "profile.json", trace):
+        if file is not None:
+            check_unused(file, force)
+            make_folder(file.parent)
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):
@@ -144,7 +146,9 @@ def profile(
         ui.say(f"wrote {trace}")
 
 
-def _training(teacher: str, file: Path | None, device: str | None, repeats: int, warmup: int, out: Path | None) -> None:
+def _training(
+    teacher: str, file: Path | None, device: str | None, repeats: int, warmup: int, out: Path | None, force: bool
+) -> None:
     """Parts of a distillation step, as a table and training.json."""
     from armhubert.cli.profile_tables import show_training
     from armhubert.config import build, read_mapping
@@ -157,6 +161,7 @@ def _training(teacher: str, file: Path | None, device: str | None, repeats: int,
     given = {**(read_mapping(file) if file else {}), "teacher": teacher, **({"device": device} if device else {})}
     settings = build(DistillConfig, given, str(file or "the options"))
     if out is not None:
+        check_unused(out / "training.json", force)
         make_folder(out)
     with ui.progress() as show:
         for report in profile_training(settings, steps=repeats, warmup=warmup):

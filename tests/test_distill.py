@@ -622,6 +622,15 @@ def test_resuming_a_finished_run_trains_nothing_and_says_done(settings):
         assert after[name] == before[name]
 
 
+def test_a_resumed_run_cannot_take_steps_back(settings):
+    config = settings(steps=3)
+    run(config)
+    before = digests(Path(config.out))
+    with pytest.raises(ArmhubertError, match="has made 3 steps, more than the 2 asked for: ask for more, or start"):
+        run(dataclasses.replace(config, steps=2), resume=True)
+    assert digests(Path(config.out)) == before
+
+
 def test_early_stop_after_validations_without_gain(settings):
     # Frozen by a rate of nothing, the second and third validation gain nothing.
     reports = run(settings(steps=20, learning_rate=1e-30, hold_out=0.3, validate_every=2, patience=2, weight_decay=0.0))

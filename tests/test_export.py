@@ -213,7 +213,7 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, kind
         ),
         ({"out": "m.onnx", "format": "torch"}, r"format torch must end in \.pt2.*format='onnx'"),
         ({"out": "there.onnx"}, "exists: choose another name, or force=True"),
-        ({"out": "folder.onnx", "force": True}, "exists: choose another name"),
+        ({"out": "folder.onnx", "force": True}, "is a folder: choose another name"),
     ],
 )
 def test_files_that_cannot_be_written(tmp_path, settings, says):

@@ -349,6 +349,34 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(student,
     assert "cannot write to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "file"),
+    [
+        (["--out", "out"], "out/profile.json"),
+        (["--trace", "t.json"], "t.json"),
+        (["--training", "-o", "out"], "out/training.json"),
+    ],
+)
+def test_earlier_results_are_replaced_only_by_force(student, tmp_path, monkeypatch, capsys, argv, file):
+    def measure(*settings, **how):
+        raise ArmhubertError("measured")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / file).write_text("mine")
+    monkeypatch.setattr("armhubert.profile.profile", measure)
+    monkeypatch.setattr("armhubert.training_profile.profile_training", measure)
+    said = []
+    for force in ([], ["--force"]):
+        monkeypatch.setattr(sys, "argv", ["armhubert", "profile", "mini", *argv, *force])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert f"{file} exists: choose another name, or --force to replace it" in said[0]
+    assert "measured" in said[1]
+    assert (tmp_path / file).read_text() == "mine"
+
+
 def test_what_was_measured_is_written_although_its_quality_cannot_be_compared(student, tmp_path, monkeypatch, capsys):
     def refuse(result, results):
         raise ArmhubertError("two results of one model")

@@ -99,6 +99,8 @@ def _from_file(path: Path) -> Weights:
         for kind in FILE_FORMATS:
             if kind.recognise(content):
                 return kind.load(content, path)
+    if (path.parent / "config.json").is_file():
+        raise ArmhubertError(f"{path} is a file of a model's folder, which has the config.json: give {path.parent}")
     raise ArmhubertError(
         f"{path} holds no model that is known here: it must be a {', '.join(kind.name for kind in FILE_FORMATS)}; "
         "of Hugging Face's weights give the folder, with config.json"

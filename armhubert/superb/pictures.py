@@ -65,7 +65,9 @@ def layer_weights(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure, (axes,) = figures.panels()
     for (name, result), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
         weights, first = result["layer_weights"], int(result["model"].get("features") == "heads")
-        axes.plot(range(first, first + len(weights)), weights, marker="o", color=color, label=plain(name))
+        axes.plot(
+            range(first, first + len(weights)), weights, marker="o", color=color, label=plain(name), clip_on=False
+        )
     axes.set(xlabel="layer", ylabel="weight", ylim=(0, None))
     return figures.png(figure)
 

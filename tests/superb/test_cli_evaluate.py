@@ -94,6 +94,12 @@ def test_similarity(call, waves, tmp_path):
     assert code == 0, err
     assert out.count("1.000") >= 12
     assert (tmp_path / "sim/similarity.png").is_file()
+    again = ("evaluate", "mini", "--task", "similarity", "--against", "mini", "--data", "speech", "-o", "sim")
+    code, out, err = call(*again)
+    assert (code, out) == (2, "")
+    assert "sim/similarity.json exists: choose another name, or --force to replace it" in err
+    assert call(*again, "--force", "--seed", "1")[0] == 0
+    assert json.loads((tmp_path / "sim/similarity.json").read_text())["config"]["seed"] == 1
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_audio_is_read(cal
         (["--suite", "superb"], "--suite superb needs a model"),
         (["fbank", "mini", "--task", "ks"], "give one model"),
         (["--task", "similarity"], "give both"),
-        (["mini", "--task", "similarity", "--against", "mini", "--force"], "similarity takes no --force"),
+        (["mini", "--task", "similarity", "--against", "mini", "--config", "x"], "similarity takes no --config"),
         (["--task", "ks", "--against", "mini"], "--against is for --task similarity"),
         (["--resume", "nowhere"], "nowhere has no evaluate.json"),
         (["no-such-model", "--task", "ks", "--data", "keywords"], "no model at 'no-such-model'"),

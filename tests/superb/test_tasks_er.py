@@ -37,6 +37,14 @@ def test_folders(waves, emotion_first):
     assert corpus.labels == (("Happy", "angry", "sad"),)
     assert len(corpus.splits["test"].items) == 3
     assert speakers_of(corpus, int(emotion_first))["test"] == {"002"}
+    assert len(corpus.notes) == 1
+
+
+def test_emotions_by_names_that_are_not_known_are_told(waves):
+    root = waves(*(f"{emotion}/00{s}/1.wav" for emotion in ("freude", "wut") for s in range(5)))
+    corpus = TASK.read(root, Options())
+    assert corpus.labels == (("freude", "wut"),)
+    assert "the upper folders are taken for them" in corpus.notes[0]
 
 
 def test_files_without_speaker(waves):

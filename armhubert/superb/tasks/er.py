@@ -59,9 +59,9 @@ class EmotionRecognition(Task):
         paths = discover([base])
         if all(_RAVDESS.fullmatch(path.stem) for path in paths):
             found = {path: _ravdess(path) for path in paths}
-        else:
-            found = _read_folders(base, paths)
-        return _by_speaker(found, base, options.fold)
+            return _by_speaker(found, base, options.fold)
+        found, notes = _read_folders(base, paths)
+        return _by_speaker(found, base, options.fold, notes)
 
     def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
@@ -72,7 +72,7 @@ class EmotionRecognition(Task):
         return classification_scores(predictions, split, corpus)
 
 
-def _by_speaker(found: dict[Path, tuple[str, str]], root: Path, fold: int) -> Corpus:
+def _by_speaker(found: dict[Path, tuple[str, str]], root: Path, fold: int, notes: Sequence[str] = ()) -> Corpus:
     """Neighbours in the order of names share a fold, for RAVDESS's actors are men and women in turn."""
     speakers = sorted({speaker for _, speaker in found.values()})
     if len(speakers) < FOLDS:
@@ -87,7 +87,7 @@ def _by_speaker(found: dict[Path, tuple[str, str]], root: Path, fold: int) -> Co
         splits["test" if turn == 0 else "dev" if turn == 1 else "train"].append(Item.of_file(path, root, (emotion,)))
     heard = {split: sum((place[s] - fold) % FOLDS in turns for s in speakers) for split, turns in _TURNS.items()}
     note = "speakers of this fold: " + ", ".join(f"{number} {split}" for split, number in heard.items())
-    return classes(splits, "emotion", notes=(note,))
+    return classes(splits, "emotion", notes=(*notes, note))
 
 
 _TURNS = {"train": (2, 3, 4), "dev": (1,), "test": (0,)}
@@ -103,8 +103,8 @@ def _ravdess(path: Path) -> tuple[str, str]:
     return RAVDESS_CLASSES[number - 1], fields[6]
 
 
-def _read_folders(root: Path, paths: Sequence[Path]) -> dict[Path, tuple[str, str]]:
-    """(emotion, speaker) of files in emotion/speaker/... or speaker/emotion/...: whichever level is named so."""
+def _read_folders(root: Path, paths: Sequence[Path]) -> tuple[dict[Path, tuple[str, str]], list[str]]:
+    """(emotion, speaker) of files in emotion/speaker/... or speaker/emotion/...: whichever level is named so; notes."""
     parts = {path: path.relative_to(root).parts for path in paths}
     heard = {p[0] for p in parts.values()}
     silent = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in heard]
@@ -116,8 +116,14 @@ def _read_folders(root: Path, paths: Sequence[Path]) -> dict[Path, tuple[str, st
             f"{shallow[0]} is not in a folder of an emotion and one of a speaker: expected emotion/speaker/*.wav or "
             "speaker/emotion/*.wav, so that test speakers can be unseen ones"
         )
-    emotion_first = sum(bool(_EMOTIONS.match(p[0])) - bool(_EMOTIONS.match(p[1])) for p in parts.values()) >= 0
-    return {path: (p[0], p[1]) if emotion_first else (p[1], p[0]) for path, p in parts.items()}
+    named = [sum(bool(_EMOTIONS.match(p[level])) for p in parts.values()) for level in (0, 1)]
+    notes = []
+    if named == [0, 0]:
+        notes.append(
+            f"no folder of {root} is named as an emotion that is known here: the upper folders are taken for them"
+        )
+    emotion_first = named[0] >= named[1]
+    return {path: (p[0], p[1]) if emotion_first else (p[1], p[0]) for path, p in parts.items()}, notes
 
 
 def _read_iemocap(root: Path, options: Options) -> Corpus:
