@@ -7,7 +7,7 @@ exporters and other devices get `composite`, the whole batch in operations that 
 Legend: B utterances, S samples, L layers, T frames, C channels, k taps, K taps of the first layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +30,25 @@ def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> t
     return windows.sum(1), windows.transpose(1, 2) @ windows
 
 
-def _chunks(counts: list[int], taps: Sequence[int], strides: Sequence[int], widest: int) -> Iterator[tuple[int, ...]]:
-    """Ranges of output frames, and of the first layer's frames that they are made from: first, last, low, high."""
+def _chunks(
+    samples: int, w0: Tensor, weights: Sequence[Tensor], strides: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Ranges of an utterance's output frames, and of the first layer's frames that they are made from.
+
+    Each is first, last, low, high; the last one's `last` is the number of output frames.
+    """
+    taps = [w0.shape[2], *(w.shape[2] for w in weights)]
+    counts = frame_counts(samples, taps, strides)
+    widest = max([w0.shape[1], *(w.shape[0] for w in weights)])
     step = max(1, CHUNK * counts[-1] // (counts[0] * widest))
+    chunks = []
     for first in range(0, counts[-1], step):
         last = min(first + step, counts[-1])
         low, high = first, last
         for kernel, stride in zip(reversed(taps[1:]), reversed(strides[1:]), strict=True):
             low, high = low * stride, (high - 1) * stride + kernel
-        yield first, last, low, high
+        chunks.append((first, last, low, high))
+    return chunks
 
 
 def _image(x: Tensor) -> Tensor:
@@ -93,14 +103,12 @@ def forward(
     result is exact. shift (m) [B, K], w0 [B, C, K] and b0 [B, C] belong to one utterance each; biases and norms
     (weight, bias of each layer) are empty where the architecture has none.
     """
-    taps = [w0.shape[2], *(w.shape[2] for w in weights)]
-    counts = frame_counts(x.shape[1], taps, strides)
-    widest = max(w0.shape[1], *(w.shape[0] for w in weights)) if weights else w0.shape[1]
+    chunks = _chunks(x.shape[1], w0, weights, strides)
     images = _weight_images(weights)
-    out = w0.new_empty(len(x), counts[-1], weights[-1].shape[0] if weights else w0.shape[1])
+    out = w0.new_empty(len(x), chunks[-1][1], weights[-1].shape[0] if weights else w0.shape[1])
     kept: list[Tensor] = []
     for b in range(len(x)):
-        for first, last, low, high in _chunks(counts, taps, strides, widest):
+        for first, last, low, high in chunks:
             windows = _first_windows(x[b], shift[b], low, high, w0[b], strides[0])
             if not keep and not norms:
                 a = _convolve_gelu(windows, w0[b][..., None, None], b0[b].to(w0.dtype), 1)
@@ -182,16 +190,14 @@ def backward(
     need_x: bool,
 ) -> list[Tensor]:
     """Gradients of w0, b0, x (empty unless need_x), weights, biases and norms, chunk by chunk like `forward`."""
+    chunks = _chunks(x.shape[1], w0, weights, strides)
     images = _weight_images(weights)
-    taps = [w0.shape[2], *(w.shape[2] for w in weights)]
-    counts = frame_counts(x.shape[1], taps, strides)
-    widest = max(w0.shape[1], *(w.shape[0] for w in weights)) if weights else w0.shape[1]
     d_w0, d_b0 = (t.new_zeros(t.shape) for t in (w0, b0))
     d_x = x.new_zeros(x.shape if need_x else (0,))
     d_weights, d_biases, d_norms = ([torch.zeros_like(t) for t in ts] for ts in (weights, biases, norms))
     remaining = iter(kept)
     for b in range(len(x)):
-        for first, last, low, high in _chunks(counts, taps, strides, widest):
+        for first, last, low, high in chunks:
             windows = _first_windows(x[b], shift[b], low, high, w0[b], strides[0])
             maps = [torch.addmm(b0[b].to(w0.dtype), windows, w0[b].t()), *(next(remaining) for _ in weights)]
             upper = g[b, first:last].contiguous()
@@ -207,7 +213,7 @@ def backward(
             d_w0[b] += gz.t() @ windows
             d_b0[b] += gz.sum(0)
             if need_x:
-                start, stop = low * strides[0], (high - 1) * strides[0] + taps[0]
+                start, stop = low * strides[0], (high - 1) * strides[0] + w0.shape[2]
                 d_x[b, start:stop] += waveform_gradient(gz[None], w0[b : b + 1], strides[0], stop - start)[0]
     return [d_w0, d_b0, d_x, *d_weights, *d_biases, *d_norms]
 

@@ -285,7 +285,9 @@ def test_damaged_folders_are_one_line_each(hubert, tmp_path):
     (empty / "config.json").write_text((hubert / "config.json").read_text())
     with pytest.raises(ArmhubertError, match="has no weights"):
         load_teacher(empty)
-    with pytest.raises(ArmhubertError, match=r"is a file of a model's folder, which has the config\.json: give .*hubert"):
+    with pytest.raises(
+        ArmhubertError, match=r"is a file of a model's folder, which has the config\.json: give .*hubert"
+    ):
         load_teacher(hubert / "model.safetensors")
     torn = copy(hubert, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((hubert / "model.safetensors").read_bytes()[:5000])
