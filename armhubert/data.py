@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,13 @@ from armhubert.files import write_atomic
 SCAN_CACHE = ".armhubert-scan.json"
 """What runs call the cache of their scan, in their folder."""
 
+SCAN_THREADS = min(32, 4 * (os.cpu_count() or 1))
+"""Files examined at a time: more than there are processors, since a network drive lets each wait."""
+SCAN_SAVED_EVERY = 300.0
+"""Seconds after which a scan that goes on saves what it has."""
+RETRY_AFTER = (0.5, 2.0)
+"""Seconds after which a file that could not be read is tried again: network drives have moments."""
+
 _PATH_COLUMNS = ("audio_filepath", "path", "audio")
 _SOURCES = f"a folder, a .tsv or .jsonl manifest, or an audio file ({', '.join(sorted(AUDIO_SUFFIXES))})"
 
@@ -50,15 +58,20 @@ def discover(sources: Sequence[str | Path]) -> list[Path]:
     """
     if not sources:
         raise ArmhubertError(f"data must be given: name {_SOURCES}")
+    paths = [path for source in map(Path, sources) for path in _discover_one(source.absolute())]
     found: dict[str, Path] = {}
-    folders: dict[str, str] = {}
-    for source in map(Path, sources):
-        for path in _discover_one(source.absolute()):
-            # Resolving a folder once instead of every file: resolving costs a system call for each of its parts.
-            parent = str(path.parent)
-            real = folders.get(parent) or folders.setdefault(parent, os.path.realpath(parent))
-            found.setdefault(os.path.realpath(path) if path.is_symlink() else os.path.join(real, path.name), path)
+    for real, path in zip(_resolved(map(str, paths)), paths, strict=True):
+        found.setdefault(real, path)
     return list(found.values())
+
+
+def _resolved(paths: Iterable[str]) -> Iterator[str]:
+    """The real names of files. Each folder is resolved once: it costs a system call for each of its parts."""
+    folders: dict[str, str] = {}
+    for path in paths:
+        parent, name = os.path.split(path)
+        real = folders.get(parent) or folders.setdefault(parent, os.path.realpath(parent))
+        yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
 
 
 def _discover_one(source: Path) -> list[Path]:
@@ -217,7 +230,7 @@ class Scan:
     @property
     def skipped_by_kind(self) -> dict[str, int]:
         """Skipped files counted by kind ("silent", "too short", ...), the most frequent first."""
-        return dict(Counter(skipped.reason.partition(":")[0] for skipped in self.skipped).most_common())
+        return count_by_kind(self.skipped)
 
     def require_utterances(self, report: Path | None = None, *, what: str = "data") -> None:
         """Raise ArmhubertError where every file of `what` was skipped; `write_skipped` has listed them in `report`."""
@@ -229,6 +242,11 @@ class Scan:
                 f"{what} must hold usable audio, got {len(self.skipped)} files of which none can be used "
                 f"({kinds}{first}): name others{where}"
             )
+
+
+def count_by_kind(skipped: Sequence[Skipped]) -> dict[str, int]:
+    """Skipped files counted by kind ("silent", "too short", ...), the most frequent first."""
+    return dict(Counter(file.reason.partition(":")[0] for file in skipped).most_common())
 
 
 class Scanning(NamedTuple):
@@ -256,13 +274,12 @@ def scan(
     *,
     min_samples: int,
     cache: Path | None,
-    workers: int,
 ) -> Generator[Scanning, None, Scan]:
     """Decode every file once, so that broken, silent and short files are found before training and not in its midst.
 
-    `min_samples` counts at 16 kHz. `workers` threads share the work (decoding releases the interpreter lock; processes
-    were measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is
-    replaced; an interrupted scan saves what it has. Yields its progress and returns the result.
+    `min_samples` counts at 16 kHz. Threads share the work (decoding releases the interpreter lock; processes were
+    measured to be no faster). `cache` is a JSON file to read and to update; what is not a cache of ours is replaced; a
+    scan saves what it has every few minutes, and where it is interrupted. Yields its progress and returns the result.
     Raises ArmhubertError where the cache cannot be written. A result without utterances is the caller's to report
     (`Scan.require_utterances`).
     """
@@ -270,7 +287,8 @@ def scan(
     known = _load_cache(cache)
     records: dict[str, _Record] = {}
     fresh = 0
-    executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="scan")
+    executor = ThreadPoolExecutor(SCAN_THREADS, thread_name_prefix="scan")
+    saved = time.monotonic()
     try:
         tasks = [
             executor.submit(_examine, names[start : start + _CHUNK], known) for start in range(0, len(names), _CHUNK)
@@ -281,6 +299,9 @@ def scan(
                 records[name] = record
                 fresh += record is not known.get(name) and not _transient(record)
                 done += 1
+            if time.monotonic() - saved > SCAN_SAVED_EVERY:
+                _save_cache(cache, known, records, fresh)
+                saved = time.monotonic()
             yield Scanning(done, len(names))
     except BaseException:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -304,20 +325,21 @@ def scan(
 
 def leave_out(found: Scan, held: Scan) -> Scan:
     """`found` without the utterances that `held` has too; these, and `held`'s skipped files, are listed as skipped."""
-    files = {os.path.realpath(utterance.path) for utterance in held.utterances}
+    files = set(_resolved(utterance.path for utterance in held.utterances))
     kept, skipped = [], [*found.skipped, *held.skipped]
-    for utterance in found.utterances:
-        if os.path.realpath(utterance.path) in files:
+    resolved = _resolved(utterance.path for utterance in found.utterances)
+    for utterance, real in zip(found.utterances, resolved, strict=True):
+        if real in files:
             skipped.append(Skipped(utterance.path, "held out"))
         else:
             kept.append(utterance)
     return Scan(tuple(kept), tuple(dict.fromkeys(skipped)))
 
 
-def write_skipped(scan: Scan, path: Path) -> None:
+def write_skipped(skipped: Sequence[Skipped], path: Path) -> None:
     """Write `path<TAB>reason` under a header, one line a skipped file, atomically; without any, the header alone."""
     escape = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
-    rows = ["path\treason", *(f"{row.path.translate(escape)}\t{row.reason.translate(escape)}" for row in scan.skipped)]
+    rows = ["path\treason", *(f"{row.path.translate(escape)}\t{row.reason.translate(escape)}" for row in skipped)]
     write_atomic(path, "\n".join(rows) + "\n")
 
 
@@ -498,6 +520,8 @@ class AudioBatch(NamedTuple):
     """int64 [B], in samples."""
     indices: Tensor
     """int64 [B], into the utterances that were planned."""
+    left_out: Sequence[str] = ()
+    """What is wrong with utterances that were planned and could not be read."""
 
 
 MAX_WORKERS = 256
@@ -509,19 +533,25 @@ class ReaderDied(ArmhubertError):
 
 
 def batches(
-    utterances: Sequence[Utterance], plan: Sequence[Sequence[Crop]], *, workers: int, pin_memory: bool = False
+    utterances: Sequence[Utterance],
+    plan: Sequence[Sequence[Crop]],
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    tolerant: bool = False,
 ) -> Iterator[AudioBatch]:
     """The batches of a plan, in its order, read ahead by `workers` processes (0: read here, when asked for).
 
     The workers end with the iterator, also where it is closed or dropped early. `pin_memory` counts where there is a
-    CUDA device.
+    CUDA device. A file that cannot be read is tried again, for seconds; a `tolerant` reader then leaves it out of its
+    batch, as long as another file of the batch can be read.
 
     Raises:
         ArmhubertError: a file has vanished or changed since the scan.
         ReaderDied: a worker died.
     """
     loader = DataLoader(
-        _Planned([utterance.path for utterance in utterances], plan),
+        _Planned([utterance.path for utterance in utterances], plan, tolerant),
         batch_size=None,  # an item is a batch already
         collate_fn=_as_it_is,  # the default would look into every value
         num_workers=workers,
@@ -557,9 +587,10 @@ def batches(
 class _Planned(Dataset[AudioBatch | ArmhubertError]):
     """Item i is batch i, or what is wrong with it: an exception would come back as a worker's traceback in a text."""
 
-    def __init__(self, paths: list[str], plan: Sequence[Sequence[Crop]]) -> None:
+    def __init__(self, paths: list[str], plan: Sequence[Sequence[Crop]], tolerant: bool) -> None:
         self.paths = paths
         self.plan = plan
+        self.tolerant = tolerant
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -571,16 +602,32 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
             waveforms = torch.zeros(shape)
         except RuntimeError:
             return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower batch_seconds=...")
-        try:
-            for row, crop in zip(waveforms, crops, strict=True):
-                row[: crop.samples] = read_audio(self.paths[crop.utterance], crop.start, crop.samples)
-        except ArmhubertError as error:
-            return error
+        unread = self._read(waveforms, dict(enumerate(crops)))
+        for pause in RETRY_AFTER:
+            if unread:
+                time.sleep(pause)
+                unread = self._read(waveforms, {row: crops[row] for row in unread})
+        if unread and not (self.tolerant and len(unread) < len(crops)):
+            return next(iter(unread.values()))
+        if unread:
+            rows = [row for row in range(len(crops)) if row not in unread]
+            waveforms, crops = waveforms[rows], [crops[row] for row in rows]
         return AudioBatch(
             waveforms,
             torch.tensor([crop.samples for crop in crops], dtype=torch.int64),
             torch.tensor([crop.utterance for crop in crops], dtype=torch.int64),
+            [str(error) for error in unread.values()],
         )
+
+    def _read(self, waveforms: Tensor, crops: Mapping[int, Crop]) -> dict[int, ArmhubertError]:
+        """Read crops into their rows; returns what is wrong with those that cannot be read."""
+        unread = {}
+        for row, crop in crops.items():
+            try:
+                waveforms[row, : crop.samples] = read_audio(self.paths[crop.utterance], crop.start, crop.samples)
+            except ArmhubertError as error:
+                unread[row] = error
+        return unread
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,23 +18,14 @@ import torch
 from armhubert import checkpoint, runlog
 from armhubert.checkpoint import TrainingState
 from armhubert.config import SAMPLE_RATE, EncoderConfig, build, read_mapping
-from armhubert.data import (
-    SCAN_CACHE,
-    Scan,
-    Scanning,
-    discover,
-    leave_out,
-    padding_waste,
-    scan,
-    split_validation,
-    write_skipped,
-)
+from armhubert.data import SCAN_CACHE, Scanning, count_by_kind, padding_waste, write_skipped
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
-from armhubert.distill_run import Data, Progress, Run, Validated, Window, while_read
+from armhubert.distill_data import LIST_FILE, Data, prepare, write_list
+from armhubert.distill_run import Progress, Run, Validated, Window, while_read
 from armhubert.distributed import World, device_name, join_world, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import held, make_folder, write_atomic
+from armhubert.files import write_atomic
 from armhubert.forecast import high_water_mark
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
@@ -49,12 +41,15 @@ __all__ = [
     "Scanning",
     "Started",
     "StepSkipped",
+    "Unreadable",
     "Validated",
     "distill",
     "load_run_config",
 ]
 
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
+SAVED_WITHIN = 900.0
+"""Seconds after which a checkpoint is due, whatever the number of steps."""
 
 
 # ---- reports ---------------------------------------------------------------
@@ -98,6 +93,13 @@ class Saved(NamedTuple):
     path: Path
 
 
+class Unreadable(NamedTuple):
+    """An utterance that could not be read was left out of its batch."""
+
+    step: int
+    why: str
+
+
 class StepSkipped(NamedTuple):
     """Loss or gradients were not finite; the step was left out."""
 
@@ -122,7 +124,7 @@ class Finished(NamedTuple):
     out: Path
 
 
-Report = Scanning | Started | Progress | Validated | Saved | StepSkipped | Finished
+Report = Scanning | Started | Progress | Validated | Saved | Unreadable | StepSkipped | Finished
 
 
 # ---- the loop --------------------------------------------------------------
@@ -154,11 +156,8 @@ def distill(
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with join_world(pick_device(config.device)) as world, contextlib.ExitStack() as stack:
         teacher, student, copied = load_models(config, world.device)
-        sources = [discover(paths) for paths in (config.sources, config.valid) if paths]
-        if world.leads:
-            make_folder(out)
-            stack.enter_context(held(out, strict=False))
-        data = yield from _prepare_data(config, sources, student.config.receptive_field, world, should_stop)
+        listed = saved is not None and (out / LIST_FILE).is_file() and not _moved(config)
+        data = yield from prepare(config, listed, student.config.receptive_field, world, stack, should_stop)
         if data is None:
             if saved is None:
                 yield _finished(TrainingState(), "not begun", world, out)
@@ -177,11 +176,15 @@ def distill(
                 )
         started = _started(run, copied, out)
         if world.leads:
+            for left in out.glob(f".{CHECKPOINT_FILE}.*"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
             if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
                 for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
                     (out / name).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            write_skipped(data.scan, out / SKIPPED_FILE)
+            if not listed:
+                write_list(data, out / LIST_FILE)
+                write_skipped(data.skipped, out / SKIPPED_FILE)
         log = runlog.RunLog(out, run.state.step) if world.leads else None
         yield started
 
@@ -199,8 +202,11 @@ def _train(
     validate_every = config.validate_every or max(10, run.steps // 20)
     save_every = config.save_every or validate_every
     window = Window(run)
+    saved = time.monotonic()
 
     def save() -> Saved:
+        nonlocal saved
+        saved = time.monotonic()
         if run.world.leads:
             window.keep()
             checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
@@ -213,7 +219,12 @@ def _train(
     def validation() -> Generator[Report, None, Reason | None]:
         """Validate; returns why training is to end, if it is."""
         state.validation_due = True
-        validated = run.validate(should_stop)
+        try:
+            validated = run.validate(should_stop)
+        except ArmhubertError:
+            yield save()
+            run.world.wait()
+            raise
         if validated is None:
             return "stopped"
         state.validation_due = False
@@ -221,6 +232,7 @@ def _train(
             log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
         if validated.best:
             run.export(out)
+        yield from (Unreadable(state.step, why) for why in validated.left_out)
         yield validated
         given_up = config.patience is not None and state.validations_without_gain >= config.patience
         return "early stop" if given_up and state.step < run.steps else None
@@ -231,17 +243,29 @@ def _train(
         yield save()
     groups = while_read(run.groups(), should_stop)
     while not reason:
+        group, failure, began = None, None, time.perf_counter()
         try:
-            group = next(groups, None)
-        except ArmhubertError:  # a file has gone, or a reader: what was learned is kept
-            yield save()
-            raise
-        if run.world.any(group is None) or group is None:  # no step is left, or a signal ended a process' readers
+            group = None if should_stop() else next(groups, None)
+        except ArmhubertError as error:  # files have gone, or a reader
+            failure = error
+        window.waited += time.perf_counter() - began
+        if run.world.any(group is None) or group is None:  # of any process: no step is left, a signal, a failure
             reason = "done" if state.step >= run.steps else "stopped"
             if reason == "stopped":
                 yield save()
+            if failure is not None:
+                run.world.wait()  # the end of one process is that of all: the lead saves first
+                raise failure
             break
-        outcome = run.step(group)
+        yield from (Unreadable(state.step, why) for _, audio in group.mine for why in audio.left_out)
+        try:
+            outcome = run.step(group)
+        except torch.OutOfMemoryError as error:
+            yield save()
+            raise ArmhubertError(
+                f"the memory of {device_name(run.world.device)} did not hold a batch of step {state.step}: resume with "
+                f"gradient_checkpointing=True, or start a new run with batch_seconds below {config.batch_seconds:g}"
+            ) from error
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
@@ -261,10 +285,11 @@ def _train(
                 scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
                 log.add("train", state.step, scalars, progress.layers)
             yield progress
-        reason = "done" if last else "stopped" if run.world.any(should_stop()) else None
+        reason = "done" if last else None
         if run.data.valid and (last or state.step % validate_every == 0):
             reason = (yield from validation()) or reason
-        if reason or state.step % save_every == 0:
+        late = config.save_every is None and time.monotonic() - saved > SAVED_WITHIN
+        if reason or state.step % save_every == 0 or late:
             yield save()
     assert reason is not None
     run.world.wait()
@@ -330,6 +355,12 @@ def _read_run(out: Path) -> DistillConfig:
     if not (out / CONFIG_FILE).is_file():
         raise ArmhubertError(f"{out} is no run: it has no {CONFIG_FILE}")
     return build(DistillConfig, read_mapping(out / CONFIG_FILE), str(out / CONFIG_FILE))
+
+
+def _moved(config: DistillConfig) -> bool:
+    """Whether the data of a resumed run are named anew."""
+    saved = _read_run(Path(config.out))
+    return (config.data, config.valid) != (saved.data, saved.valid)
 
 
 def _check_changes(saved: DistillConfig, changes: Mapping[str, Any]) -> None:
@@ -398,56 +429,6 @@ def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
     return copied
 
 
-def _prepare_data(
-    config: DistillConfig,
-    sources: Sequence[Sequence[Path]],
-    min_samples: int,
-    world: World,
-    should_stop: Callable[[], bool],
-) -> Generator[Report, None, Data | None]:
-    """Examine and split the speech; the lead process does the work, the others read its cache. None: stopped."""
-    scans: list[Scan] = []
-    cache = Path(config.out) / SCAN_CACHE
-    if world.leads:
-        scans = yield from _scan(sources, min_samples, cache, config.workers, should_stop)
-    world.wait_for_lead()
-    if world.any(should_stop()):
-        return None
-    if not world.leads:
-        scans = yield from _scan(sources, min_samples, cache, config.workers)
-    for part, what in zip(scans, ("data", "valid"), strict=False):
-        part.require_utterances(what=what)
-    found = scans[0]
-    if config.valid:
-        found = leave_out(found, scans[1])
-        found.require_utterances()
-        return Data(found.utterances, scans[1].utterances, found)
-    if config.hold_out == 0:
-        return Data(found.utterances, (), found)
-    train, valid = split_validation(found.utterances, fraction=config.hold_out, seed=config.seed)
-    return Data(train, valid, found)
-
-
-def _scan(
-    sources: Sequence[Sequence[Path]],
-    min_samples: int,
-    cache: Path,
-    workers: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Generator[Report, None, list[Scan]]:
-    """A finished scan of each source; of fewer, once `should_stop` says so."""
-    scans = []
-    for paths in sources:
-        with contextlib.closing(scan(paths, min_samples=min_samples, cache=cache, workers=workers)) as examined:
-            while not should_stop():
-                try:
-                    yield next(examined)
-                except StopIteration as end:
-                    scans.append(end.value)
-                    break
-    return scans
-
-
 def _identity(
     config: DistillConfig, teacher: SpeechEncoder, student: ARMHuBERT, data: Data, world: World
 ) -> dict[str, Any]:
@@ -470,7 +451,7 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path, data:
                 changed = [k for k in value if saved[name].get(k) != value[k]]
                 detail = f" ({', '.join(changed)})"
             if name == "data":
-                skipped = data.scan.skipped
+                skipped = data.skipped
                 first = (
                     f", the first of {len(skipped)} skipped {skipped[0].path} ({skipped[0].reason})" if skipped else ""
                 )
@@ -496,8 +477,8 @@ def _started(run: Run, copied: int, out: Path) -> Started:
         seconds=sum(u.samples for u in data.train) / SAMPLE_RATE,
         valid_utterances=len(data.valid),
         valid_seconds=sum(u.samples for u in data.valid) / SAMPLE_RATE,
-        skipped=data.scan.skipped_by_kind,
-        skipped_report=out / SKIPPED_FILE if data.scan.skipped else None,
+        skipped=count_by_kind(data.skipped),
+        skipped_report=out / SKIPPED_FILE if data.skipped else None,
         padding_waste=padding_waste(run.plan(0)),
         steps=run.steps,
         first_step=run.state.step,
@@ -511,7 +492,15 @@ def _notes(run: Run) -> Iterator[str]:
     config = run.config
     if run.world.device.type == "cpu" and run.dtype is not None and emulated(run.dtype):
         yield f"this processor has no instructions for {config.precision}: fp32 is much faster on it"
+    if run.world.device.type == "cuda" and run.dtype is None:
+        yield "fp32 leaves the GPU's tensor cores unused: precision='bf16' uses them"
     longest = [min(u.samples / SAMPLE_RATE, config.max_seconds) for u in run.data.train]
+    heard = sum(longest) / sum(u.samples / SAMPLE_RATE for u in run.data.train)
+    if heard < 0.9:
+        yield (
+            f"an epoch hears {heard:.0%} of the audio, max_seconds {config.max_seconds:g} of each file: cut long "
+            "recordings into utterances"
+        )
     if alone := sum(seconds > config.batch_seconds for seconds in longest):
         yield (
             f"{alone} of {len(longest)} utterances are longer than batch_seconds {config.batch_seconds:g}: each is a "

@@ -35,8 +35,9 @@ class DistillConfig:
     """Folders, audio files, TSV or JSONL manifests; none: the bundled train-mini."""
     valid: tuple[str, ...] = ()
     """Held-out speech, as `data`, and left out of training where it lies within it; none: a share of the data."""
-    hold_out: float = 0.05
-    """Share of the data held out for validation where `valid` is not given; 0: no validation."""
+    hold_out: float | None = None
+    """Share of the data held out for validation where `valid` is not given; 0: no validation; none: 0.05, of at most
+    two hours."""
     teacher: str = "mini"
     """`mini` (bundled), a Hugging Face folder, a checkpoint file, a hub id, or a torchaudio pipeline."""
 
@@ -106,8 +107,8 @@ class DistillConfig:
     """Implementation of the kernels: auto, triton or torch."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    workers: int = 2
-    """Processes that read audio; 0: none."""
+    workers: int | None = None
+    """Processes that read audio; 0: none; none: 6 for a GPU, 2 for a CPU."""
     seed: int = 0
     """Seed of all random numbers."""
 
@@ -116,7 +117,7 @@ class DistillConfig:
     validate_every: int | None = None
     """Steps between two validations; none: a twentieth of the run, at least 10."""
     save_every: int | None = None
-    """Steps between two checkpoints; none: at every validation."""
+    """Steps between two checkpoints; none: at every validation, and a quarter of an hour after the last one."""
     patience: int | None = None
     """Stop early after this many validations without improvement; none: never."""
 
@@ -140,9 +141,10 @@ class DistillConfig:
             if value is not None and not 0 <= value < 1:
                 raise ArmhubertError(f"{name} must be at least 0 and below 1, got {value}")
         for name in ("layer_weight", "weight_decay", "workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ArmhubertError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.workers > MAX_WORKERS:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ArmhubertError(f"{name} must be at least 0, got {value}")
+        if self.workers is not None and self.workers > MAX_WORKERS:
             raise ArmhubertError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
         if self.seed >= 2**63:
             raise ArmhubertError(f"seed must be below 2**63, got {self.seed}")
@@ -168,6 +170,7 @@ class DistillConfig:
 RESUMABLE = frozenset(
     {"out", "data", "valid", "teacher", "accumulate"}
     | {"steps", "epochs", "workers", "device", "log_every", "validate_every", "save_every", "patience", "impl"}
+    | {"gradient_checkpointing"}
 )
 
 

@@ -7,7 +7,7 @@ that a resumed run, or the same run on more processes, repeats the same computat
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,12 +24,11 @@ from armhubert.data import (
     AudioBatch,
     Crop,
     ReaderDied,
-    Scan,
-    Utterance,
     batches,
     plan_epoch,
 )
 from armhubert.distill_config import DistillConfig
+from armhubert.distill_data import Data
 from armhubert.distributed import World, seeded
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, brief
@@ -39,16 +38,8 @@ from armhubert.student import ARMHuBERT, model_card
 from armhubert.teacher import TeacherTargets, layer_mapping, teacher_targets
 
 MAX_SKIPPED_IN_A_ROW = 10
-STEPS_PER_LOADER = 500  # reading processes are started anew after so many steps; the plan in memory stays small
+BATCHES_PER_LOADER = 16_000  # of all processes: then their readers are started anew, for a plan that stays small
 R = TypeVar("R")
-
-
-class Data(NamedTuple):
-    """Utterances to train on, utterances held out, and the scan that found them."""
-
-    train: Sequence[Utterance]
-    valid: Sequence[Utterance]
-    scan: Scan
 
 
 class _MicroBatch(NamedTuple):
@@ -64,7 +55,9 @@ class _StepBatches(NamedTuple):
     """The batches of one optimizer step over all processes, and this process's share of them as audio."""
 
     all: list[_MicroBatch]
+    """As planned."""
     mine: list[tuple[_MicroBatch, AudioBatch]]
+    """As read."""
     after: Cursor
 
 
@@ -92,6 +85,8 @@ class Progress(NamedTuple):
     masked_share: float
     audio_rate: float
     """Seconds of audio a second."""
+    waiting: float
+    """Share of this process' time that went by until audio was read."""
     eta: float
     """Seconds."""
     skipped_steps: int
@@ -104,6 +99,8 @@ class Validated(NamedTuple):
     loss: float
     layers: tuple[float, ...]
     best: bool
+    left_out: tuple[str, ...] = ()
+    """What is wrong with utterances of this process that could not be read."""
 
 
 class Run:
@@ -135,6 +132,7 @@ class Run:
         )
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.workers = (6 if world.device.type == "cuda" else 2) if config.workers is None else config.workers
         self.batches_per_step = config.accumulate * world.size
         self.steps = config.steps or self._steps_of_epochs(200.0 if config.epochs is None else config.epochs)
 
@@ -166,7 +164,7 @@ class Run:
         stream = self._stream(self.state.cursor)
         step = self.state.step
         while step < self.steps:
-            count = min(STEPS_PER_LOADER, self.steps - step)
+            count = min(max(1, BATCHES_PER_LOADER // self.batches_per_step), self.steps - step)
             planned = []
             for _ in range(count):
                 pieces = list(islice(stream, self.batches_per_step))
@@ -176,12 +174,13 @@ class Run:
             audio = batches(
                 self.data.train,
                 [micro.crops for micros in mine for micro in micros],
-                workers=self.config.workers,
+                workers=self.workers,
                 pin_memory=self.world.device.type == "cuda",
+                tolerant=True,
             )
             with contextlib.closing(audio):  # type: ignore[type-var]
                 for (micros, after), own in zip(planned, mine, strict=True):
-                    yield _StepBatches(micros, [(micro, next(audio)) for micro in own], after)
+                    yield _StepBatches(micros, [_as_read(micro, next(audio)) for micro in own], after)
             step += count
 
     def step(self, group: _StepBatches) -> _Outcome | None:
@@ -192,7 +191,8 @@ class Run:
         rate = learning_rate(state.step, self.steps, config.warmup, config.learning_rate)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
-        # Frames of all batches of all processes: known from the plan, so every process divides by the same number.
+        # Frames of all batches of all processes: known from the plan, so every process divides by the same number. An
+        # utterance that could not be read adds nothing to the sum.
         frames = sum(student.config.frames(crop.samples) for micro in group.all for crop in micro.crops)
         sums = torch.zeros(len(config.terms), student.config.layers, device=self.world.device)
         masked = 0
@@ -300,33 +300,43 @@ class Run:
         )  # fmt: skip
         own = plan[self.world.rank :: self.world.size]
         sums = torch.zeros(student.config.layers, device=self.world.device)
-        audio = batches(self.data.valid, own, workers=min(1, config.workers))
-        read = 0
-        with contextlib.closing(audio):  # type: ignore[type-var]
-            for batch in while_read(audio, should_stop):
-                read += 1
-                waveforms, lengths = batch.waveforms.to(self.world.device), _lengths(batch, self.world.device)
-                with self._autocast():
-                    targets = teacher_targets(
-                        self.teacher, waveforms, lengths, None, self.layers,
-                        masking=False, clean=True, inputs=student.heads is None,
-                    )  # fmt: skip
-                    output = SpeechEncoder.forward(student, waveforms, lengths)
-                    frames = output.lengths if lengths is not None else None
-                    if student.heads is None:
-                        sums += losses.relation_loss(output.hidden_states, targets, frames)
-                    else:
-                        sums += self.objective.frame_loss(output.hidden_states, targets.clean, frames)
+        device = self.world.device
+        audio = batches(self.data.valid, own, workers=self.workers, pin_memory=device.type == "cuda", tolerant=True)
+        read, frames_read = 0, 0
+        left_out: list[str] = []
+        failure = None
+        try:
+            with contextlib.closing(audio):  # type: ignore[type-var]
+                for batch in while_read(audio, should_stop):
+                    read += 1
+                    left_out += batch.left_out
+                    frames_read += sum(student.config.frames(samples) for samples in batch.lengths.tolist())
+                    waveforms, lengths = batch.waveforms.to(device, non_blocking=True), _lengths(batch, device)
+                    with self._autocast():
+                        targets = teacher_targets(
+                            self.teacher, waveforms, lengths, None, self.layers,
+                            masking=False, clean=True, inputs=student.heads is None,
+                        )  # fmt: skip
+                        output = SpeechEncoder.forward(student, waveforms, lengths)
+                        frames = output.lengths if lengths is not None else None
+                        if student.heads is None:
+                            sums += losses.relation_loss(output.hidden_states, targets, frames)
+                        else:
+                            sums += self.objective.frame_loss(output.hidden_states, targets.clean, frames)
+        except ArmhubertError as error:  # told when all processes know
+            failure = error
         if self.world.any(read < len(own)):
+            if failure is not None:
+                raise failure
             return None
-        total = sum(student.config.frames(crop.samples) for crops in plan for crop in crops)
+        total = float(self.world.sum(torch.tensor(frames_read, dtype=torch.float64, device=device)))
         layers = self.world.sum(sums) / total
         loss = float(layers @ self.layer_weights)
         best = math.isfinite(loss) and loss < self.state.best_loss
         if best:
             self.state.best_loss = loss
         self.state.validations_without_gain = 0 if best else self.state.validations_without_gain + 1
-        return Validated(self.state.step, loss, tuple(layers.tolist()), best)
+        return Validated(self.state.step, loss, tuple(layers.tolist()), best, tuple(left_out))
 
     def export(self, out: Path) -> None:
         """Write the student as a model folder, and load it once."""
@@ -371,6 +381,7 @@ class Window:
         self.outcomes: list[_Outcome] = []
         self.resumed = 0
         self.since = time.perf_counter()
+        self.waited = 0.0
 
     def keep(self) -> None:
         """Note the outcomes in the training state, for a checkpoint."""
@@ -402,6 +413,7 @@ class Window:
             gradient_norm=float(torch.stack([o.gradient_norm for o in outcomes]).mean()),
             masked_share=sum(o.masked_share for o in outcomes) / len(outcomes),
             audio_rate=sum(o.audio_seconds for o in outcomes[self.resumed :]) / elapsed,
+            waiting=self.waited / elapsed,
             eta=elapsed / max(1, len(outcomes) - self.resumed) * (run.steps - state.step),
             skipped_steps=state.skipped_steps,
         )
@@ -424,6 +436,14 @@ def while_read(audio: Iterator[R], should_stop: Callable[[], bool]) -> Iterator[
     except ReaderDied:
         if not should_stop():
             raise
+
+
+def _as_read(micro: _MicroBatch, audio: AudioBatch) -> tuple[_MicroBatch, AudioBatch]:
+    """A batch of the plan without what could not be read, and its audio."""
+    if audio.left_out:
+        read = set(audio.indices.tolist())
+        micro = micro._replace(crops=[crop for crop in micro.crops if crop.utterance in read])
+    return micro, audio
 
 
 def _lengths(audio: AudioBatch, device: torch.device) -> Tensor | None:

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from armhubert.errors import ArmhubertError
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -47,10 +49,13 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    def wait_for_lead(self) -> None:
-        """As `wait`, where the lead comes hours later: a first scan decodes all of the data."""
-        if self.size > 1:
-            dist.barrier(self.patient)
+    def from_lead(self, value: T) -> T:
+        """What the lead has, in every process. It may come hours later: a first scan decodes all of the data."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
 
 
 def pick_device(name: str) -> torch.device:

@@ -48,7 +48,7 @@ from armhubert.data import (
 from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import append_lines, disk_errors, open_atomic, write_atomic
+from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -288,6 +288,21 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     ).requires_grad_(False)
     check_windows(config.chunk_seconds, config.context_seconds, model.config.hop)
     selection = select(config.layers, model.config, heads=config.heads)
+    make_folder(out)
+    with held(out, strict=False):
+        yield from _extract(config, model, device, selection, paths, names)
+
+
+def _extract(
+    config: ExtractConfig,
+    model: ARMHuBERT,
+    device: torch.device,
+    selection: Selection,
+    paths: Sequence[Path],
+    names: Mapping[str, str],
+) -> Iterator[Report]:
+    """What `extract` does in a folder that no other process works in."""
+    out = Path(config.out)
     width = model.config.projection_width if config.heads and model.config.projection_width else model.config.width
     settings = _settings(config, model, selection, width)
     known = {} if config.force else _earlier(out, settings)
@@ -296,9 +311,9 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     shortest = model.config.receptive_field
-    scanned = yield from scan(paths, min_samples=shortest, cache=out / "scan.json", workers=max(1, workers))
+    scanned = yield from scan(paths, min_samples=shortest, cache=out / "scan.json")
     skipped_report = out / "skipped.tsv"
-    write_skipped(scanned, skipped_report)
+    write_skipped(scanned.skipped, skipped_report)
     scanned.require_utterances(skipped_report)
     missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), u, names[u.path])]
     long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]

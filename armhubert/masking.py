@@ -1,5 +1,8 @@
 """Span masks: which frames the student does not see (fairseq's `compute_mask_indices` with the released settings)."""
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,28 +27,28 @@ def span_mask(frames: int, probability: float, rng: np.random.Generator, *, mean
     Returns:
         [T] bool, True where masked.
     """
-    mask = torch.zeros(frames, dtype=torch.bool)
+    mask = np.zeros(frames, dtype=bool)
     if probability == 0:
-        return mask
+        return torch.from_numpy(mask)
     count = max(MIN_SPANS, int(probability * frames / mean_length + rng.random()))
     lengths = np.sort(rng.integers(0, 2 * mean_length + 1, size=count))[::-1]
     if lengths[0] == 0:
         lengths[0] = min(mean_length, frames - 1)
-    shortest = lengths[-1]
+    shortest = int(lengths[-1])
     parts = [(0, frames)]  # free stretches [start, end)
-    for length in lengths:
-        room = np.array([end - start if end - start >= length + GAP else 0 for start, end in parts])
-        if room.sum() == 0:
+    for length in lengths.tolist():
+        room = list(accumulate(end - start if end - start >= length + GAP else 0 for start, end in parts))
+        if not room or room[-1] == 0:
             break
-        start, end = parts.pop(rng.choice(len(parts), p=room / room.sum()))
+        start, end = parts.pop(bisect_right(room, rng.random() * room[-1]))
         first = int(rng.integers(start, end - length))
-        last = first + int(length)
+        last = first + length
         mask[first:last] = True
         if first - GAP - start >= shortest:
             parts.append((start, first - GAP + 1))
         if end - last - GAP > shortest:
             parts.append((last + GAP, end))
-    return mask
+    return torch.from_numpy(mask)
 
 
 def batch_mask(masks: list[Tensor], size: int) -> Tensor:

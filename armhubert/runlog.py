@@ -12,6 +12,8 @@ from armhubert import figures
 from armhubert.files import disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
+MOST_POINTS = 2000
+"""About so many of a curve are drawn: more cannot be told apart, and take seconds."""
 
 
 class RunLog:
@@ -108,12 +110,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _thinned(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Rows of a kind, of thousands as many as a picture shows, the last among them."""
+    chosen = [row for row in rows if row["kind"] == kind]
+    return chosen[:: -max(1, len(chosen) // MOST_POINTS)][::-1]
+
+
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over the steps."""
     figure, (axes,) = figures.panels()
     axes.set(xlabel="step", ylabel="loss (weighted sum over layers)")
     for kind, style in (("train", {"alpha": 0.75, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 3.5})):
-        points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
+        points = [(row["step"], row["loss"]) for row in _thinned(rows, kind)]
         if points:
             label = {"train": "training, masked", "valid": "held out, unmasked"}[kind]
             alone = {"marker": "o"} if len(points) == 1 else {}
@@ -125,7 +133,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
 def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
     """Error of every layer over the steps: of the validation where there is one, else of the training batches."""
     kind = "valid" if any(row["kind"] == "valid" for row in rows) else "train"
-    chosen = [row for row in rows if row["kind"] == kind]
+    chosen = _thinned(rows, kind)
     figure, (axes,) = figures.panels()
     axes.set(xlabel="step", ylabel=f"error of each layer ({'held out' if kind == 'valid' else 'training'})")
     count = len(chosen[0]["layers"]) if chosen else 0

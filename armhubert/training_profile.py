@@ -106,10 +106,10 @@ def profile_training(
     device, total = pick_device(config.device), warmup + steps
     teacher, student, _ = load_models(config, device)
     shortest = student.config.receptive_field
-    found = yield from scan(discover(config.sources), min_samples=shortest, cache=None, workers=config.workers)
+    found = yield from scan(discover(config.sources), min_samples=shortest, cache=None)
     found.require_utterances()
     planned = dataclasses.replace(config, workers=0, epochs=None, steps=2 * total + SPARE)
-    run = _TimedRun(planned, World(0, 1, device), teacher, student, Data(found.utterances, (), found))
+    run = _TimedRun(planned, World(0, 1, device), teacher, student, Data(found.utterances, (), found.skipped))
     seconds: dict[str, list[float]] = {name: [] for name in (*PARTS, "step")}
     audio_seconds: list[float] = []
     groups = run.groups()

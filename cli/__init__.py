@@ -17,6 +17,7 @@ _REMEDIES = {
     errno.EROFS: "choose another folder",
     errno.ENOSPC: "make room and start again",
     errno.EDQUOT: "make room and start again",
+    errno.EIO: "check the drive and start again",
 }
 """What a user can do where the system refuses a file."""
 

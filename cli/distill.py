@@ -44,7 +44,9 @@ def distill(
     hold_out: Annotated[
         float | None,
         typer.Option(
-            help="Share of DATA held out without --valid; 0: no validation.", show_default="0.05", rich_help_panel=RUN
+            help="Share of DATA held out without --valid; 0: no validation.",
+            show_default="0.05, of at most 2 hours",
+            rich_help_panel=RUN,
         ),
     ] = None,
     teacher: Annotated[
@@ -172,7 +174,10 @@ def distill(
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=TRAINING)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read audio.", show_default="2", rich_help_panel=TRAINING)
+        int | None,
+        typer.Option(
+            help="Processes that read audio; 0: none.", show_default="6 for a GPU, else 2", rich_help_panel=TRAINING
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -188,7 +193,10 @@ def distill(
         typer.Option(help="Steps between validations.", show_default="steps / 20, at least 10", rich_help_panel=RUN),
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.", show_default="at validations", rich_help_panel=RUN)
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints.", show_default="at validations, every 15 minutes", rich_help_panel=RUN
+        ),
     ] = None,
     patience: Annotated[
         int | None,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -9,6 +10,9 @@ from typing import NoReturn
 import typer
 
 from armhubert.cli import ui
+
+SAME_REQUEST = 1.0
+"""Seconds within which Ctrl-C is the one that came before."""
 
 
 class Stop:
@@ -31,15 +35,22 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """What SIGTERM and Ctrl-C set; a second one ends the process as usual."""
-    stop, owner = Stop(), os.getpid()
+    """What SIGTERM and Ctrl-C set; a second Ctrl-C ends the process as usual.
+
+    One request may come as several signals: schedulers and torchrun pass on what the process got already.
+    """
+    stop, owner, asked_at = Stop(), os.getpid(), 0.0
 
     def handle(number: int, frame: object) -> None:
+        nonlocal asked_at
         if os.getpid() != owner:  # a reading process, which ends with this one
             return
-        stop.number = number
-        signal.signal(number, previous[signal.Signals(number)])
-        ui.note("Stopping as soon as what is done is saved; once more to end at once.")
+        if stop.number is None:
+            stop.number, asked_at = number, time.monotonic()
+            ui.note("Stopping as soon as what is done is saved; Ctrl-C once more to end at once.")
+        elif number == signal.SIGINT and time.monotonic() - asked_at > SAME_REQUEST:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+            signal.raise_signal(signal.SIGINT)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

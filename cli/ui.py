@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,9 @@ def console(**settings: Any) -> Console:
     """Shows text as it is: names of files and models may look like rich's markup."""
     return Console(highlight=False, emoji=False, markup=False, **settings)
 
+
+SCAN_TOLD_EVERY = 30.0
+"""Seconds between two lines of a scan, without a terminal."""
 
 _out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
 
@@ -116,9 +120,16 @@ def show_distillation(reports: "Iterator[Report]") -> "Finished":
     if leads and _out.is_terminal:
         report = _show_live(reports)
     else:
+        told = time.monotonic()
         for report in reports:
-            if leads and (line := format_line(report)):
-                print(line, flush=True)
+            if isinstance(report, distill.Scanning) and report.done < report.total:
+                if time.monotonic() - told < SCAN_TOLD_EVERY:
+                    continue
+                told = time.monotonic()
+            if leads:
+                print(format_line(report), flush=True)
+            elif isinstance(report, distill.Unreadable):  # the lead does not know of others' files
+                note(format_line(report))
             if leads and isinstance(report, distill.Started):
                 for text in report.notes:
                     note(f"note: {text}")
@@ -129,13 +140,12 @@ def show_distillation(reports: "Iterator[Report]") -> "Finished":
 
 
 def format_line(report: "Report") -> str:
-    """One line of `kind key=value ...` for logs and scripts, to be split as a shell does; empty for reports that a log
-    does not need."""
+    """One line of `kind key=value ...` for logs and scripts, to be split as a shell does."""
     from armhubert import distill
     from armhubert.data import Scanning
 
     if isinstance(report, Scanning):
-        return f"scan done={report.done} total={report.total}" if report.done == report.total else ""
+        return f"scan done={report.done} total={report.total}"
     if isinstance(report, distill.Started):
         skipped = sum(report.skipped.values())
         return (
@@ -152,13 +162,16 @@ def format_line(report: "Report") -> str:
         return (
             f"train step={report.step} of={report.steps} epoch={report.epoch} loss={report.loss:.5f} "
             f"lr={report.learning_rate:.2e} grad_norm={report.gradient_norm:.3f} masked={report.masked_share:.2f} "
-            f"audio_rate={report.audio_rate:.1f} eta={report.eta:.0f} skipped_steps={report.skipped_steps}"
+            f"audio_rate={report.audio_rate:.1f} waiting={report.waiting:.2f} eta={report.eta:.0f} "
+            f"skipped_steps={report.skipped_steps}"
         )
     if isinstance(report, distill.Validated):
         layers = ",".join(f"{x:.4f}" for x in report.layers)
         return f"valid step={report.step} loss={report.loss:.5f} layers={layers} best={str(report.best).lower()}"
     if isinstance(report, distill.Saved):
         return f"saved step={report.step} path={shlex.quote(str(report.path))}"
+    if isinstance(report, distill.Unreadable):
+        return f"left-out step={report.step} why={shlex.quote(report.why)}"
     if isinstance(report, distill.StepSkipped):
         return f"skipped step={report.step} in_a_row={report.in_a_row}"
     out = shlex.quote(str(report.out))
@@ -201,13 +214,17 @@ def _show_live(reports: "Iterator[Report]") -> "Report":
                     bar.console.print(f"note: {as_typed(text, sys.argv[1:])}", style="yellow")
                 training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
             elif isinstance(report, distill.Progress) and training is not None:
-                detail = f"loss {report.loss:.4f} · {report.audio_rate:.0f} s audio/s · {_duration(report.eta)} left"
+                waiting = f"{report.waiting:.0%} waiting for audio · " if report.waiting > 0.1 else ""
+                rate = f"{report.audio_rate:.0f} s audio/s · {waiting}{_duration(report.eta)} left"
+                detail = f"loss {report.loss:.4f} · {rate}"
                 bar.update(training, completed=report.step, detail=detail)
             elif isinstance(report, distill.Validated):
                 mark = (" best", "green") if report.best else ""
                 layers = " ".join(f"{x:.3f}" for x in report.layers)
                 loss = f"step {report.step}: held-out loss {report.loss:.4f}"
                 bar.console.print(Text.assemble(loss, mark, (f" by layer {layers}", "dim")))
+            elif isinstance(report, distill.Unreadable):
+                bar.console.print(_line(f"step {report.step}: left out, {report.why}"), style="yellow")
             elif isinstance(report, distill.StepSkipped):
                 bar.console.print(
                     f"step {report.step} skipped: not finite ({report.in_a_row} in a row)", style="yellow"

@@ -21,6 +21,7 @@ from armhubert import cli, data, distill
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.options import as_typed
+from armhubert.cli.signals import stop_on_signal
 from armhubert.distill_config import DistillConfig
 from armhubert.export import ExportConfig
 from armhubert.extract import ExtractConfig
@@ -318,6 +319,23 @@ def test_a_run_that_is_asked_to_stop_exits_with_the_codes_of_signals(call, monke
     assert call("distill")[0] == code
 
 
+def test_a_request_to_stop_may_come_as_several_signals(monkeypatch, capsys):
+    with stop_on_signal() as stop:
+        for number in (
+            signal.SIGTERM,
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # from a scheduler, from torchrun, from a terminal
+            signal.raise_signal(number)
+        assert stop.asked()
+        assert stop.number == signal.SIGTERM
+        monkeypatch.setattr("armhubert.cli.signals.SAME_REQUEST", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err.count("Stopping as soon as") == 1
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_ctrl_c_while_the_audio_is_examined_ends_the_run_before_its_first_step(
     call, speech, teacher, tmp_path, monkeypatch, terminal
@@ -547,7 +565,7 @@ def test_messages_name_what_was_typed(refused, tmp_path):
         ("evaluate --lr=1", "sweep='lr' chooses: leave out learning_rate=...", "--sweep lr chooses: leave out --lr"),
         ("evaluate", "rates must be above 0", "rates must be above 0"),
         ("distill", "name data=... anew", "name data=... anew"),
-        ("profile mini", "start anew with force=True", "start anew with force=True"),
+        ("info mini", "start anew with force=True", "start anew with force=True"),
         ("distill", "attend(impl='triton') or /a/seed=3", "attend(impl='triton') or /a/seed=3"),
         ("", "start anew with force=True", "start anew with force=True"),
     ],
@@ -744,9 +762,8 @@ def test_resume_notices_changed_data(refused, old_run, tmp_path, speech):
     data = tmp_path / "speech"
     shutil.copytree(speech, data)
     soundfile.write(data / "more.wav", 0.1 * torch.randn(9000).numpy(), 16_000)
-    edit(old_run, data=[str(data)])
     before = digests(old_run)
-    refused("distill", "--resume", old_run, says="made with another data")
+    refused("distill", data, "--resume", old_run, says="made with another data")
     assert {**digests(old_run), ".armhubert-scan.json": before[".armhubert-scan.json"]} == before
 
 
@@ -806,6 +823,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(refused, speech
             ".armhubert-scan.json",
             "run",
             "distill.json",
+            "data.json",
             "skipped.tsv",
             "metrics.jsonl",
             "tensorboard",

@@ -155,14 +155,13 @@ def listing(folder: Path) -> list[tuple]:
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in [folder, *sorted(folder.rglob("*"))]]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_scan_counts_what_is_good_and_lists_what_is_not(mixed, tmp_path, workers):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_scan_counts_what_is_good_and_lists_what_is_not(mixed, tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(data, "SCAN_THREADS", threads)
     paths = [*discover([mixed]), mixed / "gone.wav"]
     before = listing(mixed)
     seen: list[tuple[int, int]] = []
-    result = scan(
-        paths, min_samples=400, cache=tmp_path / "out/cache.json", workers=workers, progress=lambda *at: seen.append(at)
-    )
+    result = scan(paths, min_samples=400, cache=tmp_path / "out/cache.json", progress=lambda *at: seen.append(at))
     assert result.utterances == (
         Utterance(str(mixed / "a.wav"), 8_000),
         Utterance(str(mixed / "b.flac"), 16_000),
@@ -177,7 +176,7 @@ def test_scan_counts_what_is_good_and_lists_what_is_not(mixed, tmp_path, workers
     }  # fmt: skip
     assert sorted(result.skipped_by_kind) == ["empty", "missing", "silent", "too short", "unreadable"]
     assert seen[-1] == (8, 8)
-    data.write_skipped(result, tmp_path / "out/skipped.tsv")
+    data.write_skipped(result.skipped, tmp_path / "out/skipped.tsv")
     lines = (tmp_path / "out/skipped.tsv").read_text().splitlines()
     assert lines[0] == "path\treason"
     assert lines[1:] == [f"{path}\t{reason}" for path, reason in result.skipped]
@@ -202,25 +201,23 @@ def decoded(monkeypatch) -> list[str]:
 def test_the_cache_saves_decoding_and_notices_change(mixed, tmp_path, decoded):
     cache = tmp_path / "cache.json"
     paths = discover([mixed])
-    first = scan(paths, min_samples=400, cache=cache, workers=2)
+    first = scan(paths, min_samples=400, cache=cache)
     assert len(decoded) == 7
     decoded.clear()
     stamp = cache.stat().st_mtime_ns
-    assert scan(paths, min_samples=400, cache=cache, workers=2) == first
+    assert scan(paths, min_samples=400, cache=cache) == first
     assert decoded == ["text.wav"]  # what could not be read is tried again
     assert cache.stat().st_mtime_ns == stamp
     decoded.clear()
-    assert (
-        len(scan(paths, min_samples=5_000, cache=cache, workers=2).utterances) == 2
-    )  # another minimum, the same cache
+    assert len(scan(paths, min_samples=5_000, cache=cache).utterances) == 2  # another minimum, the same cache
     write(mixed / "a.wav", 0.75)
     os.utime(mixed / "b.flac", ns=(1, 1))
     decoded.clear()
-    assert scan(paths, min_samples=400, cache=cache, workers=2).utterances[0].samples == 12_000
+    assert scan(paths, min_samples=400, cache=cache).utterances[0].samples == 12_000
     assert sorted(decoded) == ["a.wav", "b.flac", "text.wav"]
     decoded.clear()
-    scan([write(tmp_path / "more/m.wav")], min_samples=400, cache=cache, workers=1)
-    scan([mixed / "a.wav", tmp_path / "more/m.wav"], min_samples=400, cache=cache, workers=1)
+    scan([write(tmp_path / "more/m.wav")], min_samples=400, cache=cache)
+    scan([mixed / "a.wav", tmp_path / "more/m.wav"], min_samples=400, cache=cache)
     assert decoded == ["m.wav"]  # two data sets share a cache
 
 
@@ -239,29 +236,40 @@ def test_what_is_no_cache_of_ours_is_replaced(tmp_path, content, decoded):
     path = write(tmp_path / "a.wav")
     cache.write_bytes(content)
     for _ in range(2):
-        assert scan([path], min_samples=400, cache=cache, workers=1).utterances == (Utterance(str(path), 8_000),)
+        assert scan([path], min_samples=400, cache=cache).utterances == (Utterance(str(path), 8_000),)
     assert decoded == ["a.wav"]
     assert json.loads(cache.read_text())["files"].keys() == {str(path)}
 
 
-def test_an_interrupted_scan_keeps_what_it_has(tmp_path, decoded):
+def test_an_interrupted_scan_keeps_what_it_has(tmp_path, decoded, monkeypatch):
+    monkeypatch.setattr(data, "SCAN_THREADS", 1)
     paths = [write(tmp_path / f"{i:03}.wav", 0.05) for i in range(100)]
 
-    steps = data.scan(paths, min_samples=400, cache=tmp_path / "cache.json", workers=1)
+    steps = data.scan(paths, min_samples=400, cache=tmp_path / "cache.json")
     next(steps)
     with pytest.raises(KeyboardInterrupt):
         steps.throw(KeyboardInterrupt)
     saved = json.loads((tmp_path / "cache.json").read_text())["files"]
     assert len(saved) >= 16
     decoded.clear()
-    scan(paths, min_samples=400, cache=tmp_path / "cache.json", workers=1)
+    scan(paths, min_samples=400, cache=tmp_path / "cache.json")
     assert len(decoded) == 100 - len(saved)
+
+
+def test_a_long_scan_saves_what_it_has_as_it_goes(tmp_path, monkeypatch):
+    paths = [write(tmp_path / f"{i:03}.wav", 0.05) for i in range(40)]
+    monkeypatch.setattr(data, "SCAN_SAVED_EVERY", 0.0)
+    monkeypatch.setattr(data, "SCAN_THREADS", 1)
+    steps = data.scan(paths, min_samples=400, cache=tmp_path / "cache.json")
+    reached = next(steps)
+    assert len(json.loads((tmp_path / "cache.json").read_text())["files"]) == reached.done < len(paths)
+    steps.close()
 
 
 def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArmhubertError, match=r"cannot write .*cache\.json") as caught:
-        scan([write(tmp_path / "a.wav")], min_samples=400, cache=tmp_path / "file/cache.json", workers=1)
+        scan([write(tmp_path / "a.wav")], min_samples=400, cache=tmp_path / "file/cache.json")
     assert "choose another folder" in message(caught)
 
 
@@ -269,12 +277,12 @@ def test_file_names_that_are_not_text(tmp_path):
     name = os.fsdecode(b"\xff\tb.wav")
     write(tmp_path / "a.wav").rename(tmp_path / name)
     (tmp_path / "line\nbreak.wav").touch()
-    result = scan(discover([tmp_path]), min_samples=9_000, cache=tmp_path / "cache.json", workers=1)
+    result = scan(discover([tmp_path]), min_samples=9_000, cache=tmp_path / "cache.json")
     assert not result.utterances
-    data.write_skipped(result, tmp_path / "skipped.tsv")
+    data.write_skipped(result.skipped, tmp_path / "skipped.tsv")
     assert (tmp_path / "skipped.tsv").read_bytes().count(b"\n") == 3
     assert b"\xff\\tb.wav\ttoo short" in (tmp_path / "skipped.tsv").read_bytes()
-    assert scan(discover([tmp_path]), min_samples=400, cache=tmp_path / "cache.json", workers=1).utterances
+    assert scan(discover([tmp_path]), min_samples=400, cache=tmp_path / "cache.json").utterances
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -416,7 +424,7 @@ def speech(tmp_path) -> list[Utterance]:
             (16_000, 44_100)[index % 2],
             index,
         )
-    return list(scan(discover([tmp_path]), min_samples=400, cache=None, workers=2).utterances)
+    return list(scan(discover([tmp_path]), min_samples=400, cache=None).utterances)
 
 
 def planned(known: list[Utterance]) -> list[list[Crop]]:
@@ -483,6 +491,45 @@ def test_a_file_that_vanished_or_changed_is_named(speech, workers):
     with pytest.raises(ArmhubertError, match=r"has changed|cannot be read|does not exist") as caught:
         list(batches(speech, plan, workers=workers))
     assert str(victim) in message(caught)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tolerant_reader_leaves_out_what_cannot_be_read(speech, workers, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", (0.01,))
+    plan = [crops for crops in planned(speech) if len(crops) > 1]
+    gone = plan[0][0].utterance
+    Path(speech[gone].path).unlink()
+    got = list(batches(speech, plan, workers=workers, tolerant=True))
+    whole = plan[0][1:]
+    assert got[0].indices.tolist() == [crop.utterance for crop in whole]
+    assert got[0].lengths.tolist() == [crop.samples for crop in whole]
+    for row, crop in zip(got[0].waveforms, whole, strict=True):
+        expected = read_audio(speech[crop.utterance].path, crop.start, crop.samples)
+        assert torch.equal(row[: crop.samples], expected)
+    (why,) = got[0].left_out
+    assert f"{speech[gone].path!r} does not exist" in why
+    assert all(not batch.left_out for batch in got[1:])
+    with pytest.raises(ArmhubertError, match="does not exist"):  # nothing of the batch is left
+        list(batches(speech, [plan[0][:1]], workers=workers, tolerant=True))
+
+
+def test_a_file_that_can_be_read_a_moment_later_is_read(speech, monkeypatch):
+    failures = iter([ArmhubertError("a moment"), ArmhubertError("another")])
+
+    def moody(*where):
+        for failure in failures:
+            raise failure
+        return read_audio(*where)
+
+    plan = planned(speech)
+    expected = list(batches(speech, plan, workers=0))
+    monkeypatch.setattr(data, "read_audio", moody)
+    monkeypatch.setattr(data, "RETRY_AFTER", (0.01, 0.01))
+    got = list(batches(speech, plan, workers=0))
+    assert next(failures, None) is None
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.waveforms, other.waveforms)
+        assert not one.left_out
 
 
 def test_a_killed_worker_is_named_where_the_next_batch_is_asked_for(speech):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -115,7 +116,7 @@ def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(se
     out = Path(config.out)
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "README.md", "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png",
-        "distill.json", "skipped.tsv", "tensorboard", "preprocessor_config.json", ".armhubert-scan.json",
+        "distill.json", "data.json", "skipped.tsv", "tensorboard", "preprocessor_config.json", ".armhubert-scan.json",
     }  # fmt: skip
     assert any((out / "tensorboard").iterdir())
     for picture in ("loss.png", "layers.png"):
@@ -183,6 +184,7 @@ def test_without_holding_out_the_last_student_is_exported_and_nothing_validated(
             r"2 of 6 utterances are longer than batch_seconds 1: .* up to 1\.3 s",
         ),
         ({"precision": "fp16"}, "no instructions for fp16: fp32 is much faster"),
+        ({"max_seconds": 0.6}, r"an epoch hears 6\d% of the audio, max_seconds 0\.6 of each file"),
     ],
 )
 def test_settings_that_work_otherwise_than_they_look_are_noted(settings, monkeypatch, changes, says):
@@ -443,7 +445,7 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
     read, signalled = distill_run.batches, []
 
     def ended(utterances, plan, **how):
-        if how["workers"] == 1 and not signalled:  # the validation's, where training has two
+        if len(utterances) < 3 and not signalled:  # the validation's
             signalled.append(True)
             raise ReaderDied("gone")
         yield from read(utterances, plan, **{**how, "workers": 0})
@@ -858,22 +860,129 @@ def test_input_that_shows_its_fault_in_the_audio_leaves_what_was_examined_to_the
     assert run(dataclasses.replace(config, hold_out=0.0))[-1].reason == "done"
 
 
-def test_a_recording_that_goes_away_costs_nothing_that_was_learned(settings, speech, tmp_path):
+def test_a_recording_that_goes_away_is_left_out(settings, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", ())
+    moving = Path(shutil.copytree(speech, tmp_path / "moving"))
+    config = settings(data=(str(moving),), hold_out=0.0, steps=6, workers=0, batch_seconds=60.0)
+    reports = []
+    for report in distill.distill(config):
+        reports.append(report)
+        if isinstance(report, distill.Progress) and report.step == 2:
+            (moving / "3.wav").unlink()
+    assert reports[-1].reason == "done"
+    gone = of(reports, distill.Unreadable)
+    assert [report.step for report in gone] == [2, 3, 4, 5]
+    assert all("3.wav' does not exist" in report.why for report in gone)
+    assert all(math.isfinite(loss) for loss in losses(reports))
+    monkeypatch.setattr(data, "measure", lambda path: pytest.fail("examined anew"))
+    resumed = run(dataclasses.replace(config, steps=7), resume=True)  # its list has the file still
+    assert (resumed[-1].reason, len(of(resumed, distill.Unreadable))) == ("done", 1)
+
+
+def test_recordings_that_all_go_away_cost_nothing_that_was_learned(settings, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", ())
     moving = Path(shutil.copytree(speech, tmp_path / "moving"))
     config = settings(data=(str(moving),), hold_out=0.0, steps=100, workers=0)
     reports = distill.distill(config)
     for report in reports:
         if isinstance(report, distill.Progress) and report.step == 2:
-            (moving / "3.wav").unlink()
+            moving.rename(tmp_path / "away")
             break
-    with pytest.raises(ArmhubertError, match=r"3\.wav"):
+    with pytest.raises(ArmhubertError, match=r"\.wav' does not exist"):
         list(reports)
     saved = checkpoint.load(Path(config.out) / "checkpoint.pt")
     assert saved.state.step >= 2
-    with pytest.raises(ArmhubertError, match=r"made with another data \(5 utterances now"):
-        run(config, resume=True)
-    shutil.copy(speech / "3.wav", moving)
+    (tmp_path / "away").rename(moving)
     assert run(dataclasses.replace(config, steps=saved.state.step + 1), resume=True)[-1].reason == "done"
+
+
+def test_held_out_recordings_that_go_away_cost_nothing_that_was_learned(settings, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", ())
+    held = Path(shutil.copytree(speech, tmp_path / "held"))
+    config = settings(data=(str(write_speech(tmp_path / "more")),), valid=(str(held),), steps=3, validate_every=3)
+    reports = distill.distill(config)
+    next(report for report in reports if isinstance(report, distill.Started))
+    held.rename(tmp_path / "away")
+    with pytest.raises(ArmhubertError, match=r"\.wav' does not exist"):
+        list(reports)
+    saved = checkpoint.load(Path(config.out) / "checkpoint.pt").state
+    assert (saved.step, saved.validation_due) == (3, True)
+    (tmp_path / "away").rename(held)
+    resumed = run(config, resume=True)
+    assert (resumed[-1].reason, [r.step for r in of(resumed, distill.Validated)]) == ("done", [3])
+
+
+def test_a_held_out_recording_that_goes_away_does_not_lower_the_loss(settings, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", ())
+    held = Path(shutil.copytree(speech, tmp_path / "held"))
+    config = settings(valid=(str(held),), batch_seconds=60.0, learning_rate=1e-30, weight_decay=0.0)
+    config = dataclasses.replace(config, data=(str(write_speech(tmp_path / "more")),), validate_every=1)
+    first, second = [], []
+    for report in distill.distill(config):
+        if isinstance(report, distill.Validated):
+            (second if first else first).append(report)
+            (held / "3.wav").unlink(missing_ok=True)
+    (alone,) = of(run(dataclasses.replace(config, out=str(tmp_path / "alone"), steps=1)), distill.Validated)
+    assert len(second[0].left_out) == 1
+    assert second[0].loss == pytest.approx(alone.loss, rel=1e-5)
+    assert second[0].loss != first[0].loss
+
+
+def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypatch):
+    step = distill_run.Run.step
+
+    def full(self, group):
+        if self.state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, group)
+
+    config = settings(steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_run.Run, "step", full)
+        with pytest.raises(
+            ArmhubertError, match="did not hold a batch of step 2: resume with gradient_checkpointing=True"
+        ):
+            run(config)
+    resumed = run(dataclasses.replace(config, gradient_checkpointing=True), resume=True)
+    assert (of(resumed, distill.Started)[0].first_step, resumed[-1].reason) == (2, "done")
+
+
+@pytest.mark.parametrize(("save_every", "steps"), [(None, [1, 2, 3]), (1000, [3])])
+def test_a_checkpoint_is_due_after_a_while_unless_its_steps_are_given(settings, monkeypatch, save_every, steps):
+    monkeypatch.setattr(distill, "SAVED_WITHIN", 0.0)
+    reports = run(settings(steps=3, save_every=save_every))
+    assert [saved.step for saved in of(reports, distill.Saved)] == steps
+
+
+def test_what_a_killed_process_was_writing_is_removed(settings):
+    config = settings()
+    run(config)
+    left = Path(config.out) / ".checkpoint.pt.a1b2"
+    left.touch()
+    run(config, resume=True)
+    assert not left.exists()
+
+
+def test_what_is_held_out_by_default_is_a_share_and_no_more_than_enough(settings, monkeypatch):
+    config = settings(hold_out=None, steps=1)
+    assert of(run(config), distill.Started)[0].valid_utterances == 1
+    monkeypatch.setattr("armhubert.distill_data.HELD_OUT_SHARE", 0.9)
+    many = of(run(config, force=True), distill.Started)[0]
+    assert many.valid_seconds > 3
+    monkeypatch.setattr("armhubert.distill_data.HELD_OUT_SECONDS", 1.0)
+    few = of(run(config, force=True), distill.Started)[0]
+    assert 1.0 <= few.valid_seconds < 2.4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"format": "armhubert data 1", "train": [["a", -1]], "valid": [], "skipped": []}']
+)
+def test_a_damaged_list_of_a_run_is_refused(settings, text):
+    config = settings()
+    run(config)
+    (Path(config.out) / "data.json").write_text(text)
+    with pytest.raises(ArmhubertError, match=r"data\.json is damaged: resume with the data named anew"):
+        run(dataclasses.replace(config, steps=3), resume=True)
 
 
 def test_two_runs_do_not_share_a_folder(settings):

@@ -2,8 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 from made import SHAPE, write_speech, write_teacher
+
+from armhubert import checkpoint
 
 SCRIPT = """
 import json, os, sys
@@ -16,7 +20,7 @@ from armhubert.distill import distill
 from armhubert.distill_config import DistillConfig
 
 folder, settings = sys.argv[1:]
-measure, barrier, all_reduce, calls = data.measure, dist.barrier, dist.all_reduce, []
+measure, broadcast, all_reduce, calls = data.measure, dist.broadcast_object_list, dist.all_reduce, []
 
 def patience(group=None):
     backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
@@ -26,36 +30,72 @@ def measured(path):
     calls.append("measure")
     return measure(path)
 
-def waited(group=None):
+def waited(box, group=None, **how):
     calls.append(patience(group))
-    return barrier(group)
+    return broadcast(box, group=group, **how)
 
 def reduced(values):
     calls.append(patience())
     return all_reduce(values)
 
-data.measure, dist.barrier, dist.all_reduce = measured, waited, reduced
+data.measure, dist.broadcast_object_list, dist.all_reduce = measured, waited, reduced
 *_, finished = distill(DistillConfig(**json.loads(settings)))
 assert finished.reason == "done"
 Path(folder, os.environ["RANK"]).write_text(json.dumps(calls))
 """
 
 
-def test_the_lead_may_take_days_to_scan_and_nothing_else_may(tmp_path):
-    settings = {
-        "out": str(tmp_path / "run"), "data": [str(write_speech(tmp_path / "speech", (0.6,)))],
-        "teacher": str(write_teacher(tmp_path / "teacher")), **SHAPE, "steps": 1, "hold_out": 0.0, "workers": 0,
-        "device": "cpu",
-    }  # fmt: skip
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
+LOSES = """
+import sys, os, json
+from armhubert import data
+from armhubert.distill import DistillConfig, Progress, distill
+
+def gone(path, *crop):
+    raise data.ArmhubertError(f"audio file {path!r} does not exist: check the path")
+
+data.RETRY_AFTER = ()
+for report in distill(DistillConfig(**json.loads(sys.argv[2]))):
+    if isinstance(report, Progress) and report.step == 2 and os.environ["RANK"] == "1":
+        data.read_audio = gone
+"""
+
+
+def launch(script: str, folder: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(script)
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "script.py"), str(tmp_path), json.dumps(settings)],
+         str(folder / "script.py"), str(folder), json.dumps(settings)],
         capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def run_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "out": str(folder / "run"), "teacher": str(write_teacher(folder / "teacher")), **SHAPE, "hold_out": 0.0,
+        "workers": 0, "device": "cpu", "log_every": 1, **changes,
+    }  # fmt: skip
+
+
+def test_the_lead_may_take_days_to_scan_and_nothing_else_may(tmp_path):
+    settings = run_of(tmp_path, data=[str(write_speech(tmp_path / "speech", (0.6,)))], steps=1)
+    done = launch(SCRIPT, tmp_path, settings)
     assert done.returncode == 0, done.stderr[-3000:]
     lead, other = (json.loads((tmp_path / rank).read_text()) for rank in "01")
     assert lead.pop(0) == "measure"
     assert lead == other  # from here on the two go together
     assert lead[0] == 7 * 24 * 60  # minutes: what the other waited in meanwhile
     assert set(lead[1:]) == {30}
+
+
+def test_what_one_process_cannot_read_costs_none_what_was_learned(tmp_path):
+    settings = run_of(tmp_path, data=[str(write_speech(tmp_path / "speech"))], steps=100, batch_seconds=2.0)
+    done = launch(LOSES, tmp_path, settings)
+    assert done.returncode != 0
+    assert "wav' does not exist: check the path" in done.stderr
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt").state.step >= 2
+
+
+def test_data_that_the_lead_refuses_is_refused_by_all_processes(tmp_path):
+    done = launch(SCRIPT, tmp_path, run_of(tmp_path, data=[str(tmp_path / "nowhere")], steps=1))
+    assert done.returncode != 0
+    assert done.stderr.count("ArmhubertError: data source") == 2

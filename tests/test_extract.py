@@ -369,6 +369,16 @@ def test_a_long_file_is_written_window_by_window(student, tmp_path):
         assert torch.equal(halves[f"hidden_states.{n}"], expected[n].half())
 
 
+def test_two_extractions_do_not_share_a_folder(student, speech, tmp_path):
+    config = ExtractConfig(str(student), (str(speech),), str(tmp_path / "out"), workers=0)
+    first = extract(config)
+    next(first)
+    with pytest.raises(ArmhubertError, match="another process is at work"):
+        list(extract(config))
+    first.close()
+    assert list(extract(config))[-1].out == tmp_path / "out"
+
+
 def test_what_no_window_can_be_made_of(speech, tmp_path):
     with pytest.raises(ArmhubertError, match="at least 400 samples"):
         by_windows(ARMHuBERT(TINY).eval(), of(torch.zeros(300)), 300, 60, 5)

@@ -56,11 +56,9 @@ class Recorder:
         drawn = self.rng.integers(*args, size=size)
         if size is not None:
             self.lengths = sorted(drawn.tolist(), reverse=True)
+        else:  # the place of one
+            self.placed += 1
         return drawn
-
-    def choice(self, *args, **kwargs):
-        self.placed += 1
-        return self.rng.choice(*args, **kwargs)
 
     def random(self) -> float:
         return self.rng.random()

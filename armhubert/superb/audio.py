@@ -63,14 +63,14 @@ class Recordings:
         return self._identity[path]
 
 
-def measure_corpus(corpus: Corpus, cache: Path | None, workers: int) -> Generator[Scanning, None, Recordings]:
+def measure_corpus(corpus: Corpus, cache: Path | None) -> Generator[Scanning, None, Recordings]:
     """Decode every recording once; yields its progress, returns the lengths.
 
     Raises:
         ArmhubertError: recordings that cannot be read, or are shorter than what a list cuts from them.
     """
     paths = list(dict.fromkeys(p.path for split in corpus.splits.values() for item in split.items for p in item.parts))
-    result = yield from scan(paths, min_samples=1, cache=cache, workers=workers)
+    result = yield from scan(paths, min_samples=1, cache=cache)
     # A silent recording is data like any other here: keyword spotting asks for silence.
     bad = [skipped for skipped in result.skipped if skipped.reason != "silent"]
     if bad:

@@ -186,7 +186,7 @@ class _Evaluation:
 
     def _run(self, scan_cache: Path | None, anew: bool) -> Generator[Report, None, dict[str, Any]]:
         config, out = self.config, Path(self.config.out)
-        self.recordings = yield from measure_corpus(self.corpus, scan_cache, max(1, config.workers))
+        self.recordings = yield from measure_corpus(self.corpus, scan_cache)
         self.hashes = {name: list_hash(split, self.recordings) for name, split in self.corpus.splits.items()}
         cache = None
         if config.cache and not config.dry_run:
