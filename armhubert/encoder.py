@@ -23,6 +23,7 @@ from typing_extensions import Self
 from armhubert.config import EncoderConfig, documented
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
+from armhubert.hooks import computes_as, hooked
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
 from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
 from armhubert.weights import Weights
@@ -75,8 +76,7 @@ def _fusible(layer: nn.Module) -> bool:
 
     An adapter (LoRA) or quantised layer in its place is to be called, and so is one whose output hooks wait for.
     """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is Linear and not any(hooks)
+    return type(layer) is Linear and not hooked((layer,))
 
 
 # ---- attention -------------------------------------------------------------
@@ -259,7 +259,9 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
+        training = needs_gradient(x, *self.conv.parameters())
+        plain = computes_as(self.conv, nn.Conv1d) and not hooked((self.conv,))
+        if plain and positional_convolution.serves(x, self.conv.kernel_size[0], training):
             assert self.conv.bias is not None
             return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
         return F.gelu(self._convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
@@ -379,6 +381,9 @@ class SpeechEncoder(nn.Module):
         """Everything before the mask: [B, S], valid samples [B] -> frames [B, T, D], valid frames [B] (None: all)."""
         if self.config.normalize_input:
             waveforms = normalize_waveform(waveforms, lengths)
+        elif lengths is not None and torch.is_grad_enabled() and not tracing():
+            # What padding holds reaches no feature, but a NaN there would reach gradients, as 0 times NaN.
+            waveforms = torch.where(frame_mask(lengths, waveforms.shape[1]), waveforms, 0)
         x = self.project(self.front_end(waveforms.to(self.norm.weight.dtype), lengths))
         return x, None if lengths is None else self.config.frames(lengths)
 
@@ -445,34 +450,19 @@ class SpeechEncoder(nn.Module):
         Raises:
             ArmhubertError: shapes or lengths that do not fit.
         """
-        return self._features(waveforms, lengths, mask, hidden_states)
-
-    def _features(
-        self,
-        waveforms: Tensor,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        hidden_states: bool,
-        through_heads: bool = False,
-    ) -> EncoderOutput:
         self.check_inputs(waveforms, lengths, mask)
         lengths = None if lengths is None else lengths.long()
         if self._works_in_groups(waveforms):
             return self._in_groups(waveforms, lengths, mask, hidden_states)
-        return self._at_once(waveforms, lengths, mask, hidden_states, through_heads)
+        return self._at_once(waveforms, lengths, mask, hidden_states)
 
     def _at_once(
-        self,
-        waveforms: Tensor,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        hidden_states: bool,
-        through_heads: bool = False,
+        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, hidden_states: bool
     ) -> EncoderOutput:
         x, frames = self.embed(waveforms, lengths)
         inputs = self.layer_inputs(x, frames, mask)
         kept = [inputs] if hidden_states else []
-        for x in self.layer_outputs(inputs, frames, through_heads=through_heads):
+        for x in self.layer_outputs(inputs, frames):
             if hidden_states:
                 kept.append(x)
         if frames is None:
@@ -488,6 +478,9 @@ class SpeechEncoder(nn.Module):
             and not self.training
             and self.config.padding == "independent"
             and len(waveforms) > 1
+            and not hooked(
+                part for child in self.children() for part in child.modules()
+            )  # they are to see the batch as it is
         )
 
     def _in_groups(
@@ -514,7 +507,7 @@ class SpeechEncoder(nn.Module):
                 whole = [part.new_zeros(batch, self.config.frames(samples), part.shape[2]) for part in parts]
             for target, part in zip(whole, parts, strict=True):
                 target[group, : part.shape[1]] = part
-        states = tuple(whole[: self.config.layers + 1]) if hidden_states else ()
+        states = tuple(whole[: len(self.layers) + 1]) if hidden_states else ()
         return EncoderOutput(whole[-1], states, None, frames)
 
     def _stream_factor(self, layer: int) -> float:
@@ -545,6 +538,8 @@ class SpeechEncoder(nn.Module):
                 low, high = int(lengths.min()), int(lengths.max())
                 if low < shortest or high > samples:
                     raise ArmhubertError(f"lengths must lie in {shortest}..{samples} samples, got {low}..{high}")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ArmhubertError(f"mask must be a bool tensor [B, T], got a {type(mask).__name__}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, self.config.frames(samples))):
             expected = [batch, self.config.frames(samples)]
             raise ArmhubertError(f"mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")

@@ -4,10 +4,14 @@ Padding never reaches a valid frame: convolutions have no padding of their own, 
 only, and the one statistic over time (the first layer's group norm) is taken over each utterance's own frames.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig
+from armhubert.hooks import computes_as, hooked
 from armhubert.kernels import Convolution, Impl, Moments, Norm, conv_frontend, window_moments
 from armhubert.kernels.runtime import frame_mask
 
@@ -28,27 +32,46 @@ def normalize_waveform(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 class ChannelNormConv(nn.Module):
-    """Parameters of the first convolution and its group norm (one group a channel); a bias would cancel."""
+    """The first convolution, its group norm (one group a channel) and GELU; a bias would cancel."""
 
     def __init__(self, channels: int, kernel: int, stride: int, *, bias: bool) -> None:
         super().__init__()
         self.conv = nn.Conv1d(1, channels, kernel, stride, bias=bias)
         self.norm = nn.GroupNorm(channels, channels)
 
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, 1, S], valid samples [B] (None: all) -> [B, C, T]."""
+        x = self.conv(x)
+        if lengths is None:
+            return F.gelu(self.norm(x))
+        frames = (lengths - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
+        valid, count = frame_mask(frames, x.shape[2])[:, None], frames[:, None, None]
+        x = torch.where(valid, x, 0)
+        y = x.float()
+        y = torch.where(valid, y - y.sum(2, keepdim=True) / count, 0)
+        y = y * (y.square().sum(2, keepdim=True) / count + self.norm.eps).rsqrt()
+        return F.gelu(y.to(x.dtype) * self.norm.weight[:, None] + self.norm.bias[:, None])
+
 
 class ConvLayer(nn.Module):
-    """Parameters of a convolution over frames and, where the architecture has it, LayerNorm over channels."""
+    """A convolution over frames, LayerNorm over channels where the architecture has it, and GELU."""
 
     def __init__(self, inputs: int, channels: int, kernel: int, stride: int, config: EncoderConfig) -> None:
         super().__init__()
         self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=config.conv_bias)
         self.norm = nn.LayerNorm(channels) if config.conv_norm == "layer" else None
 
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, C, T] -> [B, C', T']."""
+        x = self.conv(x)
+        return F.gelu(x if self.norm is None else self.norm(x.transpose(1, 2)).transpose(1, 2))
+
 
 class FrontEnd(nn.Module):
     """The convolution stack, GELU after each layer. Waveforms [B, S] -> frames [B, T, C].
 
-    The layers hold parameters only: the whole stack is one op, `armhubert.kernels.conv_frontend`.
+    The whole stack is one op, `armhubert.kernels.conv_frontend`, that takes the layers' weights. The layers are called
+    where hooks wait for one of them, and where one is not of the classes here.
     """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
@@ -81,17 +104,38 @@ class FrontEnd(nn.Module):
         With `moments`, the group norm takes its statistics from there: those of a whole recording, given with each of
         its chunks, make the chunks' frames equal the recording's.
         """
+        lengths = lengths if self.independent else None
+        layers = (self.first, *self.rest)
+        if moments is None and (hooked(self._parts()) or not all(map(_is_plain, layers))):
+            x = waveforms[:, None]
+            for layer in layers:
+                x = layer(x, lengths)
+            return x.transpose(1, 2)
         norm = None
         if isinstance(self.first, ChannelNormConv):
             norm = Norm(self.first.norm.weight, self.first.norm.bias, self.first.norm.eps)
         return conv_frontend(
             waveforms,
-            [_convolution(layer) for layer in (self.first, *self.rest)],
+            [_convolution(layer) for layer in layers],
             channel_norm=norm,
-            lengths=lengths if self.independent and moments is None else None,
+            lengths=lengths if moments is None else None,
             moments=moments,
             impl=self.impl,
         )
+
+    def _parts(self) -> Iterator[nn.Module]:
+        """The modules that are computed from their weights."""
+        return (part for layer in (self.first, *self.rest) for part in layer.modules())
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the weights of `layer` tell what it computes."""
+    if isinstance(layer, ChannelNormConv):
+        return all(map(computes_as, (layer, layer.conv, layer.norm), (ChannelNormConv, nn.Conv1d, nn.GroupNorm)))
+    if isinstance(layer, ConvLayer):
+        norm = layer.norm is None or computes_as(layer.norm, nn.LayerNorm)
+        return norm and computes_as(layer, ConvLayer) and computes_as(layer.conv, nn.Conv1d)
+    return False
 
 
 def _convolution(layer: nn.Module) -> Convolution:

@@ -87,6 +87,12 @@ class ARMHuBERTConfig(PreTrainedConfig):
         eos_token_id: int | None = 2,
         **kwargs: Any,
     ) -> None:
+        kind = kwargs.get("model_type", self.model_type)
+        if kind != self.model_type:
+            raise ArmhubertError(
+                f"a {kind} is no {self.model_type}: load it with transformers' own class, or make it one by armhubert "
+                "convert"
+            )
         for name, default in dataclasses.asdict(armhubert()).items():
             setattr(self, name, kwargs.pop(name, default))
         self.apply_spec_augment = apply_spec_augment
@@ -197,8 +203,8 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        # the student has drawn its own, and may lack none when it is loaded
-        if module is getattr(self, "lm_head", None):
+        # the student has drawn its own, and may lack none when it is loaded; the rest is a head, ours or a user's
+        if not any(module is part for part in self.armhubert.modules()):
             super()._init_weights(module)
 
     def freeze_feature_encoder(self) -> None:

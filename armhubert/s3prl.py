@@ -61,6 +61,8 @@ class UpstreamExpert(nn.Module):
             [B, T, D]; and where the student has heads `projections`, L tensors [B, T, D_t], on which the authors'
             released students were evaluated (s3prl: `-s projections`).
         """
+        if not wavs or not all(isinstance(wav, Tensor) for wav in wavs):
+            raise ArmhubertError("wavs must be a list of tensors [S], one or more")
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         output = self.model(pad_sequence(wavs, batch_first=True), lengths)
         hidden_states = [*output.hidden_states[:-1], output.last_hidden_state]

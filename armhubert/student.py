@@ -82,20 +82,20 @@ class ARMHuBERT(SpeechEncoder):
             lengths: valid samples of each utterance [B], integer; None: all S.
             mask: [B, T] bool, frames to replace by the mask embedding; None: none.
             hidden_states: False leaves them out of the output, which takes less memory.
-            projections: False leaves the heads out. With them, gradients are those of distillation: scaled layer by
-                layer, where the configuration says so.
+            projections: False leaves the heads out.
 
         Returns:
-            The features; those of padded frames are unspecified.
+            The features; those of padded frames are unspecified. Gradients are plain, also through the heads: the
+            scaling of distillation is `armhubert.losses.Objective`'s.
 
         Raises:
             ArmhubertError: shapes or lengths that do not fit.
         """
-        projections = projections and self.heads is not None
-        output = self._features(waveforms, lengths, mask, hidden_states or projections, through_heads=projections)
-        if self.heads is None or not projections:
+        heads = self.heads if projections else None
+        output = super().forward(waveforms, lengths, mask, hidden_states=hidden_states or heads is not None)
+        if heads is None:
             return output
-        projected = self.heads(self.head_inputs(output.hidden_states))
+        projected = heads(output.hidden_states[1:])
         return output._replace(projections=projected, hidden_states=output.hidden_states if hidden_states else ())
 
     @classmethod
@@ -134,10 +134,19 @@ class ARMHuBERT(SpeechEncoder):
         parameters' dtype) and a model card, each atomically.
 
         Raises:
-            ArmhubertError: the folder cannot be written.
+            ArmhubertError: the model's tensors are no longer those of its configuration, or the folder cannot be
+                written.
         """
         from armhubert import __version__
 
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in type(self)(self.config).state_dict().items()}
+        present = {name: value.shape for name, value in self.state_dict().items()}
+        if odd := sorted(expected.items() ^ present.items()):
+            raise ArmhubertError(
+                f"{odd[0][0]} is not in the model as its configuration has it, so nothing could load what is saved: "
+                "build a model of the configuration that is meant and load the tensors into it, or save its state_dict"
+            )
         folder = Path(path)
         config = {"model_type": "armhubert", "armhubert_version": __version__, **self.config.as_dict()}
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}

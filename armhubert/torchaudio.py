@@ -41,9 +41,10 @@ class TorchaudioEncoder(nn.Module):
         if num_layers is not None and not 1 <= num_layers <= depth:
             raise ArmhubertError(f"num_layers must be at least 1 and at most {depth}, got {num_layers}")
         self.model.check_inputs(waveforms, lengths)
-        x, frames = self.model.embed(waveforms, lengths)
+        x, frames = self.model.embed(waveforms, None if lengths is None else lengths.long())
         x = self.model.layer_inputs(x, frames, None)
-        return list(islice(self.model.layer_outputs(x, frames), num_layers)), frames
+        features = list(islice(self.model.layer_outputs(x, frames), num_layers))
+        return features, None if frames is None or lengths is None else frames.to(lengths.dtype)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last layer's output [B, T, D], of pre-norm models after the final LayerNorm, and valid frames or None."""

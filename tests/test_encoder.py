@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder
@@ -87,6 +88,106 @@ def test_groups_are_the_batch_at_once(monkeypatch):
         assert a.shape == b.shape
         for row, n in enumerate(whole.lengths):
             torch.testing.assert_close(a[row, :n], b[row, :n].detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["post-norm", "pre-norm, layer norm"])
+@pytest.mark.parametrize("lengths", [None, [3000, 2000, 40]])
+@pytest.mark.parametrize("training", [False, True])
+def test_every_module_is_called_with_the_whole_batch_where_hooks_wait(name, lengths, training):
+    encoder = model(name)
+    waves = torch.randn(3, 3000)
+    valid = None if lengths is None else torch.tensor(lengths)
+    seen: dict[str, list[int]] = {}
+
+    def note(part):
+        return lambda module, given, output: seen.setdefault(part, []).append(
+            len(output[0] if isinstance(output, tuple) else output)
+        )
+
+    with torch.set_grad_enabled(training):
+        expected = encoder(waves, valid)
+        hooks = [module.register_forward_hook(note(part)) for part, module in encoder.named_modules() if part]
+        hooked = encoder(waves, valid)
+        for hook in hooks:
+            hook.remove()
+    uncalled = {part for part, _ in encoder.named_modules() if part} - seen.keys()
+    assert {part for part in uncalled if "parametrizations" not in part} <= {
+        "layers",
+        "front_end.rest",
+        "front_end.first.norm",
+    }
+    assert "front_end.first.norm" not in uncalled or lengths is not None  # its statistics leave padding out
+    assert {size for part, sizes in seen.items() if "parametrizations" not in part for size in sizes} == {3}
+    for row, frames in enumerate(expected.lengths.tolist()):
+        torch.testing.assert_close(
+            hooked.last_hidden_state[row, :frames], expected.last_hidden_state[row, :frames], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_hooks_for_any_module_find_all_of_them():
+    encoder, seen = model(), set()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: seen.add(module))
+    with torch.no_grad():
+        encoder(torch.randn(2, 2000))
+    hook.remove()
+    missed = {part for part, module in encoder.named_modules() if module not in seen and "parametri" not in part}
+    assert missed == {"layers", "front_end.rest"}
+
+
+def test_pruned_and_replaced_convolutions_are_computed_as_they_are_now():
+    encoder = model()
+    waves = torch.randn(2, 2000)
+    conv = encoder.front_end.rest[0].conv
+    prune.l1_unstructured(conv, "weight", 0.3)
+    for _ in range(2):  # the mask is applied anew in each pass
+        encoder(waves).last_hidden_state.square().sum().backward()
+    assert conv.weight_orig.grad[conv.weight_mask == 0].abs().max() == 0
+    with torch.no_grad():
+        before = encoder(waves).last_hidden_state
+        conv.weight_orig.mul_(3)
+        assert not torch.allclose(encoder(waves).last_hidden_state, before, atol=1e-3)
+        prune.remove(conv, "weight")
+        expected = encoder(waves).last_hidden_state
+
+        class Twice(nn.Module):
+            """Another's layer, without a convolution's attributes."""
+
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return 2 * self.inner(x)
+
+        encoder.front_end.rest[0].conv = Twice(conv)
+        twice = encoder(waves).last_hidden_state
+        conv.weight.mul_(2)
+        encoder.front_end.rest[0].conv = conv
+        torch.testing.assert_close(twice, encoder(waves).last_hidden_state, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(twice, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["post-norm", "pre-norm, layer norm", "normalised input"])
+def test_what_padding_holds_reaches_no_gradient(name):
+    encoder = model(name)
+    waves, lengths = torch.randn(2, 2000), torch.tensor([2000, 900])
+    gradients = []
+    for padding in (0.0, float("nan")):
+        waves[1, 900:] = padding
+        output = encoder(waves, lengths)
+        rows = [output.last_hidden_state[row, :n] for row, n in enumerate(output.lengths.tolist())]
+        gradients.append(torch.autograd.grad(torch.cat(rows).square().sum(), [*encoder.front_end.parameters()]))
+    for clean, other in zip(*gradients, strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_a_model_cut_short_gives_the_layers_that_it_has():
+    encoder = model("pre-norm, layer norm")
+    encoder.layers = encoder.layers[:2]
+    waves = torch.randn(2, 2000)
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            assert len(encoder(waves).hidden_states) == 3
 
 
 @pytest.mark.parametrize(

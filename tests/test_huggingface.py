@@ -29,7 +29,12 @@ from transformers import (  # noqa: E402
 )
 from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
-from armhubert.huggingface import ARMHuBERTConfig, ARMHuBERTForCTC, ARMHuBERTModel  # noqa: E402
+from armhubert.huggingface import (  # noqa: E402
+    ARMHuBERTConfig,
+    ARMHuBERTForCTC,
+    ARMHuBERTModel,
+    ARMHuBERTPreTrainedModel,
+)
 
 README = Path(__file__).parents[1] / "README.md"
 LETTERS = ["<pad>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
@@ -65,6 +70,29 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def valid(x: torch.Tensor) -> torch.Tensor:
     """Frames of `batch` without the padding, whose values are nobody's."""
     return torch.cat([x[0, :24], x[1, :15]])
+
+
+class Classifier(ARMHuBERTPreTrainedModel):
+    """A user's head on a student."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.projector, self.normed = nn.Linear(config.hidden_size, 16), nn.LayerNorm(16)
+        self.post_init()
+
+
+def test_a_users_head_starts_as_transformers_starts_it(folder):
+    head = Classifier.from_pretrained(folder)
+    assert 0.01 < head.projector.weight.std().item() < 0.03
+    assert not head.projector.bias.any()
+    assert (head.normed.weight == 1).all()
+    assert not head.normed.bias.any()
+    same_state(head.armhubert, ARMHuBERT.from_pretrained(folder))
+
+
+def test_a_hubert_is_told_from_a_student():
+    with pytest.raises(ArmhubertError, match="a hubert is no armhubert: load it with transformers' own class"):
+        ARMHuBERTModel.from_pretrained(TEACHER)
 
 
 def same_state(a: nn.Module, b: nn.Module) -> None:

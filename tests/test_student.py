@@ -1,15 +1,19 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert import ARMHuBERT, ArmhubertError
 from armhubert.config import preset
 from armhubert.files import write_atomic
+from armhubert.losses import Objective
 from armhubert.student import count_parameters
 from armhubert.torchaudio import TorchaudioEncoder
 
@@ -96,6 +100,12 @@ except ArmhubertError as error:
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
+def in_distillation(model, x):
+    """Head outputs of [B, S] as the loss of distillation takes them."""
+    (hidden,), _ = Objective(model, {"plain": 1.0}, "mse", "auto").views(x, None, None)
+    return model.heads(model.head_inputs(hidden))
+
+
 def test_layer_gradient_scaling_is_the_published_product(student):
     """(1 - m_i) at head i, then m_i ... m_0 down the stream, with m_i = (L - i) / (L - i + 1).
 
@@ -107,14 +117,14 @@ def test_layer_gradient_scaling_is_the_published_product(student):
     x, norms = torch.randn(1, 2000), (student.norm.weight, plain.norm.weight)
     for head, share in ((0, 1 / 3 * 2 / 3), (1, 1 / 2 * 1 / 2 * 2 / 3)):
         scaled, unscaled = (
-            torch.autograd.grad(m(x).projections[head].square().sum(), norm)[0]
+            torch.autograd.grad(in_distillation(m, x)[head].square().sum(), norm)[0]
             for m, norm in zip((student, plain), norms, strict=True)
         )
         torch.testing.assert_close(scaled, share * unscaled, rtol=1e-4, atol=1e-6 * float(unscaled.abs().max()))
 
 
 def test_gradients_are_scaled_in_distillation_alone(student, tmp_path):
-    """A student that is fine-tuned, without its heads, learns as an encoder that was never distilled."""
+    """A student that is fine-tuned, with its heads or without, learns as an encoder that was never distilled."""
     plain = ARMHuBERT(dataclasses.replace(student.config, scale_layer_gradients=False)).eval()
     plain.load_state_dict(student.state_dict())
     student.save_pretrained(tmp_path)
@@ -126,9 +136,15 @@ def test_gradients_are_scaled_in_distillation_alone(student, tmp_path):
         return model.norm.weight.grad
 
     expected = gradient(plain)
+    assert torch.equal(gradient(student), expected)
     assert torch.equal(gradient(student, projections=False), expected)
     assert torch.equal(gradient(ARMHuBERT.from_pretrained(tmp_path, heads=False)), expected)
-    assert not torch.allclose(gradient(student), expected, rtol=0.1)
+    through_heads = [
+        torch.autograd.grad(m(x).projections[0].square().sum(), m.norm.weight)[0] for m in (student, plain)
+    ]
+    assert torch.equal(*through_heads)
+    scaled = torch.autograd.grad(in_distillation(student, x)[0].square().sum(), student.norm.weight)[0]
+    assert not torch.allclose(scaled, through_heads[0], rtol=0.1)
     features, _ = TorchaudioEncoder(student).extract_features(x)
     student.zero_grad()
     features[-1].square().sum().backward()
@@ -138,3 +154,24 @@ def test_gradients_are_scaled_in_distillation_alone(student, tmp_path):
 def test_waveforms_that_are_no_tensor_are_one_line(student):
     with pytest.raises(ArmhubertError, match=r"waveforms must be a tensor \[B, S\], got a ndarray"):
         student(np.zeros((1, 2000), dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: setattr(m, "heads", None), "heads.bias"),
+        (lambda m: setattr(m, "layers", m.layers[:1]), "layers.1."),
+        (lambda m: remove_parametrizations(m.position.conv, "weight"), "position.conv."),
+        (lambda m: prune.l1_unstructured(m.layers[0].up, "weight", 0.3), "layers.0.up.weight"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(student, tmp_path, change, named):
+    change(student)
+    with pytest.raises(ArmhubertError, match=f"{re.escape(named)}.* is not in the model as its configuration has it"):
+        student.save_pretrained(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_mask_that_is_no_tensor_is_one_line(student):
+    with pytest.raises(ArmhubertError, match=r"mask must be a bool tensor \[B, T\], got a list"):
+        student(torch.zeros(1, 2000), mask=[True])
