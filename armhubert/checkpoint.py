@@ -29,7 +29,7 @@ class TrainingState:
     step: int = 0
     cursor: Cursor = dataclasses.field(default_factory=lambda: Cursor(0, 0))
     audio_seconds: float = 0.0
-    """Audio seen, without padding."""
+    """Audio of the steps made, as planned, without padding."""
     skipped_steps: int = 0
     """Steps left out because loss or gradients were not finite."""
     skipped_in_a_row: int = 0

@@ -20,7 +20,7 @@ from armhubert.checkpoint import TrainingState
 from armhubert.config import SAMPLE_RATE, EncoderConfig, build, read_mapping
 from armhubert.data import SCAN_CACHE, Scanning, count_by_kind, padding_waste, write_skipped
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
-from armhubert.distill_data import LIST_FILE, Data, prepare, write_list
+from armhubert.distill_data import Data, prepare, write_list
 from armhubert.distill_run import Progress, Run, Validated, Window, while_read
 from armhubert.distributed import World, device_name, join_world, pick_device
 from armhubert.encoder import SpeechEncoder
@@ -49,7 +49,7 @@ __all__ = [
 
 CONFIG_FILE, CHECKPOINT_FILE, SKIPPED_FILE = "distill.json", "checkpoint.pt", "skipped.tsv"
 SAVED_WITHIN = 900.0
-"""Seconds after which a checkpoint is due, whatever the number of steps."""
+"""Seconds after which a checkpoint is due, where `save_every` does not say when."""
 
 
 # ---- reports ---------------------------------------------------------------
@@ -97,6 +97,7 @@ class Unreadable(NamedTuple):
     """An utterance that could not be read was left out of its batch."""
 
     step: int
+    """The step that it was to be part of, or after which it was to be validated on."""
     why: str
 
 
@@ -144,8 +145,8 @@ def distill(
             what `armhubert.distill_config.RESUMABLE` names.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
-        should_stop: asked while the audio is examined and after every step; on True the run ends, with a checkpoint if
-            a step was made.
+        should_stop: asked while the audio is examined and before every step; on True the run ends, once steps have
+            begun with a checkpoint.
 
     Raises:
         ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
@@ -156,8 +157,7 @@ def distill(
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with join_world(pick_device(config.device)) as world, contextlib.ExitStack() as stack:
         teacher, student, copied = load_models(config, world.device)
-        listed = saved is not None and (out / LIST_FILE).is_file() and not _moved(config)
-        data = yield from prepare(config, listed, student.config.receptive_field, world, stack, should_stop)
+        data = yield from prepare(config, saved is not None, student.config.receptive_field, world, stack, should_stop)
         if data is None:
             if saved is None:
                 yield _finished(TrainingState(), "not begun", world, out)
@@ -176,15 +176,15 @@ def distill(
                 )
         started = _started(run, copied, out)
         if world.leads:
-            for left in out.glob(f".{CHECKPOINT_FILE}.*"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            for name in (CHECKPOINT_FILE, "model.safetensors"):
+                for left in out.glob(f".{name}.*"):  # by a process that was killed while it wrote
+                    left.unlink(missing_ok=True)
             if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
                 for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
                     (out / name).unlink(missing_ok=True)
             write_atomic(out / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            if not listed:
-                write_list(data, out / LIST_FILE)
-                write_skipped(data.skipped, out / SKIPPED_FILE)
+            write_list(data, config)
+            write_skipped(data.skipped, out / SKIPPED_FILE)
         log = runlog.RunLog(out, run.state.step) if world.leads else None
         yield started
 
@@ -202,15 +202,17 @@ def _train(
     validate_every = config.validate_every or max(10, run.steps // 20)
     save_every = config.save_every or validate_every
     window = Window(run)
-    saved = time.monotonic()
+    saved_at, saved_step = time.monotonic(), -1
 
     def save() -> Saved:
-        nonlocal saved
-        saved = time.monotonic()
+        nonlocal saved_at, saved_step
+        saved_at, saved_step = time.monotonic(), state.step
         if run.world.leads:
             window.keep()
             checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
-            if state.best_loss == float("inf"):  # none validated yet, or none finite: the latest is what there is
+            if state.step and state.best_loss == float(
+                "inf"
+            ):  # none validated yet, or none finite: the latest is what there is
                 run.export(out)
         if log is not None:
             log.draw()
@@ -221,10 +223,14 @@ def _train(
         state.validation_due = True
         try:
             validated = run.validate(should_stop)
-        except ArmhubertError:
+        except ArmhubertError:  # in all processes
             yield save()
             run.world.wait()
             raise
+        except torch.OutOfMemoryError as error:  # perhaps in this one alone
+            if run.world.leads:
+                yield save()
+            raise _out_of_memory(run, "a batch of held-out speech") from error
         if validated is None:
             return "stopped"
         state.validation_due = False
@@ -251,21 +257,19 @@ def _train(
         window.waited += time.perf_counter() - began
         if run.world.any(group is None) or group is None:  # of any process: no step is left, a signal, a failure
             reason = "done" if state.step >= run.steps else "stopped"
-            if reason == "stopped":
+            if reason == "stopped" and saved_step != state.step:
                 yield save()
-            if failure is not None:
+            if failure := run.world.failure(failure):
                 run.world.wait()  # the end of one process is that of all: the lead saves first
                 raise failure
             break
-        yield from (Unreadable(state.step, why) for _, audio in group.mine for why in audio.left_out)
+        yield from (Unreadable(state.step + 1, why) for _, audio in group.mine for why in audio.left_out)
         try:
             outcome = run.step(group)
-        except torch.OutOfMemoryError as error:
-            yield save()
-            raise ArmhubertError(
-                f"the memory of {device_name(run.world.device)} did not hold a batch of step {state.step}: resume with "
-                f"gradient_checkpointing=True, or start a new run with batch_seconds below {config.batch_seconds:g}"
-            ) from error
+        except torch.OutOfMemoryError as error:  # perhaps in this process alone
+            if run.world.leads:
+                yield save()
+            raise _out_of_memory(run, f"a batch of step {state.step + 1}") from error
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
@@ -288,7 +292,7 @@ def _train(
         reason = "done" if last else None
         if run.data.valid and (last or state.step % validate_every == 0):
             reason = (yield from validation()) or reason
-        late = config.save_every is None and time.monotonic() - saved > SAVED_WITHIN
+        late = config.save_every is None and time.monotonic() - saved_at > SAVED_WITHIN
         if reason or state.step % save_every == 0 or late:
             yield save()
     assert reason is not None
@@ -299,6 +303,15 @@ def _train(
             f"new run with a learning rate below {config.learning_rate}, or with clip set"
         )
     yield _finished(state, reason, run.world, out)
+
+
+def _out_of_memory(run: Run, what: str) -> ArmhubertError:
+    config = run.config
+    resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
+    return ArmhubertError(
+        f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
+        f"batch_seconds below {config.batch_seconds:g}"
+    )
 
 
 def _finished(state: TrainingState, reason: Reason, world: World, out: Path) -> Finished:
@@ -355,12 +368,6 @@ def _read_run(out: Path) -> DistillConfig:
     if not (out / CONFIG_FILE).is_file():
         raise ArmhubertError(f"{out} is no run: it has no {CONFIG_FILE}")
     return build(DistillConfig, read_mapping(out / CONFIG_FILE), str(out / CONFIG_FILE))
-
-
-def _moved(config: DistillConfig) -> bool:
-    """Whether the data of a resumed run are named anew."""
-    saved = _read_run(Path(config.out))
-    return (config.data, config.valid) != (saved.data, saved.valid)
 
 
 def _check_changes(saved: DistillConfig, changes: Mapping[str, Any]) -> None:

@@ -41,20 +41,20 @@ class Data(NamedTuple):
 
 def prepare(
     config: DistillConfig,
-    listed: bool,
+    resumed: bool,
     min_samples: int,
     world: World,
-    folder: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
     should_stop: Callable[[], bool],
 ) -> Generator[Scanning, None, Data | None]:
     """The run's data, in every process; None where it was stopped.
 
     Args:
         config: the settings.
-        listed: whether the list in the run's folder is to be used.
+        resumed: whether to use the list in the run's folder, if it is of these sources.
         min_samples: what an utterance must have at least, at 16 kHz.
         world: the processes.
-        folder: what holds the run's folder for the lead, from before anything is written there.
+        stack: gets the lead's hold of the run's folder.
         should_stop: asked while audio is examined.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(
     data: Data | ArmhubertError | None = None
     if world.leads:
         try:
-            data = yield from _find(config, listed, min_samples, folder, should_stop)
+            data = yield from _find(config, resumed, min_samples, stack, should_stop)
         except ArmhubertError as error:
             data = error
     data = world.from_lead(data)
@@ -74,17 +74,18 @@ def prepare(
 
 def _find(
     config: DistillConfig,
-    listed: bool,
+    resumed: bool,
     min_samples: int,
-    folder: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
     should_stop: Callable[[], bool],
 ) -> Generator[Scanning, None, Data | None]:
     out = Path(config.out)
-    sources = [] if listed else [discover(paths) for paths in (config.sources, config.valid) if paths]
+    listed = _read_list(out / LIST_FILE, config) if resumed else None
+    sources = [discover(paths) for paths in (config.sources, config.valid) if paths] if listed is None else []
     make_folder(out)
-    folder.enter_context(held(out, strict=False))
-    if listed:
-        return read_list(out / LIST_FILE)
+    stack.enter_context(held(out, strict=False))
+    if listed is not None:
+        return listed
     scans: list[Scan] = []
     for paths, what in zip(sources, ("data", "valid"), strict=False):
         examined = yield from _examine(paths, min_samples, out / SCAN_CACHE, should_stop)
@@ -119,27 +120,26 @@ def _examine(
     return None
 
 
-def write_list(data: Data, path: Path) -> None:
-    """Write the list, atomically."""
-    content = {"format": _FORMAT, "train": data.train, "valid": data.valid, "skipped": data.skipped}
-    write_atomic(path, json.dumps(content) + "\n")
+def _absolute(config: DistillConfig) -> list[list[str]]:
+    """Where the data lie."""
+    return [[str(Path(path).absolute()) for path in paths] for paths in (config.sources, config.valid)]
 
 
-def read_list(path: Path) -> Data:
-    """Read the list of a run.
+def write_list(data: Data, config: DistillConfig) -> None:
+    """Write the list into the run's folder, atomically."""
+    content = {"format": _FORMAT, "sources": _absolute(config), **data._asdict()}
+    write_atomic(Path(config.out) / LIST_FILE, json.dumps(content) + "\n")
 
-    Raises:
-        ArmhubertError: it is damaged.
-    """
+
+def _read_list(path: Path, config: DistillConfig) -> Data | None:
+    """The list of a run; None where it is damaged, missing or of other sources: then the data are examined anew."""
     try:
         content = json.loads(path.read_text("utf-8"))
         train, valid = ([Utterance(*row) for row in content[part]] for part in ("train", "valid"))
-        data = Data(train, valid, [Skipped(*row) for row in content["skipped"]])
-        sound = content["format"] == _FORMAT and all(
-            type(u.path) is str and type(u.samples) is int and u.samples > 0 for u in (*train, *valid)
-        )
+        skipped = [Skipped(*row) for row in content["skipped"]]
+        sound = (content["format"], content["sources"]) == (_FORMAT, _absolute(config))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        sound = False
-    if not sound or not data.train:
-        raise ArmhubertError(f"{path} is damaged: resume with the data named anew, or start a new run")
-    return data
+        return None
+    files = all(type(u.path) is str and type(u.samples) is int and u.samples > 0 for u in (*train, *valid))
+    texts = all(type(text) is str for file in skipped for text in file)
+    return Data(train, valid, skipped) if sound and train and files and texts else None

@@ -38,7 +38,7 @@ from armhubert.student import ARMHuBERT, model_card
 from armhubert.teacher import TeacherTargets, layer_mapping, teacher_targets
 
 MAX_SKIPPED_IN_A_ROW = 10
-BATCHES_PER_LOADER = 16_000  # of all processes: then their readers are started anew, for a plan that stays small
+STEPS_PER_LOADER, BATCHES_PER_LOADER = 500, 4_000  # the larger: then readers are started anew, lest the plan grow
 R = TypeVar("R")
 
 
@@ -164,7 +164,7 @@ class Run:
         stream = self._stream(self.state.cursor)
         step = self.state.step
         while step < self.steps:
-            count = min(max(1, BATCHES_PER_LOADER // self.batches_per_step), self.steps - step)
+            count = min(max(STEPS_PER_LOADER, BATCHES_PER_LOADER // self.batches_per_step), self.steps - step)
             planned = []
             for _ in range(count):
                 pieces = list(islice(stream, self.batches_per_step))
@@ -192,7 +192,7 @@ class Run:
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         # Frames of all batches of all processes: known from the plan, so every process divides by the same number. An
-        # utterance that could not be read adds nothing to the sum.
+        # utterance that could not be read adds nothing to gradients; losses are told of the frames that were read.
         frames = sum(student.config.frames(crop.samples) for micro in group.all for crop in micro.crops)
         sums = torch.zeros(len(config.terms), student.config.layers, device=self.world.device)
         masked = 0
@@ -208,8 +208,10 @@ class Run:
                     terms = self.forward(waveforms, lengths, mask, targets)
                 self.backward(terms, frames)
             sums += terms.detach()
-        sums = self.world.sum(sums)
-        loss = self._weigh(sums) / frames
+        own = sum(student.config.frames(crop.samples) for micro, _ in group.mine for crop in micro.crops)
+        totals = self.world.sum(torch.cat([sums.flatten(), sums.new_tensor([own])]))
+        sums, read = totals[:-1].view_as(sums), totals[-1]
+        loss = self._weigh(sums) / read
         norm, finite = self.update(loss)
         state.step += 1
         state.cursor = group.after
@@ -221,8 +223,7 @@ class Run:
         state.skipped_in_a_row = 0
         seconds = sum(crop.samples for micro in group.all for crop in micro.crops) / SAMPLE_RATE
         state.audio_seconds += seconds
-        own = sum(student.config.frames(crop.samples) for micro, _ in group.mine for crop in micro.crops)
-        layers = (sums * self.term_weights[:, None]).sum(0) / frames
+        layers = (sums * self.term_weights[:, None]).sum(0) / read
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor) -> TeacherTargets:
@@ -301,10 +302,11 @@ class Run:
         own = plan[self.world.rank :: self.world.size]
         sums = torch.zeros(student.config.layers, device=self.world.device)
         device = self.world.device
-        audio = batches(self.data.valid, own, workers=self.workers, pin_memory=device.type == "cuda", tolerant=True)
+        workers = min(self.workers, len(own))
+        audio = batches(self.data.valid, own, workers=workers, pin_memory=device.type == "cuda", tolerant=True)
         read, frames_read = 0, 0
         left_out: list[str] = []
-        failure = None
+        failure: ArmhubertError | None = None
         try:
             with contextlib.closing(audio):  # type: ignore[type-var]
                 for batch in while_read(audio, should_stop):
@@ -326,7 +328,7 @@ class Run:
         except ArmhubertError as error:  # told when all processes know
             failure = error
         if self.world.any(read < len(own)):
-            if failure is not None:
+            if failure := self.world.failure(failure):
                 raise failure
             return None
         total = float(self.world.sum(torch.tensor(frames_read, dtype=torch.float64, device=device)))

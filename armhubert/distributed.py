@@ -44,6 +44,12 @@ class World(NamedTuple):
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def failure(self, error: ArmhubertError | None) -> ArmhubertError | None:
+        """What made any process fail: this one's error, or that there is one in another; None: nothing did."""
+        if self.any(error is not None) and error is None:
+            return ArmhubertError("another process of the run could not go on: its own message tells why")
+        return error
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -130,7 +136,12 @@ def join_world(device: torch.device) -> Iterator[World]:
     # noticed at once by its closed connections, so days of patience cost nothing.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     assert isinstance(patient, dist.ProcessGroup)  # every process is in it
+    alone = False
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device, patient)
+    except Exception:
+        alone = device.type == "cuda"
+        raise
     finally:
-        dist.destroy_process_group(patient if joined else None)
+        if not alone:  # NCCL's end waits for the others, who may wait for this process: its own end tells them
+            dist.destroy_process_group(patient if joined else None)

@@ -76,7 +76,7 @@ def _fusible(layer: nn.Module) -> bool:
 
     An adapter (LoRA) or quantised layer in its place is to be called, and so is one whose output hooks wait for.
     """
-    return type(layer) is Linear and not hooked((layer,))
+    return type(layer) is Linear and computes_as(layer, Linear) and not hooked((layer,))
 
 
 # ---- attention -------------------------------------------------------------
@@ -259,9 +259,9 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        training = needs_gradient(x, *self.conv.parameters())
-        plain = computes_as(self.conv, nn.Conv1d) and not hooked((self.conv,))
-        if plain and positional_convolution.serves(x, self.conv.kernel_size[0], training):
+        if not computes_as(self.conv, nn.Conv1d) or hooked((self.conv,)):
+            return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
             assert self.conv.bias is not None
             return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
         return F.gelu(self._convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
@@ -381,7 +381,7 @@ class SpeechEncoder(nn.Module):
         """Everything before the mask: [B, S], valid samples [B] -> frames [B, T, D], valid frames [B] (None: all)."""
         if self.config.normalize_input:
             waveforms = normalize_waveform(waveforms, lengths)
-        elif lengths is not None and torch.is_grad_enabled() and not tracing():
+        elif self.config.padding == "independent" and lengths is not None and _gradients_may_follow():
             # What padding holds reaches no feature, but a NaN there would reach gradients, as 0 times NaN.
             waveforms = torch.where(frame_mask(lengths, waveforms.shape[1]), waveforms, 0)
         x = self.project(self.front_end(waveforms.to(self.norm.weight.dtype), lengths))
@@ -543,6 +543,10 @@ class SpeechEncoder(nn.Module):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, self.config.frames(samples))):
             expected = [batch, self.config.frames(samples)]
             raise ArmhubertError(f"mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
+
+
+def _gradients_may_follow() -> bool:
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()  # whose check compares runs with and without
 
 
 def _count(names: list[str]) -> str:

@@ -27,8 +27,8 @@ def panels(count: int = 1, *, rows: int = 1, width: float = WIDTH, height: float
 
 
 def logarithmic(panel: Any, which: str = "y") -> None:
-    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade; nothing above 0 stays
-    linear.
+    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade. An axis without values
+    above 0 stays linear.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

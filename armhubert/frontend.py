@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig
+from armhubert.errors import ArmhubertError
 from armhubert.hooks import computes_as, hooked
 from armhubert.kernels import Convolution, Impl, Moments, Norm, conv_frontend, window_moments
 from armhubert.kernels.runtime import frame_mask
@@ -38,13 +39,17 @@ class ChannelNormConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(1, channels, kernel, stride, bias=bias)
         self.norm = nn.GroupNorm(channels, channels)
+        self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B, 1, S], valid samples [B] (None: all) -> [B, C, T]."""
+        """[B, 1, S], valid samples [B] (None: all) -> [B, C, T].
+
+        The norm itself knows of no lengths: with them its weights are taken, unless it is another's.
+        """
         x = self.conv(x)
-        if lengths is None:
+        if lengths is None or not _is_channel_norm(self.norm):
             return F.gelu(self.norm(x))
-        frames = (lengths - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
+        frames = (lengths - self.kernel) // self.stride + 1
         valid, count = frame_mask(frames, x.shape[2])[:, None], frames[:, None, None]
         x = torch.where(valid, x, 0)
         y = x.float()
@@ -71,7 +76,7 @@ class FrontEnd(nn.Module):
     """The convolution stack, GELU after each layer. Waveforms [B, S] -> frames [B, T, C].
 
     The whole stack is one op, `armhubert.kernels.conv_frontend`, that takes the layers' weights. The layers are called
-    where hooks wait for one of them, and where one is not of the classes here.
+    where hooks wait for one of them, and where one is another's, but in the chunks of a long recording (`moments`).
     """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
@@ -95,8 +100,7 @@ class FrontEnd(nn.Module):
         """
         if isinstance(self.first, ConvLayer):
             return None
-        (kernel,), (stride,) = self.first.conv.kernel_size, self.first.conv.stride
-        return window_moments(waveforms, kernel, stride, lengths, impl=self.impl)
+        return window_moments(waveforms, self.first.kernel, self.first.stride, lengths, impl=self.impl)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None, moments: Moments | None = None) -> Tensor:
         """[B, S] samples, valid samples [B] (None: all) -> [B, T, C].
@@ -106,7 +110,13 @@ class FrontEnd(nn.Module):
         """
         lengths = lengths if self.independent else None
         layers = (self.first, *self.rest)
-        if moments is None and (hooked(self._parts()) or not all(map(_is_plain, layers))):
+        plain = all(map(_is_plain, layers))
+        if moments is not None and not plain:
+            raise ArmhubertError(
+                "a recording in chunks is computed from the weights of the waveform convolutions, in whose place other "
+                "modules are: give it whole"
+            )
+        if not plain or (moments is None and hooked(self._parts())):
             x = waveforms[:, None]
             for layer in layers:
                 x = layer(x, lengths)
@@ -131,11 +141,21 @@ class FrontEnd(nn.Module):
 def _is_plain(layer: nn.Module) -> bool:
     """Whether the weights of `layer` tell what it computes."""
     if isinstance(layer, ChannelNormConv):
-        return all(map(computes_as, (layer, layer.conv, layer.norm), (ChannelNormConv, nn.Conv1d, nn.GroupNorm)))
+        return computes_as(layer, ChannelNormConv) and _is_plain_conv(layer.conv) and _is_channel_norm(layer.norm)
     if isinstance(layer, ConvLayer):
         norm = layer.norm is None or computes_as(layer.norm, nn.LayerNorm)
-        return norm and computes_as(layer, ConvLayer) and computes_as(layer.conv, nn.Conv1d)
+        return computes_as(layer, ConvLayer) and _is_plain_conv(layer.conv) and norm
     return False
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    if not isinstance(conv, nn.Conv1d) or not computes_as(conv, nn.Conv1d):
+        return False
+    return (conv.padding, conv.dilation, conv.groups) == ((0,), (1,), 1)
+
+
+def _is_channel_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.GroupNorm) and computes_as(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
 
 
 def _convolution(layer: nn.Module) -> Convolution:

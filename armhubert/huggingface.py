@@ -88,7 +88,7 @@ class ARMHuBERTConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         kind = kwargs.get("model_type", self.model_type)
-        if kind != self.model_type:
+        if kind not in {getattr(base, "model_type", None) for base in type(self).__mro__}:
             raise ArmhubertError(
                 f"a {kind} is no {self.model_type}: load it with transformers' own class, or make it one by armhubert "
                 "convert"

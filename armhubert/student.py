@@ -139,14 +139,7 @@ class ARMHuBERT(SpeechEncoder):
         """
         from armhubert import __version__
 
-        with torch.device("meta"):
-            expected = {name: value.shape for name, value in type(self)(self.config).state_dict().items()}
-        present = {name: value.shape for name, value in self.state_dict().items()}
-        if odd := sorted(expected.items() ^ present.items()):
-            raise ArmhubertError(
-                f"{odd[0][0]} is not in the model as its configuration has it, so nothing could load what is saved: "
-                "build a model of the configuration that is meant and load the tensors into it, or save its state_dict"
-            )
+        self._check_saveable()
         folder = Path(path)
         config = {"model_type": "armhubert", "armhubert_version": __version__, **self.config.as_dict()}
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -154,6 +147,22 @@ class ARMHuBERT(SpeechEncoder):
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
         write_atomic(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
         write_atomic(folder / "README.md", card or model_card(self))
+
+    def _check_saveable(self) -> None:
+        with torch.device("meta"):
+            try:
+                model: nn.Module = type(self)(self.config)
+            except TypeError:  # a class whose constructor takes more
+                model = ARMHuBERT(self.config)
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        state = self.state_dict()
+        if odd := sorted(expected.items() ^ {name: value.shape for name, value in state.items()}.items()):
+            raise ArmhubertError(
+                f"{odd[0][0]} is not in the model as its configuration has it, so nothing could load what is saved: "
+                "build a model of the configuration that is meant and load the tensors into it, or save its state_dict"
+            )
+        if empty := next((name for name, value in state.items() if value.is_meta), None):
+            raise ArmhubertError(f"{empty} is on the meta device and has no values to save: load them first")
 
     def push_to_hub(
         self,
@@ -188,6 +197,7 @@ class ARMHuBERT(SpeechEncoder):
 
         if constants.HF_HUB_OFFLINE:
             raise ArmhubertError(f"cannot upload to {repo_id!r}: HF_HUB_OFFLINE is set; unset it to reach the hub")
+        self._check_saveable()
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -13,7 +13,8 @@ from armhubert.clock import Timing, conditions, summarize, wait
 from armhubert.data import Scanning, discover, scan
 from armhubert.distill import load_models
 from armhubert.distill_config import DistillConfig
-from armhubert.distill_run import Data, Run
+from armhubert.distill_data import Data
+from armhubert.distill_run import Run
 from armhubert.distributed import World, pick_device
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic

@@ -117,10 +117,10 @@ def profile(
         ragged=ragged,
     )
     results = read_results(quality or ())
-    for file in (out and out / "profile.json", trace):
-        if file is not None:
-            check_unused(file, force)
-            make_folder(file.parent)
+    files = [out / f"profile.{kind}" for kind in ("json", "csv", "png")] if out else []
+    for file in (*files, *([trace] if trace else [])):
+        check_unused(file, force)
+        make_folder(file.parent)
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):

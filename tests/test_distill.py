@@ -871,7 +871,7 @@ def test_a_recording_that_goes_away_is_left_out(settings, speech, tmp_path, monk
             (moving / "3.wav").unlink()
     assert reports[-1].reason == "done"
     gone = of(reports, distill.Unreadable)
-    assert [report.step for report in gone] == [2, 3, 4, 5]
+    assert [report.step for report in gone] == [3, 4, 5, 6]
     assert all("3.wav' does not exist" in report.why for report in gone)
     assert all(math.isfinite(loss) for loss in losses(reports))
     monkeypatch.setattr(data, "measure", lambda path: pytest.fail("examined anew"))
@@ -940,7 +940,7 @@ def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(distill_run.Run, "step", full)
         with pytest.raises(
-            ArmhubertError, match="did not hold a batch of step 2: resume with gradient_checkpointing=True"
+            ArmhubertError, match="did not hold a batch of step 3: resume with gradient_checkpointing=True"
         ):
             run(config)
     resumed = run(dataclasses.replace(config, gradient_checkpointing=True), resume=True)
@@ -974,15 +974,49 @@ def test_what_is_held_out_by_default_is_a_share_and_no_more_than_enough(settings
     assert 1.0 <= few.valid_seconds < 2.4
 
 
+def test_a_run_whose_folder_and_speech_have_moved_together_goes_on(settings, speech, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(speech, "speech")
+    config = settings(data=("speech",), out="run")
+    run(config)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    resumed = run(dataclasses.replace(distill.load_run_config("run"), steps=3), resume=True)
+    assert (resumed[-1].reason, of(resumed, distill.Unreadable)) == ("done", [])
+
+
+def test_losses_are_of_what_was_read(settings, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_AFTER", ())
+    moving = Path(shutil.copytree(speech, tmp_path / "moving"))
+    frozen = {"learning_rate": 1e-30, "weight_decay": 0.0, "loss": "plain", "batch_seconds": 60.0, "dropout": 0.0}
+    config = settings(data=(str(moving),), steps=2, **frozen)
+    seen = []
+    for report in distill.distill(config):
+        seen.append(report)
+        if isinstance(report, distill.Progress):
+            for number in range(4):
+                (moving / f"{number}.wav").unlink(missing_ok=True)
+    whole, rest = losses(seen)
+    (alone,) = losses(run(settings(data=(str(moving),), out=str(tmp_path / "alone"), steps=1, **frozen)))
+    assert rest == pytest.approx(alone, rel=1e-2)  # another step's dropout of the input
+    assert rest == pytest.approx(whole, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"format": "armhubert data 1", "train": [["a", -1]], "valid": [], "skipped": []}']
 )
-def test_a_damaged_list_of_a_run_is_refused(settings, text):
+def test_a_run_whose_list_is_damaged_examines_its_data_anew(settings, text):
     config = settings()
     run(config)
-    (Path(config.out) / "data.json").write_text(text)
-    with pytest.raises(ArmhubertError, match=r"data\.json is damaged: resume with the data named anew"):
-        run(dataclasses.replace(config, steps=3), resume=True)
+    listed = Path(config.out) / "data.json"
+    before = listed.read_text()
+    listed.write_text(text)
+    resumed = run(dataclasses.replace(config, steps=3), resume=True)
+    assert of(resumed, distill.Scanning)
+    assert resumed[-1].reason == "done"
+    assert listed.read_text() == before
 
 
 def test_two_runs_do_not_share_a_folder(settings):

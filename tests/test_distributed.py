@@ -92,6 +92,7 @@ def test_what_one_process_cannot_read_costs_none_what_was_learned(tmp_path):
     done = launch(LOSES, tmp_path, settings)
     assert done.returncode != 0
     assert "wav' does not exist: check the path" in done.stderr
+    assert "ArmhubertError: another process of the run could not go on: its own message tells why" in done.stderr
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt").state.step >= 2
 
 

@@ -181,6 +181,57 @@ def test_what_padding_holds_reaches_no_gradient(name):
         assert torch.equal(clean, other)
 
 
+def test_a_replaced_convolution_is_called_for_batches_of_unequal_lengths_too():
+    class Same(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    encoder = model()
+    waves, lengths = torch.randn(3, 2000), torch.tensor([2000, 1500, 40])
+    for training in (False, True):
+        for place in ("front_end.first", "front_end.rest.1", "position"):
+            with torch.set_grad_enabled(training):
+                expected = encoder(waves, lengths)
+                parent = encoder.get_submodule(place)
+                original = parent.conv
+                parent.conv = Same(original)
+                got = encoder(waves, lengths)
+                parent.conv = original
+            for row, n in enumerate(expected.lengths.tolist()):
+                torch.testing.assert_close(
+                    got.last_hidden_state[row, :n], expected.last_hidden_state[row, :n], atol=1e-4, rtol=1e-4
+                )
+
+
+def test_convolutions_and_norms_of_another_kind_are_not_taken_for_ours():
+    encoder, waves = model(), torch.randn(2, 2000)
+    expected = encoder(waves).last_hidden_state
+    encoder.front_end.first.norm = nn.GroupNorm(2, 16)
+    assert not torch.allclose(encoder(waves).last_hidden_state, expected, atol=1e-3)
+    with pytest.raises(ArmhubertError, match="a recording in chunks is computed from the weights"):
+        encoder.front_end(waves, None, encoder.front_end.moments(waves, None))
+    encoder = model()
+    encoder.front_end.rest[0].conv.padding = (1,)
+    assert encoder.front_end(waves, None).shape[1] != BASE.frames(2000)
+
+
+@pytest.mark.parametrize("padding", ["independent", "as_trained"])
+def test_features_are_the_same_with_gradients_and_without_whatever_padding_holds(padding):
+    encoder = model(padding=padding)
+    waves, lengths = torch.randn(2, 2000), torch.tensor([2000, 900])
+    with torch.no_grad():
+        without = encoder(waves, lengths)
+    output = encoder(waves, lengths)
+    for row, n in enumerate(output.lengths.tolist()):
+        torch.testing.assert_close(
+            output.last_hidden_state[row, :n], without.last_hidden_state[row, :n], atol=1e-4, rtol=1e-4
+        )
+
+
 def test_a_model_cut_short_gives_the_layers_that_it_has():
     encoder = model("pre-norm, layer norm")
     encoder.layers = encoder.layers[:2]

@@ -90,6 +90,19 @@ def test_a_users_head_starts_as_transformers_starts_it(folder):
     same_state(head.armhubert, ARMHuBERT.from_pretrained(folder))
 
 
+def test_a_users_own_configuration_takes_a_students(folder):
+    class Mine(ARMHuBERTConfig):
+        model_type = "my-asr"
+
+        def __init__(self, **settings):
+            super().__init__(**settings)
+
+    class Model(Classifier):
+        config_class = Mine
+
+    same_state(Model.from_pretrained(folder).armhubert, ARMHuBERT.from_pretrained(folder))
+
+
 def test_a_hubert_is_told_from_a_student():
     with pytest.raises(ArmhubertError, match="a hubert is no armhubert: load it with transformers' own class"):
         ARMHuBERTModel.from_pretrained(TEACHER)

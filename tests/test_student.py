@@ -172,6 +172,21 @@ def test_what_could_not_be_loaded_again_is_not_saved(student, tmp_path, change, 
     assert not (tmp_path / "s").exists()
 
 
+def test_a_subclass_with_another_constructor_is_saved(student, tmp_path):
+    class Named(ARMHuBERT):
+        def __init__(self, config, name):
+            super().__init__(config)
+            self.name = name
+
+    Named(student.config, "mine").save_pretrained(tmp_path)
+    assert ARMHuBERT.from_pretrained(tmp_path).config == student.config
+
+
+def test_a_model_without_values_is_not_saved(student, tmp_path):
+    with pytest.raises(ArmhubertError, match="is on the meta device and has no values to save"):
+        student.to("meta").save_pretrained(tmp_path / "s")
+
+
 def test_a_mask_that_is_no_tensor_is_one_line(student):
     with pytest.raises(ArmhubertError, match=r"mask must be a bool tensor \[B, T\], got a list"):
         student(torch.zeros(1, 2000), mask=[True])
