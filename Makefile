@@ -47,11 +47,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV): PyTorch alone takes a minute or two"
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -e ".[dev]"
+	@echo "Installing into $(VENV), with what the tests need: a few minutes"
+	$(BIN)/python -m pip install -q -e ".[dev]"
 	touch $@ $(VENV)/.installed

@@ -591,6 +591,8 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
         self.paths = paths
         self.plan = plan
         self.tolerant = tolerant
+        self.gone: set[int] = set()
+        """Utterances that were tried again in vain: once is enough."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -604,9 +606,10 @@ class _Planned(Dataset[AudioBatch | ArmhubertError]):
             return ArmhubertError(f"a batch of {shape} samples does not fit the memory: lower batch_seconds=...")
         unread = self._read(waveforms, dict(enumerate(crops)))
         for pause in RETRY_AFTER:
-            if unread:
+            if again := {row: crops[row] for row in unread if crops[row].utterance not in self.gone}:
                 time.sleep(pause)
-                unread = self._read(waveforms, {row: crops[row] for row in unread})
+                unread = {row: unread[row] for row in unread if row not in again} | self._read(waveforms, again)
+        self.gone.update(crops[row].utterance for row in unread)
         if unread and not (self.tolerant and len(unread) < len(crops)):
             return next(iter(unread.values()))
         if unread:

@@ -360,7 +360,7 @@ def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -
     resumed = dataclasses.replace(config, **{**changes, "out": str(out)})
     for source in (*resumed.data, *resumed.valid):
         if not Path(source).exists():
-            raise ArmhubertError(f"{source} is no longer there: resume {out} with its data named anew")
+            raise ArmhubertError(f"{source!r} is no longer there: resume {str(out)!r} with its data named anew")
     return resumed
 
 
@@ -465,9 +465,8 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path, data:
                 detail = f" ({len(data.train)} utterances now{first})"
             if name == "batches in a step":
                 detail = f": {saved.get(name)} then, {value} now (accumulate times processes)"
-            raise ArmhubertError(
-                f"{out} was made with another {name}{detail}: resume with the same, or start a new run"
-            )
+            what = f"other {name}" if name in ("data", "batches in a step") else f"another {name}"
+            raise ArmhubertError(f"{out} was made with {what}{detail}: resume with the same, or start a new run")
 
 
 def _started(run: Run, copied: int, out: Path) -> Started:

@@ -194,7 +194,13 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        if missing := sorted(name for name in info["missing_keys"] if name.startswith("armhubert.")):
+        encoders = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ARMHuBERT))
+        if others := [name for name in encoders if name != "armhubert."]:
+            raise ArmhubertError(
+                f"{cls.__name__} has an encoder at {others[0][:-1]} beside the one that its base class makes: use "
+                "self.armhubert, and assign no other"
+            )
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith(encoders)):
             raise ArmhubertError(
                 f"{model.name_or_path} lacks {len(missing)} tensors of its encoder, such as {missing[0]}: its weights "
                 "do not fit its configuration"

@@ -159,7 +159,8 @@ class ARMHuBERT(SpeechEncoder):
         if odd := sorted(expected.items() ^ {name: value.shape for name, value in state.items()}.items()):
             raise ArmhubertError(
                 f"{odd[0][0]} is not in the model as its configuration has it, so nothing could load what is saved: "
-                "build a model of the configuration that is meant and load the tensors into it, or save its state_dict"
+                "make pruning permanent, load the tensors into a model of the configuration that is meant, or save its "
+                "state_dict"
             )
         if empty := next((name for name, value in state.items() if value.is_meta), None):
             raise ArmhubertError(f"{empty} is on the meta device and has no values to save: load them first")

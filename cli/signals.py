@@ -49,6 +49,7 @@ def stop_on_signal() -> Iterator[Stop]:
             stop.number, asked_at = number, time.monotonic()
             ui.note("Stopping as soon as what is done is saved; Ctrl-C once more to end at once.")
         elif number == signal.SIGINT and time.monotonic() - asked_at > SAME_REQUEST:
+            ui.note("Ending at once: what was saved last is kept.")
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
             signal.raise_signal(signal.SIGINT)
 

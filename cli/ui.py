@@ -1,5 +1,6 @@
 """How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
 
+import json
 import math
 import shlex
 import sys
@@ -171,7 +172,7 @@ def format_line(report: "Report") -> str:
     if isinstance(report, distill.Saved):
         return f"saved step={report.step} path={shlex.quote(str(report.path))}"
     if isinstance(report, distill.Unreadable):
-        return f"left-out step={report.step} why={shlex.quote(report.why)}"
+        return f"left-out step={report.step} why={json.dumps(report.why, ensure_ascii=False)}"
     if isinstance(report, distill.StepSkipped):
         return f"skipped step={report.step} in_a_row={report.in_a_row}"
     out = shlex.quote(str(report.out))

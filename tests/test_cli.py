@@ -763,7 +763,7 @@ def test_resume_notices_changed_data(refused, old_run, tmp_path, speech):
     shutil.copytree(speech, data)
     soundfile.write(data / "more.wav", 0.1 * torch.randn(9000).numpy(), 16_000)
     before = digests(old_run)
-    refused("distill", data, "--resume", old_run, says="made with another data")
+    refused("distill", data, "--resume", old_run, says="made with other data")
     assert {**digests(old_run), ".armhubert-scan.json": before[".armhubert-scan.json"]} == before
 
 

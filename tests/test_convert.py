@@ -290,6 +290,8 @@ def test_damaged_folders_are_one_line_each(hubert, tmp_path):
         ArmhubertError, match=r"is a file of a model's folder, which has the config\.json: give .*hubert"
     ):
         load_teacher(hubert / "model.safetensors")
+    with pytest.raises(ArmhubertError, match="is a file of a model's folder"):
+        load_teacher(hubert / "config.json")
     torn = copy(hubert, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((hubert / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ArmhubertError, match="damaged") as caught:

@@ -513,6 +513,16 @@ def test_a_tolerant_reader_leaves_out_what_cannot_be_read(speech, workers, monke
         list(batches(speech, [plan[0][:1]], workers=workers, tolerant=True))
 
 
+def test_a_file_that_is_gone_is_waited_for_once(speech, monkeypatch):
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    plan = [crops for crops in planned(speech) if len(crops) > 1]
+    Path(speech[plan[0][0].utterance].path).unlink()
+    got = list(batches(speech, [plan[0]] * 3, workers=0, tolerant=True))
+    assert [len(batch.left_out) for batch in got] == [1, 1, 1]
+    assert waits == list(data.RETRY_AFTER)
+
+
 def test_a_file_that_can_be_read_a_moment_later_is_read(speech, monkeypatch):
     failures = iter([ArmhubertError("a moment"), ArmhubertError("another")])
 

@@ -476,7 +476,7 @@ def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_af
 
     config = settings(steps=4, hold_out=0.3)
     run(config, should_stop=stop_after(2))
-    with pytest.raises(ArmhubertError, match=r"elsewhere is no longer there: resume .* with its data named anew"):
+    with pytest.raises(ArmhubertError, match=r"'elsewhere' is no longer there: resume .* with its data named anew"):
         distill.load_run_config(Path(config.out), {"data": ("elsewhere",)})
     changes = {"data": (moved(speech, "speech"),), "teacher": moved(teacher, "teacher")}
     assert run(distill.load_run_config(Path(config.out), changes), resume=True)[-1].reason == "done"
@@ -492,7 +492,7 @@ def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_af
             {"learning_rate": 0.1},
             "a resumed run keeps its learning_rate 0.001, got 0.1: leave it out, or start a new run",
         ),
-        ({"accumulate": 2}, r"another batches in a step: 1 then, 2 now \(accumulate times processes\)"),
+        ({"accumulate": 2}, r"other batches in a step: 1 then, 2 now \(accumulate times processes\)"),
     ],
 )
 def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, stop_after, changes, says):

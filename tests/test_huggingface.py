@@ -90,6 +90,18 @@ def test_a_users_head_starts_as_transformers_starts_it(folder):
     same_state(head.armhubert, ARMHuBERT.from_pretrained(folder))
 
 
+@pytest.mark.parametrize("place", ["armhubert", "encoder"])
+def test_a_second_encoder_is_refused(folder, place):
+    class Two(ARMHuBERTPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            setattr(self, place, AutoModel.from_config(config))
+            self.post_init()
+
+    with pytest.raises(ArmhubertError, match=rf"Two has an encoder at {place}\.armhubert beside the one"):
+        Two.from_pretrained(folder)
+
+
 def test_a_users_own_configuration_takes_a_students(folder):
     class Mine(ARMHuBERTConfig):
         model_type = "my-asr"

@@ -17,6 +17,8 @@ from armhubert.weights import Weights
 __all__ = ["is_source", "load_weights"]
 
 BUNDLED = "mini"
+_BESIDE_WEIGHTS = (".json", ".jsonl", ".md", ".png", ".tsv", ".txt")
+"""Endings of what lies in a model's folder and is no checkpoint."""
 
 
 class FileFormat(NamedTuple):
@@ -94,6 +96,8 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _from_file(path: Path) -> Weights:
+    if path.suffix in _BESIDE_WEIGHTS and (path.parent / "config.json").is_file():
+        raise ArmhubertError(f"{path} is a file of a model's folder, which has the config.json: give {path.parent}")
     content = read_file(path) if is_safetensors(path) else read_pickle(path, stand_ins=True)
     if isinstance(content, Mapping):
         for kind in FILE_FORMATS:

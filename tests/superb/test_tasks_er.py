@@ -25,6 +25,7 @@ def test_ravdess(waves):
         tested |= heard["test"]
         assert corpus.labels == (("angry", "happy", "neutral"),)
     assert len(tested) == 10
+    assert corpus.notes[0] == "emotions and speakers are those of RAVDESS's file names"
     assert RAVDESS_CLASSES[0] == "neutral"
     assert RAVDESS_CLASSES[7] == "surprised"
 

@@ -59,7 +59,7 @@ class EmotionRecognition(Task):
         paths = discover([base])
         if all(_RAVDESS.fullmatch(path.stem) for path in paths):
             found = {path: _ravdess(path) for path in paths}
-            return _by_speaker(found, base, options.fold)
+            return _by_speaker(found, base, options.fold, ["emotions and speakers are those of RAVDESS's file names"])
         found, notes = _read_folders(base, paths)
         return _by_speaker(found, base, options.fold, notes)
 
