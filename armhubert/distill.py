@@ -210,9 +210,8 @@ def _train(
         if run.world.leads:
             window.keep()
             checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
-            if state.step and state.best_loss == float(
-                "inf"
-            ):  # none validated yet, or none finite: the latest is what there is
+            # None validated yet, or none finite: the latest is what there is.
+            if state.step and state.best_loss == float("inf"):
                 run.export(out)
         if log is not None:
             log.draw()

@@ -7,7 +7,7 @@ that a resumed run, or the same run on more processes, repeats the same computat
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from armhubert.data import (
     AudioBatch,
     Crop,
     ReaderDied,
+    Utterance,
     batches,
     plan_epoch,
 )
@@ -171,17 +172,21 @@ class Run:
                 micros = [_MicroBatch(after.epoch, place, crops) for place, (after, crops) in enumerate(pieces)]
                 planned.append((micros, pieces[-1][0]))
             mine = [micros[self.world.rank :: self.world.size] for micros, _ in planned]
-            audio = batches(
-                self.data.train,
-                [micro.crops for micros in mine for micro in micros],
-                workers=self.workers,
-                pin_memory=self.world.device.type == "cuda",
-                tolerant=True,
-            )
+            audio = self._read(self.data.train, [micro.crops for micros in mine for micro in micros])
             with contextlib.closing(audio):  # type: ignore[type-var]
                 for (micros, after), own in zip(planned, mine, strict=True):
                     yield _StepBatches(micros, [_as_read(micro, next(audio)) for micro in own], after)
             step += count
+
+    def _read(self, utterances: Sequence[Utterance], plan: Sequence[Sequence[Crop]]) -> Iterator[AudioBatch]:
+        """This process' batches, without what cannot be read."""
+        workers, pinned = min(self.workers, len(plan)), self.world.device.type == "cuda"
+        return batches(utterances, plan, workers=workers, pin_memory=pinned, tolerant=True)
+
+    def _over_processes(self, sums: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """Sums and frames of all processes, in one exchange."""
+        totals = self.world.sum(torch.cat([sums.flatten(), sums.new_tensor([frames])]))
+        return totals[:-1].view_as(sums), totals[-1]
 
     def step(self, group: _StepBatches) -> _Outcome | None:
         """One optimizer step; None where it was skipped because something was not finite."""
@@ -209,8 +214,7 @@ class Run:
                 self.backward(terms, frames)
             sums += terms.detach()
         own = sum(student.config.frames(crop.samples) for micro, _ in group.mine for crop in micro.crops)
-        totals = self.world.sum(torch.cat([sums.flatten(), sums.new_tensor([own])]))
-        sums, read = totals[:-1].view_as(sums), totals[-1]
+        sums, read = self._over_processes(sums, own)
         loss = self._weigh(sums) / read
         norm, finite = self.update(loss)
         state.step += 1
@@ -302,8 +306,7 @@ class Run:
         own = plan[self.world.rank :: self.world.size]
         sums = torch.zeros(student.config.layers, device=self.world.device)
         device = self.world.device
-        workers = min(self.workers, len(own))
-        audio = batches(self.data.valid, own, workers=workers, pin_memory=device.type == "cuda", tolerant=True)
+        audio = self._read(self.data.valid, own)
         read, frames_read = 0, 0
         left_out: list[str] = []
         failure: ArmhubertError | None = None
@@ -331,8 +334,8 @@ class Run:
             if failure := self.world.failure(failure):
                 raise failure
             return None
-        total = float(self.world.sum(torch.tensor(frames_read, dtype=torch.float64, device=device)))
-        layers = self.world.sum(sums) / total
+        sums, total = self._over_processes(sums, frames_read)
+        layers = sums / total
         loss = float(layers @ self.layer_weights)
         best = math.isfinite(loss) and loss < self.state.best_loss
         if best:

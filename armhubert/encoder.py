@@ -23,7 +23,7 @@ from typing_extensions import Self
 from armhubert.config import EncoderConfig, documented
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
-from armhubert.hooks import computes_as, hooked
+from armhubert.hooks import computes_as, hooked, hooked_within
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
 from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
 from armhubert.weights import Weights
@@ -259,12 +259,13 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if not computes_as(self.conv, nn.Conv1d) or hooked((self.conv,)):
-            return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-        if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
-            assert self.conv.bias is not None
-            return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
-        return F.gelu(self._convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        convolve: Callable[[Tensor], Tensor] = self.conv
+        if computes_as(self.conv, nn.Conv1d) and not hooked((self.conv,)):
+            if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
+                assert self.conv.bias is not None
+                return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
+            convolve = self._convolve
+        return F.gelu(convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """[B, D, T] -> [B, D, T + 1] (of an even kernel)."""
@@ -478,9 +479,7 @@ class SpeechEncoder(nn.Module):
             and not self.training
             and self.config.padding == "independent"
             and len(waveforms) > 1
-            and not hooked(
-                part for child in self.children() for part in child.modules()
-            )  # they are to see the batch as it is
+            and not hooked_within(self)  # hooks are to see the batch as it is
         )
 
     def _in_groups(

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,6 +73,18 @@ def check_unused(path: Path, force: bool) -> None:
         raise ArmhubertError(f"{path} is a folder: choose another name")
     if path.exists() and not force:
         raise ArmhubertError(f"{path} exists: choose another name, or force=True to replace it")
+
+
+def claim(files: Sequence[Path], force: bool) -> None:
+    """What results will be written to, asked for before the work: files that may be written, in folders that are made.
+
+    Raises:
+        ArmhubertError: as `check_unused` of any file, then as `make_folder` of any folder.
+    """
+    for file in files:
+        check_unused(file, force)
+    for folder in dict.fromkeys(file.parent for file in files):
+        make_folder(folder)
 
 
 @contextlib.contextmanager

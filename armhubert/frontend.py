@@ -4,15 +4,13 @@ Padding never reaches a valid frame: convolutions have no padding of their own, 
 only, and the one statistic over time (the first layer's group norm) is taken over each utterance's own frames.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
-from armhubert.hooks import computes_as, hooked
+from armhubert.hooks import computes_as, hooked_within
 from armhubert.kernels import Convolution, Impl, Moments, Norm, conv_frontend, window_moments
 from armhubert.kernels.runtime import frame_mask
 
@@ -26,10 +24,14 @@ def normalize_waveform(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         x = x - x.mean(-1, keepdim=True)
         return (x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()).to(waveforms.dtype)
-    valid = frame_mask(lengths, x.shape[1])
+    return _standardize(x, frame_mask(lengths, x.shape[1]), lengths[:, None], 1e-7).to(waveforms.dtype)
+
+
+def _standardize(x: Tensor, valid: Tensor, count: Tensor, eps: float) -> Tensor:
+    """Zero mean and unit variance over the `count` valid numbers of the last dimension; the rest becomes 0."""
     x = torch.where(valid, x, 0)
-    x = torch.where(valid, x - x.sum(-1, keepdim=True) / lengths[:, None], 0)
-    return (x * (x.square().sum(-1, keepdim=True) / lengths[:, None] + 1e-7).rsqrt()).to(waveforms.dtype)
+    x = torch.where(valid, x - x.sum(-1, keepdim=True) / count, 0)
+    return x * (x.square().sum(-1, keepdim=True) / count + eps).rsqrt()
 
 
 class ChannelNormConv(nn.Module):
@@ -50,11 +52,7 @@ class ChannelNormConv(nn.Module):
         if lengths is None or not _is_channel_norm(self.norm):
             return F.gelu(self.norm(x))
         frames = (lengths - self.kernel) // self.stride + 1
-        valid, count = frame_mask(frames, x.shape[2])[:, None], frames[:, None, None]
-        x = torch.where(valid, x, 0)
-        y = x.float()
-        y = torch.where(valid, y - y.sum(2, keepdim=True) / count, 0)
-        y = y * (y.square().sum(2, keepdim=True) / count + self.norm.eps).rsqrt()
+        y = _standardize(x.float(), frame_mask(frames, x.shape[2])[:, None], frames[:, None, None], self.norm.eps)
         return F.gelu(y.to(x.dtype) * self.norm.weight[:, None] + self.norm.bias[:, None])
 
 
@@ -116,7 +114,7 @@ class FrontEnd(nn.Module):
                 "a recording in chunks is computed from the weights of the waveform convolutions, in whose place other "
                 "modules are: give it whole"
             )
-        if not plain or (moments is None and hooked(self._parts())):
+        if not plain or (moments is None and hooked_within(self)):
             x = waveforms[:, None]
             for layer in layers:
                 x = layer(x, lengths)
@@ -132,10 +130,6 @@ class FrontEnd(nn.Module):
             moments=moments,
             impl=self.impl,
         )
-
-    def _parts(self) -> Iterator[nn.Module]:
-        """The modules that are computed from their weights."""
-        return (part for layer in (self.first, *self.rest) for part in layer.modules())
 
 
 def _is_plain(layer: nn.Module) -> bool:

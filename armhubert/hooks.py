@@ -4,6 +4,7 @@ Several modules here are computed from their weights, a stack of them in one op.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -14,6 +15,11 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
     return _has_any_global_hook() or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
     )
+
+
+def hooked_within(module: nn.Module) -> bool:
+    """Whether hooks wait for a part of `module`."""
+    return hooked(islice(module.modules(), 1, None))
 
 
 def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -12,6 +12,9 @@ from armhubert.files import write_atomic
 from armhubert.profile import Cell, Model, Profile
 from armhubert.quality import COSTS, Comparison
 
+FILES = ("profile.json", "profile.csv", "profile.png")
+"""What every profile leaves."""
+
 LENGTHS = 4
 """Lengths from which cost against length is a curve worth a picture."""
 
@@ -43,7 +46,7 @@ def write(result: Profile, folder: Path, quality: Comparison | None = None) -> l
     """profile.json, profile.csv (a row a model and cell) and profile.png in `folder`; profile-length.png where there
     are enough lengths, profile-quality.png where two models or more have a quality.
     """
-    paths = [folder / f"profile.{kind}" for kind in ("json", "csv", "png")]
+    paths = [folder / name for name in FILES]
     write_atomic(paths[0], json.dumps(as_json(result, quality), indent=1) + "\n")
     write_atomic(paths[1], _rows(result))
     draw(result, paths[2])

@@ -15,7 +15,7 @@ from armhubert.cli.app import app
 from armhubert.cli.options import numbers
 from armhubert.cli.signals import stop_on_signal
 from armhubert.errors import ArmhubertError
-from armhubert.files import check_unused, make_folder
+from armhubert.files import claim
 
 if TYPE_CHECKING:
     from armhubert.superb import progress
@@ -418,8 +418,7 @@ def similarity(
         utterances=utterances,
         **extra,
     )
-    check_unused(Path(config.out) / "similarity.json", force)
-    make_folder(Path(config.out))
+    claim([Path(config.out) / "similarity.json"], force)
     with ui.progress() as bar:
         for report in compare(config):
             if isinstance(report, Comparing):

@@ -8,7 +8,7 @@ import typer
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError
-from armhubert.files import check_unused, make_folder
+from armhubert.files import claim
 
 
 @app.command()
@@ -44,8 +44,7 @@ def plan(
     budget = Budget(kind, parse_amount(text, kind))  # type: ignore[arg-type]
     ui.set_threads(threads)
     if out is not None:
-        check_unused(out, force)
-        make_folder(out.parent)
+        claim([out], force)
     with ui.progress() as show:
         for report in search(teacher, budget, device=device, repeats=repeats):
             if isinstance(report, Searching):

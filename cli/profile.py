@@ -9,7 +9,7 @@ from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.options import numbers
 from armhubert.errors import ArmhubertError
-from armhubert.files import check_unused, make_folder
+from armhubert.files import claim
 
 _FEATURES = (
     "--baseline", "--mode", "--seconds", "--batch-sizes", "--batch-seconds", "--heads", "--limit", "--ragged",
@@ -87,7 +87,7 @@ def profile(
     from armhubert.profile import Building, Measuring, MemoryUnknown, Profile, ProfileConfig
     from armhubert.profile import profile as measure
     from armhubert.profile import trace as write_trace
-    from armhubert.profile_report import write
+    from armhubert.profile_report import FILES, write
     from armhubert.quality import caution, compare, read_results
 
     ui.set_threads(threads)
@@ -117,10 +117,8 @@ def profile(
         ragged=ragged,
     )
     results = read_results(quality or ())
-    files = [out / f"profile.{kind}" for kind in ("json", "csv", "png")] if out else []
-    for file in (*files, *([trace] if trace else [])):
-        check_unused(file, force)
-        make_folder(file.parent)
+    files = [out / name for name in FILES] if out else []
+    claim([*files, trace] if trace else files, force)
     with ui.progress() as show:
         for report in measure(settings):
             if isinstance(report, Building):
@@ -161,8 +159,7 @@ def _training(
     given = {**(read_mapping(file) if file else {}), "teacher": teacher, **({"device": device} if device else {})}
     settings = build(DistillConfig, given, str(file or "the options"))
     if out is not None:
-        check_unused(out / "training.json", force)
-        make_folder(out)
+        claim([out / "training.json"], force)
     with ui.progress() as show:
         for report in profile_training(settings, steps=repeats, warmup=warmup):
             if isinstance(report, Scanning):

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,14 @@ LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm"
 
 
 # runs
+
+
+def two_processes(*command: str) -> subprocess.CompletedProcess[str]:
+    """What torchrun starts, with arguments; at most four minutes."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def write_speech(folder: Path, seconds: tuple[float, ...] = SECONDS) -> Path:

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from made import SECONDS, SHAPE, digests, write_speech, write_teacher
+from made import SECONDS, SHAPE, digests, two_processes, write_speech, write_teacher
 
 from armhubert import ARMHuBERT, ArmhubertError, checkpoint, data, distill, distill_run, load_teacher
 from armhubert.data import ReaderDied
@@ -307,11 +307,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(settin
     file = tmp_path / "two.json"
     two = {**dataclasses.asdict(config), "out": str(tmp_path / "two"), "accumulate": 1}
     file.write_text(json.dumps(two))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "armhubert.cli", "distill", "--config", str(file)],
-        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = two_processes("-m", "armhubert.cli", "distill", "--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes=2" in done.stdout
     assert done.stdout.count("finished ") == 1  # the lead alone reports

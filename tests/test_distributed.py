@@ -1,11 +1,9 @@
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from made import SHAPE, write_speech, write_teacher
+from made import SHAPE, two_processes, write_speech, write_teacher
 
 from armhubert import checkpoint
 
@@ -62,11 +60,7 @@ for report in distill(DistillConfig(**json.loads(sys.argv[2]))):
 
 def launch(script: str, folder: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(folder / "script.py"), str(folder), json.dumps(settings)],
-        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return two_processes(str(folder / "script.py"), str(folder), json.dumps(settings))
 
 
 def run_of(folder: Path, **changes: Any) -> dict[str, Any]:

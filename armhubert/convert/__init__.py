@@ -96,14 +96,15 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _from_file(path: Path) -> Weights:
-    if path.suffix in _BESIDE_WEIGHTS and (path.parent / "config.json").is_file():
-        raise ArmhubertError(f"{path} is a file of a model's folder, which has the config.json: give {path.parent}")
-    content = read_file(path) if is_safetensors(path) else read_pickle(path, stand_ins=True)
+    inside = (path.parent / "config.json").is_file()
+    content: Any = None
+    if not (inside and path.suffix in _BESIDE_WEIGHTS):
+        content = read_file(path) if is_safetensors(path) else read_pickle(path, stand_ins=True)
     if isinstance(content, Mapping):
         for kind in FILE_FORMATS:
             if kind.recognise(content):
                 return kind.load(content, path)
-    if (path.parent / "config.json").is_file():
+    if inside:
         raise ArmhubertError(f"{path} is a file of a model's folder, which has the config.json: give {path.parent}")
     raise ArmhubertError(
         f"{path} holds no model that is known here: it must be a {', '.join(kind.name for kind in FILE_FORMATS)}; "
