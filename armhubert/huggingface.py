@@ -4,8 +4,9 @@
     model = AutoModel.from_pretrained("runs/demo")                # a folder of ARMHuBERT.save_pretrained or distill
     extractor = AutoFeatureExtractor.from_pretrained("runs/demo")
 
-Inputs, outputs and options are those of transformers' HubertModel and HubertForCTC, so that a script for one runs with
-the other. Folders go both ways: what transformers' `save_pretrained` writes, `ARMHuBERT.from_pretrained` reads.
+Inputs, outputs and options are those of transformers' HubertModel, HubertForCTC and HubertForSequenceClassification, so
+that a script for one runs with the other. Folders go both ways: what transformers' `save_pretrained` writes,
+`ARMHuBERT.from_pretrained` reads.
 
 Where HuBERT differs: features do not depend on padding, layers are never dropped (`layerdrop` must be 0), attention
 maps are not returned, and parts of the model have names of their own.
@@ -29,19 +30,21 @@ try:
         AutoConfig,
         AutoFeatureExtractor,
         AutoModel,
+        AutoModelForAudioClassification,
         AutoModelForCTC,
         PreTrainedConfig,
         PreTrainedModel,
         Wav2Vec2FeatureExtractor,
+        initialization,
     )
-    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
     from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 except ImportError as error:
     raise ImportError(
         f"armhubert.huggingface needs transformers 5 ({error}): pip install 'armhubert[transformers]'"
     ) from error
 
-__all__ = ["ARMHuBERTConfig", "ARMHuBERTForCTC", "ARMHuBERTModel"]
+__all__ = ["ARMHuBERTConfig", "ARMHuBERTForCTC", "ARMHuBERTForSequenceClassification", "ARMHuBERTModel"]
 
 
 class ARMHuBERTConfig(PreTrainedConfig):
@@ -81,6 +84,8 @@ class ARMHuBERTConfig(PreTrainedConfig):
         vocab_size: int = 32,
         ctc_loss_reduction: str = "sum",
         ctc_zero_infinity: bool = False,
+        use_weighted_layer_sum: bool = False,
+        classifier_proj_size: int = 256,
         initializer_range: float = 0.02,
         pad_token_id: int | None = 0,
         bos_token_id: int | None = 1,
@@ -107,6 +112,8 @@ class ARMHuBERTConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.ctc_loss_reduction = ctc_loss_reduction
         self.ctc_zero_infinity = ctc_zero_infinity
+        self.use_weighted_layer_sum = use_weighted_layer_sum
+        self.classifier_proj_size = classifier_proj_size
         self.initializer_range = initializer_range
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
@@ -149,7 +156,7 @@ class ARMHuBERTConfig(PreTrainedConfig):
 
 
 class ARMHuBERTPreTrainedModel(PreTrainedModel):
-    """What both models share: the student `self.armhubert`, its loading, and the way through it.
+    """What the models share: the student `self.armhubert`, its loading, and the way through it.
 
     `attn_implementation`: `sdpa` (default) runs the project's attention ops, Triton on a GPU and PyTorch elsewhere;
     `eager` their PyTorch twins everywhere.
@@ -163,7 +170,12 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # modules that read the weights of their children, which must therefore be on one device
     _no_split_modules = ["EncoderLayer", "ChannelNormConv", "PositionalConv"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)heads\.", r"^lm_head\."]  # noqa: RUF012
+    # distillation heads, and those of another task
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"(^|\.)heads\.",
+        r"^(lm_head|projector|classifier)\.",
+        r"^layer_weights$",
+    ]
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         super().__init__(config)
@@ -325,20 +337,27 @@ class ARMHuBERTModel(ARMHuBERTPreTrainedModel):
         return output if _as_dict(self.config, return_dict) else output.to_tuple()
 
 
-class ARMHuBERTForCTC(ARMHuBERTPreTrainedModel):
-    """A student without distillation heads under a linear CTC head, as `AutoModelForCTC`."""
+class _Task(ARMHuBERTPreTrainedModel):
+    """A student without distillation heads under the head of a task."""
 
     def __init__(self, config: ARMHuBERTConfig) -> None:
         config = copy.deepcopy(config)
         config.projection_width = None
         super().__init__(config)
+
+    def freeze_base_model(self) -> None:
+        """Train the task's head alone."""
+        self.armhubert.requires_grad_(False)
+
+
+class ARMHuBERTForCTC(_Task):
+    """A student without distillation heads under a linear CTC head, as `AutoModelForCTC`."""
+
+    def __init__(self, config: ARMHuBERTConfig) -> None:
+        super().__init__(config)
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.post_init()
-
-    def freeze_base_model(self) -> None:
-        """Train the CTC head alone."""
-        self.armhubert.requires_grad_(False)
 
     def forward(
         self,
@@ -398,6 +417,70 @@ class ARMHuBERTForCTC(ARMHuBERTPreTrainedModel):
             )
 
 
+class ARMHuBERTForSequenceClassification(_Task):
+    """A student without distillation heads under a classifier of utterances, as `AutoModelForAudioClassification`.
+
+    Features of the last layer, or with `use_weighted_layer_sum` a learned average of all layers', are projected to
+    `classifier_proj_size`, averaged over valid frames, and mapped to `num_labels`.
+    """
+
+    def __init__(self, config: ARMHuBERTConfig) -> None:
+        super().__init__(config)
+        if config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.zeros(config.layers + 1))
+        self.projector = nn.Linear(config.width, config.classifier_proj_size)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.use_weighted_layer_sum:
+            initialization.zeros_(self.layer_weights)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Logits [B, labels] and, with labels, the cross entropy, as HubertForSequenceClassification gives them.
+
+        Args:
+            input_values: as in `ARMHuBERTModel`, like the options.
+            attention_mask: likewise.
+            labels: the class of each utterance, [B] int64.
+            mask_time_indices: likewise.
+            output_attentions: likewise.
+            output_hidden_states: likewise.
+            return_dict: likewise.
+
+        Raises:
+            ArmhubertError: inputs that do not fit.
+        """
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weighted = self.config.use_weighted_layer_sum
+        features = self._encode(input_values, attention_mask, mask_time_indices, output_attentions, asked or weighted)
+        x = features.last_hidden_state
+        if weighted:
+            x = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0), torch.stack(features.hidden_states))
+        x = self.projector(x)
+        if attention_mask is None:
+            x = x.mean(1)
+        else:
+            valid = self._get_feature_vector_attention_mask(x.shape[1], attention_mask)
+            x = x.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True)
+        logits = self.classifier(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels.to(logits.device).flatten())
+        hidden_states = features.hidden_states if asked else None
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+        return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+
 def _lengths(attention_mask: Tensor, input_values: Tensor) -> Tensor:
     """Sample-level mask [B, S] -> valid samples [B]."""
     if attention_mask.shape != input_values.shape:
@@ -422,4 +505,5 @@ def _as_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
 AutoConfig.register("armhubert", ARMHuBERTConfig, exist_ok=True)
 AutoFeatureExtractor.register(ARMHuBERTConfig, Wav2Vec2FeatureExtractor, exist_ok=True)
 AutoModel.register(ARMHuBERTConfig, ARMHuBERTModel, exist_ok=True)
+AutoModelForAudioClassification.register(ARMHuBERTConfig, ARMHuBERTForSequenceClassification, exist_ok=True)
 AutoModelForCTC.register(ARMHuBERTConfig, ARMHuBERTForCTC, exist_ok=True)

@@ -20,9 +20,11 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCTC,
     HubertConfig,
     HubertForCTC,
+    HubertForSequenceClassification,
     HubertModel,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -32,6 +34,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 from armhubert.huggingface import (  # noqa: E402
     ARMHuBERTConfig,
     ARMHuBERTForCTC,
+    ARMHuBERTForSequenceClassification,
     ARMHuBERTModel,
     ARMHuBERTPreTrainedModel,
 )
@@ -436,6 +439,64 @@ def test_freezing_and_the_folder_of_a_ctc_model(student, folder, batch, tmp_path
     assert bare.heads is None
     same_state(bare, ARMHuBERT.from_pretrained(folder, heads=False))
     same_state(AutoModel.from_pretrained(tmp_path).armhubert, bare)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_classification_is_that_of_hubert(folder, batch, tmp_path, monkeypatch, weighted):
+    settings = {"use_weighted_layer_sum": weighted, "classifier_proj_size": 24, "num_labels": 3}
+    model = AutoModelForAudioClassification.from_pretrained(folder, **settings)
+    assert type(model) is ARMHuBERTForSequenceClassification
+    assert model.armhubert.heads is None
+    config = HubertConfig(
+        **settings, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, intermediate_size=16,
+        conv_dim=(8,) * 7,
+    )  # fmt: skip
+    theirs = HubertForSequenceClassification(config)
+    head = {name: p for name, p in model.named_parameters() if not name.startswith("armhubert.")}
+    if weighted:
+        assert not model.layer_weights.any()
+        torch.nn.init.normal_(model.layer_weights)
+    theirs.load_state_dict(head, strict=False)
+    waves, mask = batch
+    with torch.no_grad():
+        features = AutoModel.from_pretrained(folder)(waves, mask, output_hidden_states=True)
+    labels = torch.tensor([2, 0])
+    for attention_mask in (mask, None):
+        if attention_mask is None:
+            with torch.no_grad():
+                features = AutoModel.from_pretrained(folder)(waves, output_hidden_states=True)
+        monkeypatch.setattr(theirs.hubert, "forward", lambda *_, output=features, **__: output)
+        want = theirs(waves, attention_mask=attention_mask, labels=labels)
+        got = model(waves, attention_mask, labels=labels)
+        torch.testing.assert_close(got.logits, want.logits)
+        torch.testing.assert_close(got.loss, want.loss)
+        assert got.hidden_states is None
+    model.freeze_base_model()
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == head.keys()
+    model.save_pretrained(tmp_path)
+    same_state(AutoModelForAudioClassification.from_pretrained(tmp_path), model)
+    same_state(ARMHuBERT.from_pretrained(tmp_path), model.armhubert)
+    same_state(AutoModelForCTC.from_pretrained(tmp_path).armhubert, model.armhubert)
+
+
+def test_padding_changes_no_class(folder, batch):
+    model = AutoModelForAudioClassification.from_pretrained(folder)
+    waves, mask = batch
+    with torch.no_grad():
+        torch.testing.assert_close(model(waves, mask).logits[1:], model(waves[1:, :5000]).logits)
+
+
+def test_the_pipeline_classifies(folder, tmp_path):
+    names = {0: "no", 1: "yes", 2: "perhaps"}
+    AutoModelForAudioClassification.from_pretrained(
+        folder, id2label=names, label2id={name: i for i, name in names.items()}
+    ).save_pretrained(tmp_path)
+    AutoFeatureExtractor.from_pretrained(folder).save_pretrained(tmp_path)
+    classify = transformers.pipeline("audio-classification", model=str(tmp_path), device="cpu")
+    found = classify(utterances(1)[0][0].numpy())
+    assert {row["label"] for row in found} == set(names.values())
+    assert sum(row["score"] for row in found) == pytest.approx(1)
 
 
 def utterances(seconds: float) -> list[tuple[torch.Tensor, str]]:
