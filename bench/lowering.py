@@ -39,7 +39,7 @@ from armhubert.files import write_atomic
 from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_reuse_attention as attention
-from armhubert.kernels.runtime import frame_counts
+from armhubert.kernels.runtime import FUSED, frame_counts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -284,7 +284,7 @@ class Row:
 def compile_case(case: Case) -> Any:
     """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
     spec = ASTSource(case.kernel, case.signature, case.constants, case.attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED}
     return triton.compile(spec, target=TARGETS[case.target], options=options)
 
 

@@ -50,8 +50,7 @@ def stop_on_signal() -> Iterator[Stop]:
             ui.note("Stopping as soon as what is done is saved; Ctrl-C once more to end at once.")
         elif number == signal.SIGINT and time.monotonic() - asked_at > SAME_REQUEST:
             ui.note("Ending at once: what was saved last is kept.")
-            signal.signal(signal.SIGINT, previous[signal.SIGINT])
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt  # also where a shell's background job inherits that Ctrl-C is ignored
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

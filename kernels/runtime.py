@@ -23,6 +23,8 @@ except (ImportError, ValueError):  # an import hook, or a None in sys.modules, f
 
 NAMESPACE = "armhubert"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED = {"enable_fp_fusion": True}
+"""Option of every launch: a product and a sum as one instruction, which Triton 3.10 is to do only where asked."""
 
 
 def register(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armhubert.kernels.conv_frontend import padded_counts
-from armhubert.kernels.runtime import contiguous, float32_precision, frame_counts
+from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts
 from armhubert.kernels.torch_conv_frontend import waveform_gradient
 
 # ---- tiles ------------------------------------------------------------------
@@ -278,7 +278,7 @@ def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> t
     partial = x.new_empty(B, blocks, kernel + 1, kernel, dtype=torch.float64)
     window_sums_kernel[(B * blocks,)](
         x, contiguous(frames), partial, x.stride(0), T, K=kernel, STRIDE=stride, TAPS=triton.next_power_of_2(kernel),
-        BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS,
+        BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS, **FUSED,
     )  # fmt: skip
     return partial[:, :, kernel].sum(1), partial[:, :, :kernel].sum(1)  # two tensors: an op's outputs share no memory
 
@@ -293,6 +293,7 @@ def _wave(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor, stride: int, T: int,
         x, shift, w0, b0, out, x.stride(0), w0.stride(0), T, P,
         K=K, STRIDE=stride, TAPS=_taps(K), N=C, ACTIVATE=activate, PRECISION=float32_precision(),
         BLOCK_M=shipped.BLOCK_M, BLOCK_N=shipped.BLOCK_N, num_warps=shipped.num_warps, num_stages=shipped.num_stages,
+        **FUSED,
     )  # fmt: skip
     return out
 
@@ -339,7 +340,7 @@ def forward(
         wave_pointwise_kernel[grid](
             x, shift, w0, b0, weights[0].flatten(1).contiguous(), biases[0].contiguous() if biases else None, a, z,
             x.stride(0), w0.stride(0), counts[0], padded[0], rows,
-            K=K, STRIDE=strides[0], TAPS=_taps(K), C=C, N=N, **common, **shipped._asdict(),
+            K=K, STRIDE=strides[0], TAPS=_taps(K), C=C, N=N, **common, **shipped._asdict(), **FUSED,
         )  # fmt: skip
         kept += [] if z is None else [z]
         start = 2
@@ -357,7 +358,7 @@ def forward(
         conv_kernel[(triton.cdiv(B * P, shipped.BLOCK_M) * triton.cdiv(N, shipped.BLOCK_N),)](
             a, _matrix(weight), biases[layer - 1].contiguous() if biases else None, out, z,
             B * P, B * padded[layer - 1], T, P, rows,
-            C=C, N=N, TAPS=taps, STRIDE=strides[layer], **common, **shipped._asdict(),
+            C=C, N=N, TAPS=taps, STRIDE=strides[layer], **common, **shipped._asdict(), **FUSED,
         )  # fmt: skip
         if z is not None and keep:
             kept.append(z)
@@ -375,7 +376,7 @@ def _norm_gelu(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float, T: in
     out = z.new_empty(B, rows, N)
     norm_kernel[(triton.cdiv(B * P, NORM_BLOCK),)](
         z, norms[2 * layer].contiguous(), norms[2 * layer + 1].contiguous(), out, B * P, T, P, rows, eps,
-        N=N, WIDTH=triton.next_power_of_2(N), BLOCK_M=NORM_BLOCK, num_warps=NORM_WARPS,
+        N=N, WIDTH=triton.next_power_of_2(N), BLOCK_M=NORM_BLOCK, num_warps=NORM_WARPS, **FUSED,
     )  # fmt: skip
     return out
 
@@ -394,7 +395,7 @@ def _activation_backward(
     width = triton.next_power_of_2(N)
     block, rows = max(1, GELU_NUMBERS // width), len(z) * P
     gelu_backward_kernel[(triton.cdiv(rows, block),)](
-        g, y, gy, a, rows, T, P, g.shape[1], N=N, WIDTH=width, BLOCK_M=block, num_warps=GELU_WARPS
+        g, y, gy, a, rows, T, P, g.shape[1], N=N, WIDTH=width, BLOCK_M=block, num_warps=GELU_WARPS, **FUSED
     )
     if not norms:
         return gy, a, []

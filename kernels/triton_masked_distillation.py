@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import contiguous, float32_precision
+from armhubert.kernels.runtime import FUSED, contiguous, float32_precision
 
 # ---- kernel -----------------------------------------------------------------
 
@@ -146,6 +146,6 @@ def forward(
         _pointers(hidden), weight.contiguous(), bias.contiguous(), *views, contiguous(mask), contiguous(lengths),
         residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
-        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(),
+        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(), **FUSED,
     )  # fmt: skip
     return partial.sum(1) / E, residual

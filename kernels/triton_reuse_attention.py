@@ -18,7 +18,7 @@ from torch import Tensor
 
 from armhubert.kernels.reuse_attention import PITCH as _PITCH
 from armhubert.kernels.reuse_attention import pitched
-from armhubert.kernels.runtime import contiguous, float32_precision
+from armhubert.kernels.runtime import FUSED, contiguous, float32_precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -644,6 +644,7 @@ def attend_forward(
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, contiguous(lengths), seed, out, lse, kept if keep else None, *strides, T, H, D**-0.5,
         *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), **shipped._asdict(),
+        **FUSED,
     )  # fmt: skip
     return out, lse, kept
 
@@ -658,6 +659,7 @@ def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resof
     reattend_kept_kernel[_grid(v.shape, shipped.BLOCK_M)](
         kept.contiguous(), v, contiguous(lengths), out, *strides, T, H,
         **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
+        **FUSED,
     )  # fmt: skip
     return out
 
@@ -675,6 +677,7 @@ def reattend_forward(
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lse.contiguous(), contiguous(lengths), out, norm, *strides, T, H, D**-0.5,
         **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
+        **FUSED,
     )  # fmt: skip
     return out, norm
 
@@ -699,7 +702,7 @@ def reattend_fused_forward(
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, x, weight.contiguous(), contiguous(bias), lse.contiguous(), contiguous(lengths), out, norm, *strides,
         T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
-        RESOFTMAX=resoftmax, BLOCK_C=32, **shipped._asdict(),
+        RESOFTMAX=resoftmax, BLOCK_C=32, **shipped._asdict(), **FUSED,
     )  # fmt: skip
     return out, norm
 
@@ -733,10 +736,10 @@ def attention_backward(
     crowded = resoftmax or seed is not None
     shipped = config("backward_q", D, q.dtype, crowded)
     backward_q_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **shipped._asdict()
+        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **shipped._asdict(), **FUSED
     )
     shipped = config("backward_kv", D, q.dtype, crowded)
     backward_kv_kernel[_grid(q.shape, shipped.BLOCK_N)](
-        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **shipped._asdict()
+        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **shipped._asdict(), **FUSED
     )
     return dq, dk, dv

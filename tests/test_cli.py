@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import json
@@ -319,8 +320,11 @@ def test_a_run_that_is_asked_to_stop_exits_with_the_codes_of_signals(call, monke
     assert call("distill")[0] == code
 
 
-def test_a_request_to_stop_may_come_as_several_signals(monkeypatch, capsys):
-    with stop_on_signal() as stop:
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background job"])
+def test_a_request_to_stop_may_come_as_several_signals(monkeypatch, capsys, inherited):
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, inherited))
+        stop = stack.enter_context(stop_on_signal())
         for number in (
             signal.SIGTERM,
             signal.SIGTERM,
