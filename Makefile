@@ -1,4 +1,4 @@
-# Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.10 to 3.13, make and a C compiler.
+# Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.10 or newer and make; tests, a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
