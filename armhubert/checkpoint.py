@@ -82,13 +82,19 @@ def load(path: Path) -> Checkpoint:
         ArmhubertError: no checkpoint there, damaged, or of another format.
     """
     if not path.is_file():
-        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; start it anew with force=True")
-    content = read_pickle(path)
+        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; {_ANEW}")
+    try:
+        content = read_pickle(path)
+    except ArmhubertError as error:
+        raise ArmhubertError(f"{error}; {_ANEW}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT})")
+        raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}); {_ANEW}")
     try:
         state = TrainingState(**content["state"])
         state.cursor = Cursor(*state.cursor)
         return Checkpoint(state, content["student"], content["optimizer"], content["scaler"], content["identity"])
     except (KeyError, TypeError) as error:
-        raise ArmhubertError(f"{path} is no complete checkpoint: {error}") from None
+        raise ArmhubertError(f"{path} is no complete checkpoint: {error}; {_ANEW}") from None
+
+
+_ANEW = "start the run anew with force=True"
