@@ -503,11 +503,11 @@ def _notes(run: Run) -> Iterator[str]:
     heard = sum(longest) / sum(u.samples / SAMPLE_RATE for u in run.data.train)
     if heard < 0.9:
         yield (
-            f"an epoch hears {heard:.0%} of the audio, max_seconds {config.max_seconds:g} of each file: cut long "
+            f"an epoch hears {heard:.0%} of the audio, max_seconds={config.max_seconds:g} of each file: cut long "
             "recordings into utterances"
         )
     if alone := sum(seconds > config.batch_seconds for seconds in longest):
         yield (
-            f"{alone} of {len(longest)} utterances are longer than batch_seconds {config.batch_seconds:g}: each is a "
-            f"batch of its own, of up to {max(longest):.1f} s (max_seconds crops them)"
+            f"{alone} of {len(longest)} utterances are longer than batch_seconds={config.batch_seconds:g}: each is a "
+            f"batch of its own, of up to {max(longest):.1f} s; max_seconds=... crops them"
         )

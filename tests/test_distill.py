@@ -181,10 +181,10 @@ def test_without_holding_out_the_last_student_is_exported_and_nothing_validated(
     [
         (
             {"batch_seconds": 1.0, "max_seconds": 1.5},
-            r"2 of 6 utterances are longer than batch_seconds 1: .* up to 1\.3 s",
+            r"2 of 6 utterances are longer than batch_seconds=1: .* up to 1\.3 s",
         ),
         ({"precision": "fp16"}, "no instructions for fp16: fp32 is much faster"),
-        ({"max_seconds": 0.6}, r"an epoch hears 6\d% of the audio, max_seconds 0\.6 of each file"),
+        ({"max_seconds": 0.6}, r"an epoch hears 6\d% of the audio, max_seconds=0\.6 of each file"),
     ],
 )
 def test_settings_that_work_otherwise_than_they_look_are_noted(settings, monkeypatch, changes, says):
