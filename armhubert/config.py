@@ -125,7 +125,7 @@ class EncoderConfig:
     """`independent`: an utterance's features never depend on its batch. `as_trained`: padding enters the first group
     norm, as in fairseq, transformers and torchaudio, for heads that were trained on such features."""
     layer_heads: tuple[tuple[int, ...], ...] | None = None
-    """Pruned models: which of the `heads` heads each layer has kept, ascending; none: a layer without attention.
+    """Pruned models: which of the `heads` heads each layer has kept, ascending; (): a layer without attention.
     The numbers tell WavLM's position biases apart, elsewhere only their count matters. None: every layer has all."""
     layer_ffn: tuple[int, ...] | None = None
     """Pruned models: inner width of each layer's feed-forward block, 0: a layer without one. None: `ffn` everywhere."""

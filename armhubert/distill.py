@@ -145,8 +145,8 @@ def distill(
             what `armhubert.distill_config.RESUMABLE` names.
         resume: continue from `config.out`'s checkpoint.
         force: start anew although `config.out` exists.
-        should_stop: asked while the audio is examined and before every step; on True the run ends, once steps have
-            begun with a checkpoint.
+        should_stop: asked while the audio is examined and before every step; on True the run ends, with a
+            checkpoint if steps have begun.
 
     Raises:
         ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last

@@ -36,7 +36,7 @@ class DistillConfig:
     valid: tuple[str, ...] = ()
     """Held-out speech, as `data`, and left out of training where it lies within it; none: a share of the data."""
     hold_out: float | None = None
-    """Share of the data held out for validation where `valid` is not given; 0: no validation; none: 0.05, of at most
+    """Share of the data held out for validation where `valid` is not given; 0: no validation; none: 0.05, at most
     two hours."""
     teacher: str = "mini"
     """`mini` (bundled), a Hugging Face folder, a checkpoint file, a hub id, or a torchaudio pipeline."""
@@ -108,7 +108,7 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
-    """Processes that read audio; 0: none; none: 6 for a GPU, 2 for a CPU."""
+    """Processes that read audio, 0 for none; unset: 6 for a GPU, 2 for a CPU."""
     seed: int = 0
     """Seed of all random numbers."""
 

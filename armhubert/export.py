@@ -2,7 +2,7 @@
 it gets its name.
 
 Inputs `waveforms` [B, S] float32 at 16 kHz and `lengths` [B] int64, the valid samples of each; B and S are free, S at
-least two frames (720 samples). Outputs, in this order:
+least two frames (720 samples), in ONNX one (400). Outputs, in this order:
 
     last_hidden_state   [B, T, D]
     hidden_states       [L + 1, B, T, D]    where asked for

@@ -1,4 +1,4 @@
-"""Hours of audio in bounded memory: overlapping windows, whose features are the whole file's but for attention.
+"""Hours of audio in bounded memory: overlapping windows; their features equal the whole file's, except in attention.
 
     pass 1: the file's mean and variance, and the covariance of the first convolution's windows (float64, streamed)
     pass 2: samples -> front end with those statistics -> positional convolution -> Transformer, window by window

@@ -45,7 +45,7 @@ def distill(
         float | None,
         typer.Option(
             help="Share of DATA held out without --valid; 0: no validation.",
-            show_default="0.05, of at most 2 hours",
+            show_default="0.05, at most 2 hours",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -77,13 +77,13 @@ def distill(
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(help="C computes a map, R reuses it: CRCR..., 2by6, or C for no reuse.", rich_help_panel=MODEL),
+        typer.Option(help="C computes a map, R reuses it: CRCR..., 2by6 (6 maps of 2 layers), or C for no reuse.", rich_help_panel=MODEL),
     ] = None,
     conv_layers: Annotated[
         str | None, typer.Option(help="Conv stack: '[(128, 10, 5)] + [(256, 3, 2)] * 4'.", rich_help_panel=MODEL)
     ] = None,
     attention_mode: Annotated[
-        str | None, typer.Option(help="exact or resoftmax.", show_default="exact", rich_help_panel=MODEL)
+        str | None, typer.Option(help="Reused maps: exact, or resoftmax, a second softmax, as released.", show_default="exact", rich_help_panel=MODEL)
     ] = None,
     dropout: Annotated[
         float | None,
@@ -117,7 +117,7 @@ def distill(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Passes over the data, without --steps.", show_default="200", rich_help_panel=TRAINING),
+        typer.Option(help="Passes over the data, unless --steps.", show_default="200", rich_help_panel=TRAINING),
     ] = None,
     batch_seconds: Annotated[
         float | None,

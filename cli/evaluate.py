@@ -115,10 +115,10 @@ def evaluate(
             help="Subsets to train on; may be repeated.", show_default="train-clean-100", rich_help_panel=DATA
         ),
     ] = None,
-    dev: Annotated[list[str] | None, typer.Option(help="Subsets to choose on.", rich_help_panel=DATA)] = None,
+    dev: Annotated[list[str] | None, typer.Option(help="Validation subsets.", rich_help_panel=DATA)] = None,
     test: Annotated[
         list[str] | None,
-        typer.Option(help="Subsets to score; the first is the result, pr takes TIMIT too.", rich_help_panel=DATA),
+        typer.Option(help="Subsets to score, the first for the result; pr: TIMIT works too.", rich_help_panel=DATA),
     ] = None,
     fold: Annotated[int | None, typer.Option(help="er: one fold instead of all.", rich_help_panel=DATA)] = None,
     language_model: Annotated[

@@ -40,19 +40,19 @@ def profile(
         ),
     ] = None,
     seconds: Annotated[
-        str, typer.Option(help="Lengths for latency at batch size 1; of four or more, cost against length is drawn.")
+        str, typer.Option(help="Lengths for latency at batch size 1; with four or more, also a plot against length.")
     ] = "1,5,10,30",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes for throughput; '' for none.")] = "4,8",
     batch_seconds: Annotated[float, typer.Option(help="Length of the utterances of these batches.")] = 10.0,
     heads: Annotated[bool, typer.Option("--heads", help="Keep the student's distillation heads.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each cell.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Runs before timing.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Runs before timing; of inference two at least.")] = 1,
     limit_seconds: Annotated[
         float,
         typer.Option(
             "--limit",
-            help="Seconds of one pass; what would need longer, or more memory, is left out of a cell of more than 10 s "
-            "of audio.",
+            help="Most seconds a pass may take. Above 10 s of audio, models forecast to exceed it, or free memory, are "
+            "left out.",
         ),
     ] = 120.0,
     ragged: Annotated[
