@@ -433,20 +433,31 @@ def plan_epoch(
         keys *= 1 + _LENGTH_NOISE * (2 * _uniform(seed, epoch, "neighbours", len(samples)) - 1)
     order = np.argsort(-keys, kind="stable")
 
-    plan: list[list[Crop]] = []
-    batch: list[Crop] = []
-    longest = 0
     rows = zip(order.tolist(), starts[order].tolist(), counts[order].tolist(), strict=True)
-    for crop in map(Crop._make, rows):
-        longest = max(longest, crop.samples)
-        if batch and longest * (len(batch) + 1) > budget:
-            plan.append(batch)
-            batch, longest = [], crop.samples
-        batch.append(crop)
-    plan.append(batch)
+    plan = pack(map(Crop._make, rows), budget)
     if shuffle:
         plan = [plan[place] for place in np.argsort(_uniform(seed, epoch, "order", len(plan)), kind="stable").tolist()]
     return plan
+
+
+def pack(crops: Iterable[Crop], budget: int) -> list[list[Crop]]:
+    """Batches of crops in their order: padded, of at most `budget` samples, or of one crop alone that is longer."""
+    plan: list[list[Crop]] = []
+    longest = 0
+    for crop in crops:
+        longest = max(longest, crop.samples)
+        if not plan or longest * (len(plan[-1]) + 1) > budget:
+            plan.append([])
+            longest = crop.samples
+        plan[-1].append(crop)
+    return plan
+
+
+def plan_by_length(utterances: Sequence[Utterance], batch_seconds: float) -> list[list[Crop]]:
+    """Every utterance once, whole, in batches of similar length from the longest to the shortest; none of none."""
+    if not utterances:
+        return []
+    return plan_epoch(utterances, batch_seconds=batch_seconds, max_seconds=None, seed=0, epoch=0, shuffle=False)
 
 
 def padding_waste(plan: Sequence[Sequence[Crop]]) -> float:

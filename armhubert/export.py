@@ -179,15 +179,13 @@ def export(config: ExportConfig) -> Iterator[Report]:
         _require_compiler()
     weights = load_weights(config.model)
     weights = weights if config.heads else weights.without_heads()
-    # Two models that share their tensors, since folding a weight norm changes the class of every copy
-    encoder, folded = (ARMHuBERT.from_weights(weights, impl="torch").requires_grad_(False) for _ in range(2))
+    encoder = ARMHuBERT.from_weights(weights, impl="torch").requires_grad_(False)
     if config.heads and encoder.heads is None:
         raise ArmhubertError(f"{config.model} has no distillation heads: leave out heads=True")
     if config.format == "onnx" and sum(p.numel() * 4 for p in encoder.parameters()) > _ONNX_LIMIT:
         raise ArmhubertError("one ONNX file holds at most 2 GiB and this model has more: use format='torch'")
     outputs = {"hidden_states": config.hidden_states, "heads": config.heads}
-    model, traced = _Model(encoder, **outputs).eval(), _Model(folded, **outputs).eval()
-    remove_parametrizations(folded.position.conv, "weight")
+    model, traced = _Model(encoder, **outputs).eval(), _folded(encoder, **outputs)
     make_folder(Path(config.out).parent)
     yield Stage("trace")
     program = _trace(traced)
@@ -275,11 +273,11 @@ def open_program(source: bytes | Path, kind: Format) -> Program:
     return call
 
 
-def _folded(encoder: ARMHuBERT) -> _Model:
-    # A model of its own, since folding a weight norm changes the class of every copy
+def _folded(encoder: ARMHuBERT, *, hidden_states: bool = False, heads: bool = False) -> _Model:
+    # A model of its own, which shares its tensors: folding a weight norm changes the class of every copy
     folded = ARMHuBERT.from_weights(Weights(encoder.config, encoder.state_dict(), "the model"), impl="torch")
     remove_parametrizations(folded.position.conv, "weight")
-    return _Model(folded.requires_grad_(False)).eval()
+    return _Model(folded.requires_grad_(False), hidden_states=hidden_states, heads=heads).eval()
 
 
 def quantise(module: nn.Module) -> None:

@@ -41,7 +41,7 @@ from armhubert.data import (
     batches,
     discover,
     padding_waste,
-    plan_epoch,
+    plan_by_length,
     scan,
     write_skipped,
 )
@@ -108,7 +108,7 @@ class ExtractConfig:
             raise ArmhubertError("data must be given: name a folder, audio files or a manifest")
         if self.dtype == "bf16" and self.format == "npy":
             raise ArmhubertError("npy has no bf16: write format='safetensors', or dtype='fp16' or dtype='fp32'")
-        if not 0 < self.batch_seconds < float("inf"):
+        if self.batch_seconds <= 0:
             raise ArmhubertError(f"batch_seconds must be above 0, got {self.batch_seconds}")
         if self.workers is not None and not 0 <= self.workers <= MAX_WORKERS:
             raise ArmhubertError(f"workers must be within 0 and {MAX_WORKERS}, got {self.workers}")
@@ -318,23 +318,21 @@ def _extract(
     missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), u, names[u.path])]
     long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]
     short = [u for u in missing if u.samples <= config.chunk_seconds * SAMPLE_RATE]
-    plan = plan_epoch(
-        short, batch_seconds=config.batch_seconds, max_seconds=None, seed=0, epoch=0, shuffle=False
-    ) if short else []  # fmt: skip
+    plan = plan_by_length(short, config.batch_seconds)
     finished = len(scanned.utterances) - len(missing)
     yield Started(
-        config,
-        sum(p.numel() for p in model.parameters()),
-        selection.names,
-        width,
-        device_name(device),
-        len(missing),
-        sum(u.samples for u in missing) / SAMPLE_RATE,
-        finished,
-        len(long),
-        padding_waste(plan),
-        scanned.skipped_by_kind,
-        skipped_report,
+        config=config,
+        parameters=sum(p.numel() for p in model.parameters()),
+        features=selection.names,
+        width=width,
+        device=device_name(device),
+        recordings=len(missing),
+        seconds=sum(u.samples for u in missing) / SAMPLE_RATE,
+        finished=finished,
+        long=len(long),
+        padding_waste=padding_waste(plan),
+        skipped=scanned.skipped_by_kind,
+        skipped_report=skipped_report,
     )
 
     run = _Run(config, model, device, selection, width, out, names)
@@ -508,11 +506,11 @@ class _Run:
 
 
 def _ahead(steps: Iterator[list[Future[_Row]]]) -> Iterator[list[_Row]]:
-    """Results of each step once _STEPS_AHEAD more are under way: bounded memory, and disks do not hold up the model."""
+    """Results of each step, waited for once _STEPS_AHEAD more are under way: disks do not hold up the model."""
     waiting: list[list[Future[_Row]]] = []
     for futures in steps:
         waiting.append(futures)
-        while len(waiting) > _STEPS_AHEAD:
+        while waiting and (len(waiting) > _STEPS_AHEAD or all(future.done() for future in waiting[0])):
             yield [future.result() for future in waiting.pop(0)]
     for futures in waiting:
         yield [future.result() for future in futures]
@@ -569,8 +567,6 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
     Raises:
         ArmhubertError: the folder holds something else, or features that these settings would not give.
     """
-    if not out.exists():
-        return {}
     path = out / _SETTINGS
     if not path.is_file():
         if any(out.iterdir()):

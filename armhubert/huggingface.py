@@ -44,7 +44,13 @@ except ImportError as error:
         f"armhubert.huggingface needs transformers 5 ({error}): pip install 'armhubert[transformers]'"
     ) from error
 
-__all__ = ["ARMHuBERTConfig", "ARMHuBERTForCTC", "ARMHuBERTForSequenceClassification", "ARMHuBERTModel"]
+__all__ = [
+    "ARMHuBERTConfig",
+    "ARMHuBERTForCTC",
+    "ARMHuBERTForSequenceClassification",
+    "ARMHuBERTModel",
+    "ARMHuBERTPreTrainedModel",
+]
 
 
 class ARMHuBERTConfig(PreTrainedConfig):

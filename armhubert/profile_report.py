@@ -67,7 +67,7 @@ def _rows(result: Profile) -> str:
         for model in result.models:
             timing = cell.timings.get(model.name)
             factor = timing.median / (cell.batch * cell.seconds) if timing else "-"
-            table.writerow([model.source, model.mode, cell.batch, cell.seconds, *(timing or "---"), factor])
+            table.writerow([model.source, model.mode, cell.batch, cell.seconds, *(timing or ("-", "-", "-")), factor])
     return text.getvalue()
 
 

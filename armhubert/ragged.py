@@ -8,7 +8,7 @@ from torch import Tensor
 
 from armhubert.clock import Timing, interleave
 from armhubert.config import SAMPLE_RATE
-from armhubert.data import Crop, Utterance, padding_waste, plan_epoch
+from armhubert.data import Crop, Utterance, pack, padding_waste, plan_by_length
 
 LIBRISPEECH = (
     2.8, 3.9, 5.1, 6.7, 8.1, 9.2, 10.1, 11.0, 11.8, 12.2, 12.6, 12.9, 13.1, 13.4, 13.6, 13.8,
@@ -45,18 +45,16 @@ def measure(
     *,
     repeats: int,
     warmup: int,
-    lengths: tuple[float, ...] = LIBRISPEECH,
 ) -> list[Ragged]:
-    """All candidates and ways in turn.
+    """All candidates and ways in turn, on recordings of `LIBRISPEECH`'s lengths.
 
     Args:
         runs: candidates by name: waveforms [B, S], valid samples [B] or None -> features.
         device: where they are.
         repeats: interleaved runs.
         warmup: runs before timing.
-        lengths: seconds of each recording.
     """
-    samples = [round(s * SAMPLE_RATE) for s in lengths]
+    samples = [round(s * SAMPLE_RATE) for s in LIBRISPEECH]
     plans = _plans(samples)
     batched = {way: [_batch(batch, way, device) for batch in plan] for way, plan in plans.items()}
 
@@ -80,20 +78,11 @@ def measure(
 
 def _plans(samples: list[int]) -> dict[str, list[list[Crop]]]:
     def by_length(counts: list[int]) -> list[list[Crop]]:
-        utterances = [Utterance("", count) for count in counts]
-        return plan_epoch(
-            utterances, batch_seconds=BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False
-        )  # fmt: skip
+        return plan_by_length([Utterance("", count) for count in counts], BATCH_SECONDS)
 
     mean = round(sum(samples) / len(samples))
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    unsorted: list[list[Crop]] = [[]]
-    for index in order:
-        crop = Crop(index, 0, samples[index])
-        longest = max(crop.samples, *(other.samples for other in unsorted[-1]), 0)
-        if longest * (len(unsorted[-1]) + 1) > BATCH_SECONDS * SAMPLE_RATE and unsorted[-1]:
-            unsorted.append([])
-        unsorted[-1].append(crop)
+    unsorted = pack((Crop(index, 0, samples[index]) for index in order), int(BATCH_SECONDS * SAMPLE_RATE))
     return {"equal": by_length([mean] * len(samples)), "sorted": by_length(samples), "unsorted": unsorted}
 
 

@@ -56,8 +56,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def last_common_step(rows: list[dict[str, Any]]) -> int:
-    """The last step at which every run was validated."""
-    return max(set.intersection(*({v["step"] for v in row["validations"]} for row in rows)))
+    """The last step at which every run was validated.
+
+    Raises:
+        ArmhubertError: there is none.
+    """
+    common = set.intersection(*({v["step"] for v in row["validations"]} for row in rows))
+    if not common:
+        raise ArmhubertError("runs to compare must have been validated at a common step: these have none")
+    return max(common)
 
 
 def main() -> None:

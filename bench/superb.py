@@ -53,14 +53,18 @@ def _task(result: dict[str, Any], decides: str) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Left: PER on dev while pr's heads learn; then, for every model of several layers, the tasks' learned weights."""
-    deep = [row for row in rows if row["model"]["layers"] > 1]
+    learned = {
+        row["name"]: {task: found["layer_weights"] for task, found in row["tasks"].items() if found["layer_weights"]}
+        for row in rows
+    }
+    deep = [row for row in rows if row["model"]["layers"] > 1 and learned[row["name"]]]
     figure, (left, *maps) = figures.panels(1 + len(deep), width=5 + 3.2 * len(deep), height=4)
     for row in rows:
         if curve := row["tasks"].get("pr", {}).get("dev_curve"):
             left.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=row["name"])
     left.set(xlabel="step", ylabel="pr: PER on dev, %")
     for row, panel in zip(deep, maps, strict=True):
-        weights = {task: found["layer_weights"] for task, found in row["tasks"].items() if found["layer_weights"]}
+        weights = learned[row["name"]]
         panel.grid(visible=False)
         image = panel.imshow(np.array(list(weights.values())), vmin=0, cmap="viridis", aspect="auto")
         panel.set_yticks(range(len(weights)), list(weights))

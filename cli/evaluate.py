@@ -156,11 +156,13 @@ def evaluate(
         int | None, typer.Option(help="Seed of all random numbers.", show_default="0", rich_help_panel=TRAINING)
     ] = None,
     against: Annotated[str | None, typer.Option(help="The teacher.", rich_help_panel=SIMILARITY)] = None,
-    utterances: Annotated[int, typer.Option(help="How many are compared.", rich_help_panel=SIMILARITY)] = 50,
+    utterances: Annotated[
+        int | None, typer.Option(help="How many are compared.", show_default="50", rich_help_panel=SIMILARITY)
+    ] = None,
 ) -> None:
     """Judge features by SUPERB: frozen model, learned sum of layers, SUPERB's heads, metrics and settings."""
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("config", "resume", "force", "task", "suite", "model", "out", "data", "against", "utterances"):
+    for name in ("config", "resume", "force", "task", "suite", "model", "out", "data", "against"):
         given.pop(name, None)
     if "rates" in given:
         given["rates"] = numbers(given["rates"], float, "--rates")
@@ -168,10 +170,11 @@ def evaluate(
         options = {"--config": config, "--resume": resume}
         if unfit := [name for name, value in options.items() if value]:
             raise ArmhubertError(f"similarity takes no {unfit[0]}: leave it out")
-        similarity(model or [], against, data or [], out, utterances, given, force)
+        similarity(model or [], against, data or [], out, given, force)
         return
-    if against is not None:
-        raise ArmhubertError("--against is for --task similarity: leave it out")
+    for name, value in (("--against", against), ("--utterances", utterances)):
+        if value is not None:
+            raise ArmhubertError(f"{name} is for --task similarity: leave it out")
     from armhubert.config import read_mapping
 
     settings = {**(read_mapping(config) if config else {}), **given}
@@ -397,7 +400,6 @@ def similarity(
     against: str | None,
     data: Sequence[str],
     out: str | None,
-    utterances: int,
     given: dict[str, Any],
     force: bool,
 ) -> None:
@@ -407,7 +409,7 @@ def similarity(
 
     if len(models) != 1 or against is None:
         raise ArmhubertError("similarity compares one student with --against TEACHER: give both")
-    extra = {name: given.pop(name) for name in ("device", "seed") if name in given}
+    extra = {name: given.pop(name) for name in ("device", "seed", "utterances") if name in given}
     if wrong := sorted(name for name, value in given.items() if value is not False):
         raise ArmhubertError(f"similarity takes no --{wrong[0].replace('_', '-')}: leave it out")
     config = SimilarityConfig(
@@ -415,7 +417,6 @@ def similarity(
         against=against,
         data=tuple(data) or (str(TEST_SPEECH),),
         out=out or "runs/similarity",
-        utterances=utterances,
         **extra,
     )
     claim([Path(config.out) / "similarity.json"], force)

@@ -200,7 +200,6 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, kind
     found = module._compare(reference, module.open_program(small, kind), len(data))
     assert 0 < found.error < 0.05
     assert found.padding < (0.05 if kind == "onnx" else found.error)
-    assert found.time.low <= found.time.median <= found.time.high
 
 
 @pytest.mark.parametrize(

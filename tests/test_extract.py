@@ -161,6 +161,18 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(student, speech, tmp_
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 4
 
 
+def test_long_recordings_are_in_the_index_as_soon_as_they_are_written(student, speech, tmp_path):
+    (speech / "1.wav").unlink()  # the one that passes at once
+    config = ExtractConfig(str(student), (str(speech),), str(tmp_path / "out"), chunk_seconds=0.4, context_seconds=0.1)
+    reports = extract(config)
+    assert next(report for report in reports if isinstance(report, Started)).long == 3
+    for done in (1, 2):
+        assert next(reports).done == done
+        rows = (tmp_path / "out/index.jsonl").read_text().splitlines()
+        assert len(rows) == len(list((tmp_path / "out").rglob("*.npy"))) == done
+    reports.close()
+
+
 def test_a_torn_line_of_the_index_swallows_no_other(student, speech, tmp_path):
     index = tmp_path / "out/index.jsonl"
     run(student, speech, tmp_path / "out")

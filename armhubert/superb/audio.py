@@ -15,7 +15,7 @@ from armhubert.audio import read_audio
 from armhubert.config import SAMPLE_RATE
 from armhubert.data import Scanning, scan
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import Corpus, Item
+from armhubert.superb.task import Corpus, Item, Part
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -30,25 +30,21 @@ class Recordings:
 
     def samples(self, item: Item) -> int:
         """Length of an item's waveform at 16 kHz."""
-        return max(
-            part.offset + (part.count if part.count is not None else self.samples_of_file[part.path] - part.start)
-            for part in item.parts
-        )
+        return max(part.offset + self._count(part) for part in item.parts)
 
     def waveform(self, item: Item) -> Tensor:
         """[S] float32: the sum of the item's parts."""
         if len(item.parts) == 1 and not item.parts[0].offset:
             part = item.parts[0]
-            wave = read_audio(part.path, part.start, self._count(item, 0))
+            wave = read_audio(part.path, part.start, self._count(part))
             return wave if part.gain == 1 else wave * part.gain
         wave = torch.zeros(self.samples(item))
-        for number, part in enumerate(item.parts):
-            piece = read_audio(part.path, part.start, self._count(item, number))
+        for part in item.parts:
+            piece = read_audio(part.path, part.start, self._count(part))
             wave[part.offset : part.offset + len(piece)] += piece * part.gain
         return wave
 
-    def _count(self, item: Item, number: int) -> int:
-        part = item.parts[number]
+    def _count(self, part: Part) -> int:
         return part.count if part.count is not None else self.samples_of_file[part.path] - part.start
 
     def digest(self, item: Item) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from armhubert.data import Utterance, plan_epoch
+from armhubert.data import Utterance, plan_by_length
 from armhubert.errors import ArmhubertError
 from armhubert.superb.audio import Recordings, ahead, padded
 from armhubert.superb.cache import FeatureCache
@@ -44,8 +44,7 @@ class Features:
     def groups(self, items: Sequence[Item]) -> list[list[int]]:
         """Places of items in batches of similar length, the longest first, of bounded memory."""
         found = [Utterance(item.key, self.recordings.samples(item)) for item in items]
-        batches = plan_epoch(found, batch_seconds=BATCH_SECONDS, max_seconds=None, seed=0, epoch=0, shuffle=False)
-        return [[crop.utterance for crop in batch] for batch in batches]
+        return [[crop.utterance for crop in batch] for batch in plan_by_length(found, BATCH_SECONDS)]
 
     def _read(self, group: Sequence[Item]) -> tuple[Tensor, Tensor]:
         return padded([self.recordings.waveform(item) for item in group])

@@ -37,45 +37,22 @@ def mean_recall(predictions: Sequence[Hashable], truth: Sequence[Hashable]) -> f
 # ---------------------------------------------------------------------------------------------------- edit distances
 
 
-class Edits(NamedTuple):
-    """Edit operations that turn references into hypotheses."""
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    tokens: int
-    """In the references."""
-
-    @property
-    def rate(self) -> float:
-        """Percent of the reference tokens: may exceed 100; 0 where references and predictions are all empty.
-
-        Raises:
-            ArmhubertError: all references are empty, and a prediction is not.
-        """
-        errors = self.substitutions + self.deletions + self.insertions
-        if errors and not self.tokens:
-            raise ArmhubertError(
-                "an error rate needs at least one reference token, but all transcripts are empty: check the transcripts"
-            )
-        return 100 * errors / max(1, self.tokens)
-
-
-def count_edits(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> Edits:
-    """Edits of all utterances together.
-
-    An empty reference adds its insertions and no token: it counts in the whole, and nothing is divided by zero.
-    """
-    counts = {"replace": 0, "delete": 0, "insert": 0}
-    for prediction, reference in zip(predictions, references, strict=True):
-        for operation in Levenshtein.editops(reference, prediction):
-            counts[operation.tag] += 1
-    return Edits(counts["replace"], counts["delete"], counts["insert"], sum(map(len, references)))
-
-
 def error_rate(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]) -> float:
-    """Percent: PER where the tokens are phones."""
-    return count_edits(predictions, references).rate
+    """Edits of all utterances together, in percent of the reference tokens: PER where the tokens are phones.
+
+    May exceed 100. An empty reference adds its insertions and no token; where references and predictions are all empty,
+    the rate is 0.
+
+    Raises:
+        ArmhubertError: all references are empty, and a prediction is not.
+    """
+    errors = sum(Levenshtein.distance(a, b) for a, b in zip(references, predictions, strict=True))
+    tokens = sum(map(len, references))
+    if errors and not tokens:
+        raise ArmhubertError(
+            "an error rate needs at least one reference token, but all transcripts are empty: check the transcripts"
+        )
+    return 100 * errors / max(1, tokens)
 
 
 def wer(predictions: Sequence[str], references: Sequence[str]) -> float:

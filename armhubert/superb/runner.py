@@ -84,9 +84,8 @@ def evaluate(
     if config.dry_run:
         yield Finished("dry run", results[0], out)
         return
-    result = _average(results)
     earlier = sum(r.pop("earlier_seconds", 0.0) for r in results)
-    result.pop("earlier_seconds", None)
+    result = _average(results)
     result["wall_seconds"] = round(time.perf_counter() - started + earlier, 3)
     text = as_text(result)
     write_atomic(out / RESULT_FILE, text + "\n")
@@ -426,10 +425,10 @@ def versions() -> dict[str, str]:
     """Versions of everything that numbers may depend on."""
     from armhubert import __version__
 
-    return {
-        "armhubert": __version__, "torch": torch.__version__, "torchaudio": importlib.metadata.version("torchaudio"),
-        "numpy": np.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+    found = {"armhubert": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # without it speech of 16 kHz is still read
+        found["torchaudio"] = importlib.metadata.version("torchaudio")
+    return found | {"python": platform.python_version()}
 
 
 def _details(scores: Scores) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from armhubert.bundled import SPEECH
 from armhubert.config import build, read_mapping
+from armhubert.distributed import pick_device
 from armhubert.errors import ArmhubertError
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig, given_in_vain
@@ -163,8 +164,8 @@ def plan_suite(
     Args:
         suite: superb or mini.
         models: what to evaluate.
-        data: the root; below it each task's data, in the folder that its download unpacks to, or itself. None for mini:
-            the bundled speech.
+        data: the root; below it each task's data, in the folder that its download unpacks to, or itself. Empty: the
+            bundled speech, for mini.
         out: folder of all runs.
         settings: of `EvaluateConfig`, for all tasks. mini caches features below `out`, unless told elsewhere.
         per_task: the same, for single tasks; `data` among them names a task's own root, relative to `data`.
@@ -286,7 +287,7 @@ def _loading(config: EvaluateConfig) -> _Loading:
 
 
 def _load(model: str, features: FeatureChoice, device: str) -> Upstream:
-    return load_upstream(model, features=features, device=runner.pick_device(device))
+    return load_upstream(model, features=features, device=pick_device(device))
 
 
 def _check_settings(config: EvaluateConfig) -> None:
@@ -336,7 +337,8 @@ def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     per_task = common.pop("tasks", {})
     if not isinstance(per_task, dict) or not all(isinstance(value, dict) for value in per_task.values()):
         raise ArmhubertError("tasks in the settings must map task names to their settings")
-    known = {field.name for field in dataclasses.fields(EvaluateConfig)}
-    if wrong := sorted({"task", "model", "out"} & common.keys()):
-        raise ArmhubertError(f"a suite's settings name no {', '.join(wrong)}: known are {', '.join(sorted(known))}")
+    own = {"task", "model", "out"}
+    if wrong := sorted(own & {name for settings in (common, *per_task.values()) for name in settings}):
+        known = sorted({field.name for field in dataclasses.fields(EvaluateConfig)} - own)
+        raise ArmhubertError(f"a suite's settings name no {', '.join(wrong)}: known are {', '.join(known)}")
     return common, {str(name): dict(value) for name, value in per_task.items()}

@@ -100,6 +100,15 @@ class Options:
     g2p: bool = False
     """pr: machine pronunciations for words outside the lexicon, whose utterances are left out otherwise."""
 
+    def refuse(self, source: Path, *names: SplitName) -> None:
+        """Refuse a choice of subsets that `source`, a list of the data's own, has made.
+
+        Raises:
+            ArmhubertError: one of these is given.
+        """
+        if given := next((name for name in names if getattr(self, name)), None):
+            raise ArmhubertError(f"{source} says what {given} is: leave out {given}=...")
+
 
 # ---- training --------------------------------------------------------------
 

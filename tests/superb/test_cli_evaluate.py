@@ -129,6 +129,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_audio_is_read(cal
         (["--task", "similarity"], "give both"),
         (["mini", "--task", "similarity", "--against", "mini", "--config", "x"], "similarity takes no --config"),
         (["--task", "ks", "--against", "mini"], "--against is for --task similarity"),
+        (["--task", "ks", "--utterances", "3"], "--utterances is for --task similarity"),
         (["--resume", "nowhere"], "nowhere has no evaluate.json"),
         (["no-such-model", "--task", "ks", "--data", "keywords"], "no model at 'no-such-model'"),
     ],
@@ -149,6 +150,7 @@ def test_bad_input_is_one_line(argv, says, call, words):
         ("train: 5", ["fbank", "--suite", "superb"], "train in the settings of pr must be a list, got 5"),
         ("tasks: {ks: {data: 5}}", ["fbank", "--suite", "superb"], "data root '5' must be a folder that exists"),
         ("tasks: {er: {sed: 1}}", ["fbank", "--suite", "superb"], "unknown key 'sed' in the settings of er"),
+        ("tasks: {er: {out: x}}", ["fbank", "--suite", "superb"], "a suite's settings name no out"),
     ],
 )
 def test_settings_of_a_wrong_type_are_one_line(content, argv, says, call, tmp_path):

@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
-from armhubert.superb.metrics import DiarizationErrors, Edits, Turn
+from armhubert.superb.metrics import DiarizationErrors, Turn
 
 PROPERTY = settings(max_examples=60, deadline=None)
 
@@ -40,7 +40,6 @@ def test_accuracy_of_nothing():
 
 def test_edits_by_hand():
     # a b c -> a x c d: one substitution, one insertion; e f -> f: one deletion
-    assert metrics.count_edits([list("axcd"), list("f")], [list("abc"), list("ef")]) == Edits(1, 1, 1, 5)
     assert metrics.error_rate([list("axcd"), list("f")], [list("abc"), list("ef")]) == 60.0
 
 
@@ -75,19 +74,16 @@ texts = st.lists(st.text("ab c", max_size=8), min_size=1, max_size=6)
 def test_edit_properties(predictions, references):
     number = min(len(predictions), len(references))
     predictions, references = predictions[:number], references[:number]
-    edits = metrics.count_edits(predictions, references)
-    longer = sum(max(len(a), len(b)) for a, b in zip(predictions, references, strict=True))
-    change = sum(map(len, predictions)) - sum(map(len, references))
-    assert edits.insertions - edits.deletions == change
-    assert edits.substitutions + edits.deletions + edits.insertions <= longer
+    before, after = sum(map(len, references)), sum(map(len, predictions))
+    assume(before and after)
+    edits = round(metrics.cer(predictions, references) * before / 100)
+    assert edits == round(metrics.cer(references, predictions) * after / 100)
+    assert edits >= abs(after - before)
+    assert edits <= sum(max(len(a), len(b)) for a, b in zip(predictions, references, strict=True))
     assert metrics.cer(references, references) == 0.0
-    flipped = metrics.count_edits(references, predictions)
-    assert (flipped.insertions + flipped.deletions + flipped.substitutions) == (
-        edits.insertions + edits.deletions + edits.substitutions
-    )
     by_token = metrics.errors_by_token(predictions, references)
-    assert sum(errors for errors, _ in by_token.values()) == edits.substitutions + edits.deletions
-    assert sum(count for _, count in by_token.values()) == edits.tokens
+    assert sum(errors for errors, _ in by_token.values()) <= edits
+    assert sum(count for _, count in by_token.values()) == before
 
 
 # ---- slots -----------------------------------------------------------------

@@ -63,6 +63,8 @@ def test_voxceleb_layout(waves):
     assert [item.key for item in corpus.splits["test"].items] == ["idA/v/1.wav", "idA/v/2.wav", "idB/v/1.wav"]
     assert len(corpus.labels[0]) == 4
     assert not any(label.startswith("idA") for label in corpus.labels[0])
+    with pytest.raises(ArmhubertError, match=r"veri_test2\.txt says what test is: leave out test="):
+        TASK.read(root, Options(test=("test",)))
 
 
 def test_trials_whose_files_are_absent(waves):

@@ -165,6 +165,8 @@ def test_quesst(quesst):
     # Three queries occur somewhere, in four documents of all languages: SUPERB's figures average over those.
     assert corpus.extra.queries == {"dev": 3, "test": 3}
     assert corpus.extra.documents == 4
+    with pytest.raises(ArmhubertError, match=r"scoring says what test is: leave out test="):
+        TASK.read(quesst, Options(test=("test",)))
 
 
 def test_quesst_without_some_audio(quesst):

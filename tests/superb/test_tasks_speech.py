@@ -188,6 +188,8 @@ def test_sid_reads_folders_of_speakers_and_voxceleb(tmp_path, waves):
     corpus = TASKS["sid"].read(tmp_path / "vox", Options())
     assert [item.key for item in corpus.splits["dev"].items] == ["id10001/video/00001", "id10002/video/00001"]
     assert any("1 recordings of iden_split.txt are missing" in note for note in corpus.notes)
+    with pytest.raises(ArmhubertError, match=r"iden_split\.txt says what train is: leave out train="):
+        TASKS["sid"].read(tmp_path / "vox", Options(train=("wav",)))
 
 
 def test_sid_takes_speakers_with_a_recording_for_each_split(tmp_path, waves):

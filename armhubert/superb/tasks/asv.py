@@ -77,6 +77,7 @@ class SpeakerVerification(Task):
         """Train and dev speakers are others than those of the trials; dev trials are drawn."""
         listed = next((root / name for name in TRIAL_LISTS if (root / name).is_file()), None)
         if listed is not None:
+            options.refuse(listed, "dev", "test")
             splits, test = _with_list(root, listed, options)
         else:
             if (root / "test" / "wav").is_dir() and (root / "dev" / "wav").is_dir():

@@ -80,7 +80,8 @@ class KeywordSpotting(Task):
         if place:
             notes.append(f"{len(place)} recordings of the lists have no audio and are left out: {some(place)}")
         for number, piece in enumerate(_noise(root)):
-            splits[("dev", "test")[number % 10 // 9] if number % 10 >= 8 else "train"].append(piece)
+            part: SplitName = "dev" if number % 10 == 8 else "test" if number % 10 == 9 else "train"
+            splits[part].append(piece)
         tests = [path for path in (root / TEST_FOLDER, root.parent / TEST_FOLDER) if path.is_dir()]
         if tests:
             splits["test"] = [

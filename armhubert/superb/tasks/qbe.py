@@ -75,6 +75,7 @@ class QueryByExample(Task):
     def read(self, root: Path, options: Options) -> Corpus:
         """Simulated: speakers of queries and of documents are different ones, words of dev and test too."""
         if (root / "scoring").is_dir():
+            options.refuse(root / "scoring", "test")
             return _read_quesst(root)
         return _simulate(root, options)
 

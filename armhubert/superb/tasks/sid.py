@@ -45,6 +45,7 @@ class SpeakerIdentification(Task):
     def read(self, root: Path, options: Options) -> Corpus:
         """By VoxCeleb1's list where it is there; else a tenth of each speaker is dev and a tenth test."""
         if (root / LIST).is_file():
+            options.refuse(root / LIST, "train")
             return self._read_list(root)
         folder = root
         if options.train or is_librispeech(root):
