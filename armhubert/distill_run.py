@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from armhubert import losses
+from armhubert import losses, schedule
 from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
 from armhubert.config import SAMPLE_RATE
 from armhubert.data import (
@@ -193,7 +193,7 @@ class Run:
         started = time.perf_counter()
         state, config, student = self.state, self.config, self.student
         student.train()
-        rate = learning_rate(state.step, self.steps, config.warmup, config.learning_rate)
+        rate = self.learning_rate(state.step)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         # Frames of all batches of all processes: known from the plan, so every process divides by the same number. An
@@ -229,6 +229,11 @@ class Run:
         state.audio_seconds += seconds
         layers = (sums * self.term_weights[:, None]).sum(0) / read
         return _Outcome(loss, layers, norm, masked / max(1, own), seconds)
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of a step of the run, from 0."""
+        config = self.config
+        return schedule.learning_rate(step, self.steps, config.warmup * self.steps, config.learning_rate)
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor) -> TeacherTargets:
         """What the student is to predict of a batch."""
@@ -414,7 +419,7 @@ class Window:
             epoch=state.cursor.epoch,
             loss=float(torch.stack([o.loss for o in outcomes]).mean()),
             layers=tuple(torch.stack([o.layers for o in outcomes]).mean(0).tolist()),
-            learning_rate=learning_rate(state.step - 1, run.steps, run.config.warmup, run.config.learning_rate),
+            learning_rate=run.learning_rate(state.step - 1),
             gradient_norm=float(torch.stack([o.gradient_norm for o in outcomes]).mean()),
             masked_share=sum(o.masked_share for o in outcomes) / len(outcomes),
             audio_rate=sum(o.audio_seconds for o in outcomes[self.resumed :]) / elapsed,
@@ -424,14 +429,6 @@ class Window:
         )
         self._clear()
         return progress
-
-
-def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
-    """Rate of step 0..steps-1: linear rise over the first `warmup` share, then linear fall to 0."""
-    rising = max(1.0, warmup * steps)
-    if step + 1 < rising:
-        return peak * (step + 1) / rising
-    return peak * (steps - step) / (steps - rising + 1)
 
 
 def while_read(audio: Iterator[R], should_stop: Callable[[], bool]) -> Iterator[R]:

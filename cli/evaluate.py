@@ -126,7 +126,15 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Constant rate.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Rate, constant without --warmup.", rich_help_panel=TRAINING),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps in which the rate rises from 0; it falls to 0 in the others. s3prl's schedule: 1400.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     sweep: Annotated[
         str | None,

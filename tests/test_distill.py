@@ -21,6 +21,7 @@ from armhubert.data import ReaderDied
 from armhubert.distill_config import DistillConfig
 from armhubert.kernels.runtime import INTERPRET
 from armhubert.runlog import read_metrics
+from armhubert.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +234,11 @@ def test_epochs_count_passes_over_the_data(settings):
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_just_after_the_last_step():
-    rates = [distill_run.learning_rate(step, 20, 0.25, 1.0) for step in range(21)]
+    rates = [learning_rate(step, 20, 5, 1.0) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert np.diff(rates[4:20]) == pytest.approx(np.full(15, -1 / 16))
     assert rates[20] == 0.0
-    assert [distill_run.learning_rate(step, 1, 0.05, 3.0) for step in range(1)] == [3.0]
+    assert learning_rate(0, 1, 0.05, 3.0) == 3.0
 
 
 def test_the_callers_generators_threads_and_dtype_stay_untouched(settings):

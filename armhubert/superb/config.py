@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from armhubert.config import check_fields, documented
 from armhubert.errors import ArmhubertError
-from armhubert.superb.task import SPLITS, Defaults, Options, Task
+from armhubert.superb.task import SPLITS, Options, Task, TrainingSettings
 from armhubert.superb.tasks import find
 from armhubert.superb.upstream import FeatureChoice
 
@@ -58,7 +58,9 @@ class EvaluateConfig:
     optimizer: Literal["Adam", "AdamW"] | None = None
     """Optimizer of the head."""
     learning_rate: float | None = None
-    """Constant learning rate."""
+    """Learning rate, constant unless `warmup` is given."""
+    warmup: int | None = None
+    """Steps in which the rate rises from 0, to fall linearly to 0 in the others (s3prl's schedule); none: constant."""
     batch: int | None = None
     """Utterances a batch."""
     accumulate: int | None = None
@@ -110,7 +112,7 @@ class EvaluateConfig:
         for rate in (self.learning_rate or 0.0, *(self.rates if self.sweep else ())):
             if rate > MOST_RATE:
                 raise ArmhubertError(f"a learning rate must be at most {MOST_RATE:g}, got {rate:g}")
-        for name in ("crop_seconds", "workers", "seed"):
+        for name in ("crop_seconds", "workers", "seed", "warmup"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ArmhubertError(f"{name} must be at least 0, got {value}")
@@ -125,6 +127,8 @@ class EvaluateConfig:
             raise ArmhubertError(f"{task.name} has no {what}: leave out {name}=...")
         if self.fold is not None and not 1 <= self.fold <= task.folds:
             raise ArmhubertError(f"fold must be within 1 and {task.folds} for {task.name}, got {self.fold}")
+        if self.warmup is not None and self.warmup > self.training.steps:
+            raise ArmhubertError(f"warmup must be at most the run's {self.training.steps} steps, got {self.warmup}")
         if self.sweep and self.learning_rate is not None:
             raise ArmhubertError("sweep='lr' chooses the learning rate: leave out learning_rate=...")
         if self.sweep and (len(set(self.rates)) < max(2, len(self.rates)) or min(self.rates) <= 0):
@@ -133,12 +137,12 @@ class EvaluateConfig:
             raise ArmhubertError("rates are those of a sweep: add sweep='lr', or give one with learning_rate=...")
 
     @property
-    def training(self) -> Defaults:
+    def training(self) -> TrainingSettings:
         """SUPERB's settings of the task with what was given instead."""
         defaults = find(self.task).defaults
         given = {
             field.name: value
-            for field in dataclasses.fields(Defaults)
+            for field in dataclasses.fields(TrainingSettings)
             if (value := getattr(self, field.name, None)) is not None
         }
         settings = dataclasses.replace(defaults, **given)
@@ -159,7 +163,7 @@ def given_in_vain(task: Task, settings: Mapping[str, Any]) -> list[str]:
     if not task.defaults.head_size:
         useless.add("head_size")
     if not task.defaults.steps:
-        useless |= {field.name for field in dataclasses.fields(Defaults)} | {"sweep", "normalize_layers"}
+        useless |= {field.name for field in dataclasses.fields(TrainingSettings)} | {"sweep", "normalize_layers"}
     return [n for n, value in settings.items() if n in useless and value not in (None, (), []) and value is not False]
 
 

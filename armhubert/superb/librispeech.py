@@ -1,7 +1,7 @@
-"""LibriSpeech's layout (subset/speaker/chapter/*.flac and *.trans.txt), for pr, asr and sid; TIMIT's for pr."""
+"""LibriSpeech's layout: subset/speaker/chapter/*.flac and *.trans.txt."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ def read_splits(folders: Mapping[SplitName, Sequence[Path]]) -> tuple[dict[Split
     return splits, notes
 
 
-def hold_out(
+def hold_out_utterances(
     splits: dict[SplitName, list[Transcribed]],
     which: Sequence[SplitName] = ("dev", "test"),
     *,
@@ -167,40 +167,3 @@ def hold_out(
 
 def _rank(split: str, key: str) -> bytes:
     return hashlib.blake2b(f"{split}:{key}".encode(), digest_size=8).digest()
-
-
-# ---- TIMIT -----------------------------------------------------------------
-
-# TIMIT's 61 phones as CMUdict's: closures, pauses and the glottal stop go, allophones fold.
-_TIMIT = {
-    "ax": "AH", "ax-h": "AH", "ix": "IH", "axr": "ER", "el": "L", "em": "M", "en": "N", "eng": "NG", "nx": "N",
-    "hv": "HH", "ux": "UW", "dx": "D",
-}  # fmt: skip
-_LABELS = "*.[pP][hH][nN]"  # the LDC's names are in capitals
-_TIMIT_SILENT = frozenset(["h#", "pau", "epi", "q", "bcl", "dcl", "gcl", "pcl", "tcl", "kcl"])
-
-
-def is_timit(folder: Path) -> bool:
-    """Whether a folder holds TIMIT's phone labels."""
-    return next(folder.rglob(_LABELS), None) is not None
-
-
-def fold(phones: Iterable[str]) -> tuple[str, ...]:
-    """TIMIT's or CMUdict's phones as CMUdict's 39: without stress, closures, pauses and allophones."""
-    plain = (phone.lower().rstrip("012") for phone in phones)
-    return tuple(_TIMIT.get(phone, phone.upper()) for phone in plain if phone not in _TIMIT_SILENT)
-
-
-def read_timit(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    """(audio, phones of the hand labels folded to CMUdict's 39) of every sentence."""
-    sentences = []
-    for labels in sorted(folder.rglob(_LABELS)):
-        audio = next(
-            (p for p in sorted(labels.parent.glob(f"{labels.stem}.*")) if p.suffix.lower() in AUDIO_SUFFIXES), None
-        )
-        phones = [line.split()[-1] for line in read_lines(labels, "TIMIT labels")]
-        if audio is not None and (folded := fold(phones)):
-            sentences.append((audio, folded))
-    if not sentences:
-        raise ArmhubertError(f"none of the .phn files in {folder} has audio beside it: check the folder")
-    return sentences

@@ -16,8 +16,8 @@ from armhubert.config import SAMPLE_RATE
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
 from armhubert.superb.metrics import Turn
-from armhubert.superb.speakers import Speakers, generator
-from armhubert.superb.task import Item, Part, read_lines
+from armhubert.superb.speakers import Speakers
+from armhubert.superb.task import Item, Part, generator, read_lines
 
 # ----------------------------------------------------------------------------------------------- who speaks when
 

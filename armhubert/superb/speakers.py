@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import soundfile
 
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
 from armhubert.superb.librispeech import choose_subsets, is_librispeech
-from armhubert.superb.task import SPLITS, Options, SplitName
+from armhubert.superb.task import SPLITS, Options, SplitName, generator
 
 Speakers = Mapping[str, Sequence[Path]]
 """Recordings of each speaker, sorted."""
@@ -56,7 +55,7 @@ def speaker_splits(root: Path, options: Options) -> SpeakerSplits:
     for split in ("test", "dev"):
         if not folders[split]:
             has = f"{root} has {len(found['train'])} speakers with audio"
-            held = hold_out(found["train"], options.seed, split, has)
+            held = hold_out_speakers(found["train"], options.seed, split, has)
             found[split] = {speaker: found["train"].pop(speaker) for speaker in held}
             notes.append(f"no {split} folder: {len(held)} speakers are held out for {split} ({', '.join(held)})")
     return SpeakerSplits(found["train"], found["dev"], found["test"], tuple(notes))
@@ -84,11 +83,6 @@ def seconds(path: Path) -> float:
         return 0.0
 
 
-def generator(*key: object) -> np.random.Generator:
-    """Random numbers that are a function of the key alone."""
-    return np.random.default_rng(list(":".join(map(str, key)).encode()))
-
-
 def subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
     """The folders of a split: those named, else those that are called so; none: the root has no such folders.
 
@@ -107,7 +101,7 @@ def subsets(root: Path, split: SplitName, named: Sequence[str]) -> list[Path]:
     return sorted(path for path in root.glob(f"{split}-*") if path.is_dir())  # LibriSpeech without its transcripts
 
 
-def hold_out(speakers: Speakers, seed: int, split: str, has: str) -> list[str]:
+def hold_out_speakers(speakers: Speakers, seed: int, split: str, has: str) -> list[str]:
     """The names of a seventh of the speakers, 2 to 40; `has` begins what is said where there are too few."""
     number = min(40, max(2, len(speakers) // 7))
     if len(speakers) < number + 2:

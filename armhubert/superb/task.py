@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
 from armhubert.audio import AUDIO_SUFFIXES
@@ -143,10 +144,12 @@ class Head(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class Defaults:
+class TrainingSettings:
     """SUPERB's training settings of a task."""
 
     learning_rate: float = 1e-4
+    warmup: int | None = None
+    """Steps in which the rate rises to `learning_rate`, to fall linearly to 0 in the others; none: it is constant."""
     batch: int = 32
     """Utterances a batch."""
     accumulate: int = 1
@@ -222,7 +225,7 @@ class Task(ABC):
     """Fields of `Options` that the task uses, besides the seed."""
     metrics: tuple[Metric, ...]
     """The first is SUPERB's."""
-    defaults: Defaults
+    defaults: TrainingSettings
     folds: int = 1
     """Cross-validation: the runner trains and tests once for each fold, and averages."""
 
@@ -239,7 +242,7 @@ class Task(ABC):
             ArmhubertError: layout not recognised, lists or transcripts missing, labels that cannot be used.
         """
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> Head:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> Head:
         """A fresh head for features [B, T, width], of `settings.head_size` where the task's head has a size."""
         raise NotImplementedError(f"{self.name} is not trained")
 
@@ -336,6 +339,11 @@ def classification_scores(predictions: Sequence[tuple[str, ...]], split: Split, 
         confusion=Confusion(corpus.labels[0], tuple(map(tuple, counts))),
         examples=tuple(wrong[:20]),
     )
+
+
+def generator(*key: object) -> np.random.Generator:
+    """Random numbers that are a function of the key alone."""
+    return np.random.default_rng(list(":".join(map(str, key)).encode()))
 
 
 def audio_files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from armhubert import schedule
 from armhubert.config import SAMPLE_RATE
 from armhubert.convert.pickles import read_pickle
 from armhubert.distributed import seeded
@@ -231,7 +232,7 @@ class Training:
                 a_step = (time.perf_counter() - begun - validating) / (state.step - first)
                 progress = Progress(
                     state.step, settings.steps,
-                    float(torch.stack(losses).mean()), self.rate, float(torch.stack(norms).mean()),
+                    float(torch.stack(losses).mean()), self.rate_of(state.step - 1), float(torch.stack(norms).mean()),
                     a_step * (settings.steps - state.step),
                 )  # fmt: skip
                 state.history.append({"kind": "train", "step": state.step, "loss": progress.loss})
@@ -287,6 +288,8 @@ class Training:
                 loss = self.probe.head.loss(batch) / settings.accumulate
             loss.backward()
             total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate_of(state.step)
         norm = nn.utils.clip_grad_norm_(self.trained, settings.clip)
         finite = bool(torch.isfinite(total) & torch.isfinite(norm))
         if finite:
@@ -301,6 +304,12 @@ class Training:
                 f"{state.step}: lower the learning rate ({self.rate:g})"
             )
         return (total if finite else None), norm
+
+    def rate_of(self, step: int) -> float:
+        """Learning rate of a step, from 0."""
+        if self.settings.warmup is None:
+            return self.rate
+        return schedule.learning_rate(step, self.settings.steps, self.settings.warmup, self.rate)
 
     def _crop(self, epoch: int, indices: Sequence[int], layers: Tensor, lengths: Tensor) -> Batch:
         """The batch that the head sees: random crops of the features where the task trains on crops."""

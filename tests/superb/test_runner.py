@@ -14,7 +14,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import config as config_module
 from armhubert.superb import features, pictures, report
 from armhubert.superb.config import EvaluateConfig
-from armhubert.superb.progress import CachePlanned, Finished, RateTried, Started, Validated
+from armhubert.superb.progress import CachePlanned, Finished, Progress, RateTried, Started, Validated
 from armhubert.superb.runner import as_text, evaluate, load_run_config
 from armhubert.superb.suite import COLUMNS
 from armhubert.superb.tasks import find
@@ -73,6 +73,17 @@ def test_starting_anew_removes_what_is_the_runs_own_and_nothing_else(config, tmp
     assert (tmp_path / "run/fold-1.txt").is_file()
     assert not (tmp_path / "run/lr-1e-3").exists()
     assert not (tmp_path / "run/predictions-test-other.jsonl").exists()
+
+
+def test_the_rate_is_constant_or_rises_and_falls(config):
+    def rates(**settings):
+        reports = evaluate(replace(config, steps=4, learning_rate=0.01, log_every=1, **settings), force=True)
+        return [report.learning_rate for report in reports if isinstance(report, Progress)]
+
+    assert rates() == [0.01] * 4
+    assert rates(warmup=2) == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3])
+    with pytest.raises(ArmhubertError, match="warmup must be at most the run's 4 steps, got 5"):
+        rates(warmup=5)
 
 
 def test_a_folder_takes_one_run_at_a_time(config):

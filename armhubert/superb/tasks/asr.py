@@ -7,10 +7,9 @@ from pathlib import Path
 from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.heads import Beam, CTCRecurrent, beam_decoder
-from armhubert.superb.librispeech import choose_subsets, hold_out, read_splits
+from armhubert.superb.librispeech import choose_subsets, hold_out_utterances, read_splits
 from armhubert.superb.task import (
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -18,6 +17,7 @@ from armhubert.superb.task import (
     Scores,
     Split,
     Task,
+    TrainingSettings,
     unseen_tokens,
 )
 
@@ -33,13 +33,13 @@ class SpeechRecognition(Task):
     folders = ("LibriSpeech",)
     reads = ("train", "dev", "test", "language_model")
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
+    defaults = TrainingSettings(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets."""
         folders, notes = choose_subsets(root, options)
         read, left_out = read_splits(folders)
-        read, held = hold_out(read)
+        read, held = hold_out_utterances(read)
         items = {
             split: tuple(Item(u.key, (Part(str(u.path)),), tuple(" ".join(u.words).upper())) for u in utterances)
             for split, utterances in read.items()
@@ -51,7 +51,7 @@ class SpeechRecognition(Task):
         notes += left_out + held + unseen_tokens(items, "characters")
         return Corpus({split: Split(found) for split, found in items.items()}, (tokens,), tuple(notes), decoder)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> CTCRecurrent:
         """Linear to 1024, two bidirectional LSTMs of 1024, linear to the characters; SpecAugment while training."""
         return CTCRecurrent(width, corpus.labels[0], size=settings.head_size, decoder=corpus.extra)
 

@@ -14,8 +14,7 @@ from armhubert.superb.speakers import (
     LAYOUTS,
     Speakers,
     SpeakerSplits,
-    generator,
-    hold_out,
+    hold_out_speakers,
     recordings,
     seconds,
     speaker_splits,
@@ -24,7 +23,6 @@ from armhubert.superb.speakers import (
 from armhubert.superb.task import (
     Batch,
     Corpus,
-    Defaults,
     Detection,
     Head,
     Item,
@@ -34,6 +32,8 @@ from armhubert.superb.task import (
     Scores,
     Split,
     Task,
+    TrainingSettings,
+    generator,
     read_lines,
     some,
 )
@@ -62,7 +62,7 @@ class SpeakerVerification(Task):
     folders = ("VoxCeleb1", "voxceleb1", "LibriSpeech")
     reads = ("train", "dev", "test")
     metrics = (Metric("eer", "EER", False), Metric("min_dcf", "minDCF", False, ""))
-    defaults = Defaults(
+    defaults = TrainingSettings(
         learning_rate=1e-4,
         batch=10,
         accumulate=5,
@@ -121,7 +121,7 @@ class SpeakerVerification(Task):
             tuple(notes),
         )
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "XVector":
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> "XVector":
         """X-vector with AM-softmax over the training speakers."""
         return XVector(width, corpus.labels[0])
 
@@ -229,7 +229,7 @@ def _with_list(root: Path, listed: Path, options: Options) -> tuple[SpeakerSplit
         if not any(path in used or (held is not None and path.is_relative_to(held.absolute())) for path in paths)
     }
     has = f"{root} has {len(everything)} speakers that no trial uses"
-    dev = {name: everything[name] for name in hold_out(everything, options.seed, "dev", has)}
+    dev = {name: everything[name] for name in hold_out_speakers(everything, options.seed, "dev", has)}
     train = {name: paths for name, paths in everything.items() if name not in dev}
     items = tuple(Item(name, (Part(str(path)),), ()) for name, path in files.items())
     notes = (f"dev trials are drawn from {len(dev)} speakers held out of training",)

@@ -7,10 +7,8 @@ from pathlib import Path
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
 from armhubert.superb.heads import PooledClassifier
-from armhubert.superb.speakers import generator
 from armhubert.superb.task import (
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -18,8 +16,10 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     classes,
     classification_scores,
+    generator,
     read_lines,
     some,
 )
@@ -48,7 +48,7 @@ class EmotionRecognition(Task):
     folders = ("IEMOCAP", "IEMOCAP_full_release", "RAVDESS", "emotions")
     reads = ("fold",)
     metrics = (Metric("accuracy", "Accuracy", True),)
-    defaults = Defaults(learning_rate=1e-4, batch=4, accumulate=8, steps=30_000, validate_every=1_000)
+    defaults = TrainingSettings(learning_rate=1e-4, batch=4, accumulate=8, steps=30_000, validate_every=1_000)
     folds = FOLDS
 
     def read(self, root: Path, options: Options) -> Corpus:
@@ -63,7 +63,7 @@ class EmotionRecognition(Task):
         found, notes = _read_folders(base, paths)
         return _by_speaker(found, base, options.fold, notes)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 

@@ -13,7 +13,6 @@ from armhubert.superb import metrics
 from armhubert.superb.heads import PooledClassifier
 from armhubert.superb.task import (
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -22,6 +21,7 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     audio_files,
     classes,
     classification_scores,
@@ -45,7 +45,7 @@ class KeywordSpotting(Task):
     data = "Speech Commands v1 (folders of words, validation_list.txt, testing_list.txt), or any folders of words"
     folders = ("speech_commands_v0.01", "speech_commands", "SpeechCommands", "keywords")
     metrics = (Metric("accuracy", "Accuracy", True), Metric("mean_recall", "Mean recall of classes", True))
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=5_000, balanced=True)
+    defaults = TrainingSettings(learning_rate=1e-4, batch=32, steps=200_000, validate_every=5_000, balanced=True)
 
     @property
     def choose_by(self) -> tuple[Metric, ...]:
@@ -94,7 +94,7 @@ class KeywordSpotting(Task):
             notes.append(f"no {TEST_FOLDER}: tested on testing_list.txt, whose words are not balanced as there")
         return classes(splits, "keyword", notes=notes)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from armhubert.kernels.runtime import frame_mask
 from armhubert.superb.heads import CTCLinear
-from armhubert.superb.task import Batch, Corpus, Defaults
+from armhubert.superb.task import Batch, Corpus, TrainingSettings
 from armhubert.superb.tasks.pr import PhonemeRecognition
 
 RESOLUTION = 2.5
@@ -21,9 +21,9 @@ class MiniPhonemes(PhonemeRecognition):
     name = "mini-pr"
     title = "Phonemes (proxy of pr)"
     data = "the bundled speech"
-    defaults = Defaults(learning_rate=3e-3, batch=4, accumulate=1, steps=800, validate_every=50)
+    defaults = TrainingSettings(learning_rate=3e-3, batch=4, accumulate=1, steps=800, validate_every=50)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "NormalizedCTC":
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> "NormalizedCTC":
         """As pr's, over features that are normalised."""
         return NormalizedCTC(width, corpus.labels[0])
 

@@ -9,11 +9,10 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import CTCLinear
-from armhubert.superb.librispeech import Transcribed, choose_subsets, fold, hold_out, is_timit, read_splits, read_timit
+from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out_utterances, read_splits
 from armhubert.superb.task import (
     SPLITS,
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -22,9 +21,11 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     read_lines,
     unseen_tokens,
 )
+from armhubert.superb.timit import fold, is_timit, read_timit
 
 LEXICONS = ("lexicon.txt", "librispeech-lexicon.txt", "librispeech-lexicon-200k-g2p.txt")
 EXAMPLES = 10
@@ -41,7 +42,7 @@ class PhonemeRecognition(Task):
     folders = ("LibriSpeech",)
     reads = ("lexicon", "g2p", "train", "dev", "test")
     metrics = (Metric("per", "PER", False),)
-    defaults = Defaults(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
+    defaults = TrainingSettings(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """LibriSpeech's subsets; a test subset with `.phn` files is read as TIMIT."""
@@ -51,7 +52,7 @@ class PhonemeRecognition(Task):
         }
         lexicon = read_lexicon(find_lexicon(root, options))
         speech, left_out = read_splits({split: paths for split, paths in folders.items() if split not in timit})
-        speech, held = hold_out(speech, [split for split in ("dev", "test") if split not in timit])
+        speech, held = hold_out_utterances(speech, [split for split in ("dev", "test") if split not in timit])
         notes += left_out + held
         if options.g2p:
             notes += _add_machine_pronunciations(lexicon, speech)
@@ -78,7 +79,7 @@ class PhonemeRecognition(Task):
         splits = {split: Split(tuple(found)) for split, found in items.items()}
         return Corpus(splits, (tokens,), tuple(notes), extra=frozenset(timit))
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCLinear:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> CTCLinear:
         """Linear to 256, linear to the phones."""
         return CTCLinear(width, corpus.labels[0])
 

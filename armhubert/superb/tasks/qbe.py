@@ -17,10 +17,8 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.dtw import match_document, prepare_queries
 from armhubert.superb.simulate import Spoken, Word, spoken_words
-from armhubert.superb.speakers import generator
 from armhubert.superb.task import (
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -29,6 +27,8 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
+    generator,
     read_lines,
     some,
 )
@@ -70,7 +70,7 @@ class QueryByExample(Task):
     folders = ("quesst14Database", "timit-sample", "TIMIT")
     reads = ("test",)
     metrics = (Metric("mtwv", "MTWV", True, ""), Metric("layer", "Layer", None, ""))
-    defaults = Defaults(steps=0)
+    defaults = TrainingSettings(steps=0)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """Simulated: speakers of queries and of documents are different ones, words of dev and test too."""

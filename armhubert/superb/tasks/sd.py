@@ -23,7 +23,6 @@ from armhubert.superb.task import (
     SPLITS,
     Batch,
     Corpus,
-    Defaults,
     Head,
     Item,
     Metric,
@@ -33,6 +32,7 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     audio_files,
     read_lines,
     some,
@@ -76,7 +76,9 @@ class SpeakerDiarization(Task):
         Metric("false_alarm", "False alarm", False),
         Metric("confused", "Confusion", False),
     )
-    defaults = Defaults(learning_rate=1e-4, batch=8, accumulate=4, steps=30_000, validate_every=500, crop_seconds=40.0)
+    defaults = TrainingSettings(
+        learning_rate=1e-4, batch=8, accumulate=4, steps=30_000, validate_every=500, crop_seconds=40.0
+    )
 
     def read(self, root: Path, options: Options) -> Corpus:
         """Simulated mixtures have as many recordings as half the utterances, at most Libri2Mix's number."""
@@ -100,7 +102,7 @@ class SpeakerDiarization(Task):
             notes = (*speakers.notes, f"mixtures of two speakers simulated with seed {options.seed}: {count}")
         return _corpus(splits, notes)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> "FrameActivity":
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> "FrameActivity":
         """One LSTM of 512 and a linear layer."""
         return FrameActivity(width, corpus.extra)
 

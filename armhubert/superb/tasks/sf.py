@@ -10,10 +10,10 @@ from armhubert.errors import ArmhubertError
 from armhubert.superb import metrics
 from armhubert.superb.heads import CTCRecurrent
 from armhubert.superb.metrics import Slots
+from armhubert.superb.slots import Labelled, read_json_slots, split_utterances
 from armhubert.superb.task import (
     SPLITS,
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -21,10 +21,10 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     read_lines,
     unseen_tokens,
 )
-from armhubert.superb.tasks.ic import Labelled, read_json_slots, split_utterances
 
 SNIPS_LIST = "all.iob.snips.txt"
 SNIPS_SPEAKERS: dict[SplitName, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ class SlotFilling(Task):
         Metric("slot_cer", "Slot CER", False),
         Metric("wer", "WER", False),
     )
-    defaults = Defaults(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
+    defaults = TrainingSettings(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """JSON labels without transcripts: the text to recognise is the slot values, in the order of the file."""
@@ -71,7 +71,7 @@ class SlotFilling(Task):
             {split: Split(tuple(splits[split])) for split in SPLITS}, (tuple(sorted(tokens["train"])),), tuple(notes)
         )
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> CTCRecurrent:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> CTCRecurrent:
         """As asr's, over characters and slot tokens."""
         return CTCRecurrent(width, corpus.labels[0], size=settings.head_size)
 

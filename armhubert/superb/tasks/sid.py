@@ -7,11 +7,10 @@ from pathlib import Path
 from armhubert.audio import AUDIO_SUFFIXES
 from armhubert.errors import ArmhubertError
 from armhubert.superb.heads import PooledClassifier
-from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out, is_librispeech
+from armhubert.superb.librispeech import Transcribed, choose_subsets, hold_out_utterances, is_librispeech
 from armhubert.superb.task import (
     SPLITS,
     Corpus,
-    Defaults,
     Item,
     Metric,
     Options,
@@ -20,6 +19,7 @@ from armhubert.superb.task import (
     Split,
     SplitName,
     Task,
+    TrainingSettings,
     classes,
     classification_scores,
     read_lines,
@@ -40,7 +40,7 @@ class SpeakerIdentification(Task):
     folders = ("VoxCeleb1", "voxceleb1", "LibriSpeech/train-clean-100", "LibriSpeech/train-clean-5")
     reads = ("train",)
     metrics = (Metric("accuracy", "Accuracy", True),)
-    defaults = Defaults(learning_rate=1e-4, batch=8, accumulate=4, steps=200_000, crop_seconds=8.0)
+    defaults = TrainingSettings(learning_rate=1e-4, batch=8, accumulate=4, steps=200_000, crop_seconds=8.0)
 
     def read(self, root: Path, options: Options) -> Corpus:
         """By VoxCeleb1's list where it is there; else a tenth of each speaker is dev and a tenth test."""
@@ -65,7 +65,7 @@ class SpeakerIdentification(Task):
             notes.append(f"{len(silent)} folders without audio are left out ({some(silent)})")
         if not many:
             raise ArmhubertError(f"no speaker in {folder} has {MIN_UTTERANCES} recordings, one a split: add data")
-        splits, more = hold_out({"train": [u for u in utterances if u.speaker in many]}, by_speaker=True)
+        splits, more = hold_out_utterances({"train": [u for u in utterances if u.speaker in many]}, by_speaker=True)
         items = {split: [Item.of_file(u.path, folder, (u.speaker,)) for u in found] for split, found in splits.items()}
         return classes(items, "speaker", notes=notes + more)
 
@@ -86,7 +86,7 @@ class SpeakerIdentification(Task):
         notes = [f"{len(missing)} recordings of {LIST} are missing ({some(missing)})"] if missing else []
         return classes(items, "speaker", notes=notes)
 
-    def head(self, width: int, corpus: Corpus, settings: Defaults) -> PooledClassifier:
+    def head(self, width: int, corpus: Corpus, settings: TrainingSettings) -> PooledClassifier:
         """Linear to 256, mean over time, linear."""
         return PooledClassifier(width, corpus.labels)
 
