@@ -434,6 +434,7 @@ class ARMHuBERTForSequenceClassification(_Task):
         super().__init__(config)
         if config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.zeros(config.layers + 1))
+        assert config.num_labels is not None  # 2 where nothing is said
         self.projector = nn.Linear(config.width, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.post_init()
@@ -473,6 +474,7 @@ class ARMHuBERTForSequenceClassification(_Task):
         features = self._encode(input_values, attention_mask, mask_time_indices, output_attentions, asked or weighted)
         x = features.last_hidden_state
         if weighted:
+            assert features.hidden_states is not None
             x = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0), torch.stack(features.hidden_states))
         x = self.projector(x)
         if attention_mask is None:
