@@ -77,13 +77,21 @@ def distill(
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(help="C computes a map, R reuses it: CRCR..., 2by6 (6 maps of 2 layers), or C for no reuse.", rich_help_panel=MODEL),
+        typer.Option(
+            help="C computes a map, R reuses it: CRCR..., 2by6 (6 maps of 2 layers), or C for no reuse.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     conv_layers: Annotated[
         str | None, typer.Option(help="Conv stack: '[(128, 10, 5)] + [(256, 3, 2)] * 4'.", rich_help_panel=MODEL)
     ] = None,
     attention_mode: Annotated[
-        str | None, typer.Option(help="Reused maps: exact, or resoftmax, a second softmax, as released.", show_default="exact", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            help="Reused maps: exact, or resoftmax, a second softmax, as released.",
+            show_default="exact",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     dropout: Annotated[
         float | None,
