@@ -45,11 +45,11 @@ from armhubert.data import (
     scan,
     write_skipped,
 )
-from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
+from armhubert.machine import device_name, pick_device
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
 

@@ -21,9 +21,9 @@ from armhubert.clock import Timing, interleave
 from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.distill_config import DistillConfig, student_config
-from armhubert.distributed import pick_device
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
+from armhubert.machine import pick_device
 from armhubert.student import ARMHuBERT, count_parameters
 
 Kind = Literal["parameters", "macs", "latency"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import candidates, cli, forecast, profile, profile_report, quality, ragged
+from armhubert import candidates, cli, forecast, machine, profile, profile_report, quality, ragged
 from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
 from armhubert.cli.profile_tables import show_profile
 from armhubert.clock import Timing
@@ -417,8 +417,8 @@ def test_files_that_were_read_are_memory_to_be_had(tmp_path, monkeypatch):
         ("stat", f"anon 5\ninactive_file {9 * 2**30}\n"),
     ):
         (groups / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(forecast, "Path", lambda name: tmp_path / name.lstrip("/"))
-    assert forecast.free_memory(torch.device("cpu")) == 11 * 2**30
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert machine.free_memory(torch.device("cpu")) == 11 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -460,13 +460,13 @@ def test_a_training_profile_runs_on_the_device_of_its_settings(tmp_path, monkeyp
 def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**40))  # survives an exec
     if Path("/proc/self/status").is_file():
-        assert 2**20 < forecast.high_water_mark(torch.device("cpu")) == forecast.resident("VmHWM") < 2**40
+        assert 2**20 < machine.high_water_mark(torch.device("cpu")) == machine.resident("VmHWM") < 2**40
 
     def absent(kind):
         raise FileNotFoundError(kind)
 
-    monkeypatch.setattr(forecast, "resident", absent)
-    assert forecast.high_water_mark(torch.device("cpu")) >= 2**40
+    monkeypatch.setattr(machine, "resident", absent)
+    assert machine.high_water_mark(torch.device("cpu")) >= 2**40
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")

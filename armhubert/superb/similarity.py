@@ -20,10 +20,10 @@ from armhubert.audio import read_audio
 from armhubert.config import SAMPLE_RATE, check_fields, documented
 from armhubert.convert import load_weights
 from armhubert.data import discover
-from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
+from armhubert.machine import pick_device
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import layer_mapping
 

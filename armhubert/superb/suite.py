@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from armhubert.bundled import SPEECH
 from armhubert.config import build, read_mapping
 from armhubert.errors import ArmhubertError
+from armhubert.machine import pick_device
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig, given_in_vain
 from armhubert.superb.progress import Finished, Report
@@ -286,7 +287,7 @@ def _loading(config: EvaluateConfig) -> _Loading:
 
 
 def _load(model: str, features: FeatureChoice, device: str) -> Upstream:
-    return load_upstream(model, features=features, device=runner.pick_device(device))
+    return load_upstream(model, features=features, device=pick_device(device))
 
 
 def _check_settings(config: EvaluateConfig) -> None:
