@@ -106,10 +106,12 @@ def resident(kind: str) -> int:
     """Bytes of this process now (VmRSS) or at most (VmHWM); getrusage would count the parent's before the exec.
 
     Raises:
-        OSError: no /proc here.
+        OSError: no /proc here, or one that does not tell.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status does not tell {kind}")
 
 
 def high_water_mark(device: torch.device) -> int:
@@ -119,7 +121,7 @@ def high_water_mark(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     try:
         return resident("VmHWM")
-    except (OSError, StopIteration):
+    except OSError:
         pass
     try:
         import resource

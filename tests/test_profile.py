@@ -469,6 +469,14 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monke
     assert machine.high_water_mark(torch.device("cpu")) >= 2**40
 
 
+def test_a_system_that_does_not_tell_the_memory_asked_for_is_an_os_error(tmp_path, monkeypatch):
+    (tmp_path / "status").write_text("VmRSS:\t  12 kB\n")
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / Path(name).name)
+    assert machine.resident("VmRSS") == 12 * 1024
+    with pytest.raises(OSError, match="does not tell VmHWM"):
+        machine.resident("VmHWM")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")
 def test_what_imports_took_for_a_moment_is_not_a_candidates_memory(student, monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: torch.ones(1 << 26) + 1)
