@@ -242,6 +242,33 @@ class EncoderConfig:
             samples = (samples - kernel) // stride + 1
         return samples
 
+    def macs(self, samples: int) -> int:
+        """Multiply-accumulates of one utterance of `samples` samples, as the papers count them.
+
+        Convolutions, linear maps and the two attention products of every layer; a reusing layer has one, since its map
+        is there already (recomputing it tile by tile, as some of our kernels do, is a choice of speed and not counted).
+        The distillation heads count where the configuration has them.
+        """
+        total, channels, length = 0, 1, samples
+        for outputs, kernel, stride in self.conv_layers:
+            length = (length - kernel) // stride + 1
+            total += length * outputs * channels * kernel
+            channels = outputs
+        width, frames = self.width, length
+        if self.feature_projection:
+            total += frames * channels * width
+        total += (frames + 1 - self.position_kernel % 2) * width * width // self.position_groups * self.position_kernel
+        for layer, letter in enumerate(self.pattern):
+            linears, products = (4, 2) if letter == "C" else (2, 1)
+            kept = len(self.kept_heads(layer)) * width // self.heads
+            total += linears * frames * width * kept + products * frames**2 * kept
+            total += 2 * frames * width * self.ffn_width(layer)
+            if self.position_buckets:
+                total += frames * kept * 8
+        if self.projection_width:
+            total += self.layers * frames * width * self.projection_width
+        return total
+
 
 def _span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from armhubert import candidates, cli, forecast, machine, profile, profile_report, quality, ragged
-from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
+from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines
 from armhubert.cli.profile_tables import show_profile
 from armhubert.clock import Timing
 from armhubert.config import preset
@@ -58,17 +58,17 @@ def test_operations_are_those_that_pytorch_counts(name):
         model, counter = ARMHuBERT(config).eval(), FlopCounterMode(display=False)
         with counter, torch.no_grad():
             model(torch.empty(1, 48_000))
-    assert macs(config, 48_000) == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
+    assert config.macs(48_000) == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
 
 
 def test_operations_of_the_published_models():
     """22.3 G for 10 s with heads, of which a reusing layer skips query, key and map; 74.1 G for HuBERT Base."""
-    assert macs(preset("armhubert"), 160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
+    assert preset("armhubert").macs(160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
     hubert = dataclasses.replace(
         preset("armhubert"), conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2), width=768, ffn=3072,
         pattern="", projection_width=None, feature_projection=True,
     )  # fmt: skip
-    assert macs(hubert, 160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
+    assert hubert.macs(160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -104,7 +104,7 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     assert 1e-4 < bf16.feature_error < 0.1
     assert bf16.bytes_on_disk < 0.6 * eager.bytes_on_disk
     assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.projection_width or 0)
-    assert released.macs == eager.macs == macs(dataclasses.replace(TINY, projection_width=None), 160_000)
+    assert released.macs == eager.macs == dataclasses.replace(TINY, projection_width=None).macs(160_000)
     assert {"front end", "attention", "feed-forward", "positional convolution"} <= eager.stages.keys()
     assert result.ragged == ()
     paths = profile_report.write(result, tmp_path)
