@@ -35,7 +35,7 @@ from armhubert.candidates import (
     split_baseline,
 )
 from armhubert.clock import Timing, interleave, wait
-from armhubert.config import SAMPLE_RATE, check_fields, documented
+from armhubert.config import SAMPLE_RATE
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
 from armhubert.export import open_program
@@ -44,6 +44,7 @@ from armhubert.forecast import Cost, Forecast
 from armhubert.kernels import onednn
 from armhubert.machine import conditions, pick_device
 from armhubert.ragged import Ragged
+from armhubert.settings import check_fields, documented
 
 SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
 """SUPERB counts operations over 32 utterances of test-clean, 224.86 s in all; here as 32 of equal length."""

@@ -224,10 +224,10 @@ def distill(
 
 def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, force: bool) -> None:
     """Build the configuration from the options given and a file, distil, and show the reports."""
-    from armhubert.config import build, read_mapping
     from armhubert.distill import distill as distil
     from armhubert.distill import load_run_config
     from armhubert.distill_config import DistillConfig
+    from armhubert.settings import build, read_mapping
 
     settings = read_mapping(file) if file else {}
     if options.keys() & {"steps", "epochs"}:  # one on the command line replaces the other in the file

@@ -29,9 +29,9 @@ def export(
 ) -> None:
     """Write a model for other runtimes, checked against the model at five lengths and batch sizes first."""
     given = dict(locals())
-    from armhubert.config import build
     from armhubert.export import ExportConfig
     from armhubert.export import export as run
+    from armhubert.settings import build
 
     ui.silence_libraries()
     ui.show_export(run(build(ExportConfig, given, "the options")))

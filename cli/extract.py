@@ -41,8 +41,8 @@ def extract(
 ) -> None:
     """Write a model's features of audio, one file a recording; run it again to compute what is missing."""
     given = dict(locals())
-    from armhubert.config import build
     from armhubert.extract import ExtractConfig
     from armhubert.extract import extract as run
+    from armhubert.settings import build
 
     ui.show_extraction(run(build(ExtractConfig, given, "the options")))

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from armhubert.config import read_mapping
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
+from armhubert.settings import read_mapping
 from armhubert.superb import metrics
 from armhubert.superb.heads import PooledClassifier
 from armhubert.superb.speakers import generator
