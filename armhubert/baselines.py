@@ -160,33 +160,3 @@ def baseline(name: str) -> nn.Module:
     """
     with torch.random.fork_rng([]):
         return BASELINES[name]().eval().requires_grad_(False)
-
-
-def macs(config: EncoderConfig, samples: int) -> int:
-    """Multiply-accumulates of one utterance of `samples` samples, as the papers count them.
-
-    Convolutions, linear maps and the two attention products of every layer; a reusing layer has one, since its map is
-    there already (recomputing it tile by tile, as some of our kernels do, is a choice of speed and not counted). The
-    distillation heads count where the configuration has them.
-    """
-    total, channels, length = 0, 1, samples
-    for outputs, kernel, stride in config.conv_layers:
-        length = (length - kernel) // stride + 1
-        total += length * outputs * channels * kernel
-        channels = outputs
-    width, frames = config.width, length
-    if config.feature_projection:
-        total += frames * channels * width
-    total += (
-        (frames + 1 - config.position_kernel % 2) * width * width // config.position_groups * config.position_kernel
-    )
-    for layer, letter in enumerate(config.pattern):
-        linears, products = (4, 2) if letter == "C" else (2, 1)
-        kept = len(config.kept_heads(layer)) * width // config.heads
-        total += linears * frames * width * kept + products * frames**2 * kept
-        total += 2 * frames * width * config.ffn_width(layer)
-        if config.position_buckets:
-            total += frames * kept * 8
-    if config.projection_width:
-        total += config.layers * frames * width * config.projection_width
-    return total

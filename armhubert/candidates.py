@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline, macs
+from armhubert.baselines import BASELINES, HUBERT_BASE, ReleasedWay, baseline
 from armhubert.config import SAMPLE_RATE
 from armhubert.convert import is_source, load_weights
 from armhubert.encoder import SpeechEncoder
@@ -89,9 +89,7 @@ def load_candidate(source: str, mode: str, *, student: str, heads: bool, device:
         parameters=count.total + left_out,
         parameters_without_heads=count.without_heads,
         bytes_on_disk=size(),
-        macs=(lambda samples: macs(encoder.config, samples))
-        if isinstance(encoder, SpeechEncoder)
-        else _counter(module),
+        macs=encoder.config.macs if isinstance(encoder, SpeechEncoder) else _counter(module),
     )
 
 

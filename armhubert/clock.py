@@ -1,9 +1,6 @@
-"""Timing: interleaved runs, medians, and what they were measured on; for `profile` and the benchmarks."""
+"""Timing: interleaved runs, medians, files of results; for `profile` and the benchmarks."""
 
-import contextlib
-import datetime
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from armhubert import __version__
-from armhubert.distributed import device_name, processor_name
 from armhubert.files import write_atomic
+from armhubert.machine import conditions
 
 
 class Timing(NamedTuple):
@@ -61,33 +57,6 @@ def interleave(
         for name, run in candidates.items():
             seconds[name].append(timed(run, device))
     return {name: summarize(values) for name, values in seconds.items()}
-
-
-_EXTENSIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "i8mm", "bf16", "asimd")
-
-
-def _extensions() -> list[str]:
-    """The processor's matrix and vector extensions that decide how fast a model is, where Linux tells them."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                flags.update(line.partition(":")[2].split())
-    return [extension for extension in _EXTENSIONS if extension in flags]
-
-
-def conditions(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: device, processor, versions, day."""
-    return {
-        "device": device_name(device),
-        "processor": processor_name(),
-        "extensions": " ".join(_extensions()) or "unknown",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "armhubert": __version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def write_results(name: str, rows: list[dict[str, Any]], device: torch.device, folder: Path) -> Path:

@@ -17,18 +17,19 @@ import torch
 
 from armhubert import checkpoint, runlog
 from armhubert.checkpoint import TrainingState
-from armhubert.config import SAMPLE_RATE, EncoderConfig, build, read_mapping
+from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.data import SCAN_CACHE, Scanning, count_by_kind, padding_waste, write_skipped
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distill_data import Data, prepare, write_list
 from armhubert.distill_run import Progress, Run, Validated, Window, while_read
-from armhubert.distributed import World, device_name, join_world, pick_device
+from armhubert.distributed import World, join_world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
-from armhubert.forecast import high_water_mark
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
+from armhubert.machine import device_name, high_water_mark, pick_device
+from armhubert.settings import build, read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher
 

@@ -5,19 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from armhubert.bundled import TRAINING_SPEECH
-from armhubert.config import (
-    SAMPLE_RATE,
-    AttentionMode,
-    EncoderConfig,
-    check_fields,
-    documented,
-    parse_conv_layers,
-    preset,
-)
+from armhubert.config import SAMPLE_RATE, AttentionMode, EncoderConfig, parse_conv_layers, preset
 from armhubert.data import MAX_WORKERS
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
 from armhubert.losses import parse_loss
+from armhubert.settings import check_fields, documented
 
 
 @documented

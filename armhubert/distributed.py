@@ -1,11 +1,9 @@
-"""Where a training loop runs: its device, the other processes under torchrun, the state of random generators."""
+"""Where a training loop runs: the processes under torchrun, the state of random generators."""
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -64,51 +62,10 @@ class World(NamedTuple):
         return box[0]
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> a device that exists here.
-
-    Raises:
-        ArmhubertError: a GPU that is not there, or another kind of device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ArmhubertError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ArmhubertError(
-            f"device {name!r} was asked for and PyTorch sees no GPU here: use device='cpu' or device='auto'"
-        )
-    index = int(number) if number else int(os.environ.get("LOCAL_RANK", 0))
-    if index >= torch.cuda.device_count():
-        raise ArmhubertError(f"device 'cuda:{index}' was asked for and there are {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)
-
-
-def device_name(device: torch.device) -> str:
-    """Readable name of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU {processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def processor_name() -> str:
-    """What the system calls its processor; Linux tells it in a file, others to `platform`."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
-
-
 @contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Seed PyTorch's default generators, of the CPU and of `device` (from `pick_device`), by `key`; the caller's state
-    comes back at the end."""
+    """Seed PyTorch's default generators, of the CPU and of `device` (from `machine.pick_device`), by `key`; the
+    caller's state comes back at the end."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)

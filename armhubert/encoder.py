@@ -20,12 +20,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from armhubert.config import EncoderConfig, documented
+from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.hooks import computes_as, hooked, hooked_within
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
 from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
+from armhubert.settings import documented
 from armhubert.weights import Weights
 
 

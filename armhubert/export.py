@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert.clock import Timing, interleave
-from armhubert.config import SAMPLE_RATE, check_fields, documented
+from armhubert.config import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import check_unused, make_folder, write_atomic
 from armhubert.packages import require
+from armhubert.settings import check_fields, documented
 from armhubert.student import ARMHuBERT
 from armhubert.weights import Weights
 

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armhubert.config import SAMPLE_RATE, EncoderConfig, check_fields, documented, read_mapping
+from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.data import (
     MAX_WORKERS,
     Crop,
@@ -45,11 +45,12 @@ from armhubert.data import (
     scan,
     write_skipped,
 )
-from armhubert.distributed import device_name, pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
+from armhubert.machine import device_name, pick_device
+from armhubert.settings import check_fields, documented, read_mapping
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
 

@@ -3,10 +3,7 @@
 Attention that stores its maps needs 12 x 15,000^2 floats for 5 minutes of audio: 10.8 GB a map.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from armhubert.clock import timed
 from armhubert.config import SAMPLE_RATE
+from armhubert.machine import forget_peak, free_memory, resident, return_free_pages
 
 PROBES = (1.0, 4.0, 10.0)
 """Seconds of audio that show how a candidate's cost grows; no longer one runs without a forecast."""
@@ -100,70 +98,8 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
         return Cost(timed(run, device), None)
     seconds = timed(run, device)
     peak = resident("VmHWM")
-    _return_free_pages()
+    return_free_pages()
     return Cost(seconds, max(0, peak - before), resident("VmRSS") - before)
-
-
-def forget_peak() -> None:
-    """Let VmHWM count from what this process holds now.
-
-    Raises:
-        OSError: no /proc here, or one that does not let a process do so.
-    """
-    _return_free_pages()
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _return_free_pages() -> None:
-    """To the system, where the C library does that on request: what it keeps would hide what a pass adds."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def resident(kind: str) -> int:
-    """Bytes of this process now (VmRSS) or at most (VmHWM); getrusage would count the parent's before the exec.
-
-    Raises:
-        OSError: no /proc here.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
-
-
-def high_water_mark(device: torch.device) -> int:
-    """Bytes that this process held at most so far, libraries included: on the GPU where one is used, else in memory; 0
-    where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return resident("VmHWM")
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had: on the GPU, or in this machine and this container; None: the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, used, more = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
-    except OSError:
-        return free
-    # files that were read count as used, and are given up when memory is asked for
-    cached = next((int(line.split()[1]) for line in more.splitlines() if line.startswith("inactive_file ")), 0)
-    return free if most == "max" else min(free, int(most) - int(used) + cached)
 
 
 def refusal(cost: Cost, device: torch.device, limit_seconds: float) -> str:
@@ -174,8 +110,3 @@ def refusal(cost: Cost, device: torch.device, limit_seconds: float) -> str:
     if cost.seconds > limit_seconds:
         return f"about {cost.seconds:.0f} s a pass, limit {limit_seconds:g}"
     return ""
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armhubert.config import EncoderConfig, armhubert, build
+from armhubert.config import EncoderConfig, armhubert
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Impl
 from armhubert.kernels.runtime import frame_mask, tracing
+from armhubert.settings import build
 from armhubert.student import ARMHuBERT
 
 try:

@@ -16,14 +16,13 @@ from typing import Literal, NamedTuple
 import torch
 import yaml
 
-from armhubert.baselines import macs
 from armhubert.clock import Timing, interleave
 from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.distill_config import DistillConfig, student_config
-from armhubert.distributed import pick_device
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
+from armhubert.machine import pick_device
 from armhubert.student import ARMHuBERT, count_parameters
 
 Kind = Literal["parameters", "macs", "latency"]
@@ -157,7 +156,7 @@ def _size(settings: DistillConfig, teacher: EncoderConfig, width: int, ratio: fl
 
 def _counts(student: EncoderConfig) -> tuple[int, int]:
     with torch.device("meta"):
-        return count_parameters(ARMHuBERT(student)).total, macs(student, round(SECONDS * SAMPLE_RATE))
+        return count_parameters(ARMHuBERT(student)).total, student.macs(round(SECONDS * SAMPLE_RATE))
 
 
 def _cost(kind: Kind, device: torch.device) -> Callable[[EncoderConfig], float]:

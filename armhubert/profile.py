@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from armhubert import forecast, ragged
+from armhubert import forecast, machine, ragged
 from armhubert.baselines import BASELINES
 from armhubert.candidates import (
     MODES,
@@ -34,16 +34,17 @@ from armhubert.candidates import (
     load_run,
     split_baseline,
 )
-from armhubert.clock import Timing, conditions, interleave, wait
-from armhubert.config import SAMPLE_RATE, check_fields, documented
-from armhubert.distributed import pick_device
+from armhubert.clock import Timing, interleave, wait
+from armhubert.config import SAMPLE_RATE
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError, nearest
 from armhubert.export import open_program
 from armhubert.files import write_atomic
 from armhubert.forecast import Cost, Forecast
 from armhubert.kernels import onednn
+from armhubert.machine import conditions, pick_device
 from armhubert.ragged import Ragged
+from armhubert.settings import check_fields, documented
 
 SUPERB_UTTERANCES, SUPERB_SECONDS = 32, 224.86
 """SUPERB counts operations over 32 utterances of test-clean, 224.86 s in all; here as 32 of equal length."""
@@ -250,7 +251,7 @@ def _peak_of_child(
         with contextlib.suppress(ImportError):
             importlib.import_module(runtime)
     with contextlib.suppress(OSError):  # where the system refuses, the libraries' own peak may count
-        forecast.forget_peak()
+        machine.forget_peak()
     before = _resident("VmRSS")
     waveforms = torch.zeros(batch, round(seconds * SAMPLE_RATE), device=where)
     if file is not None:
@@ -264,7 +265,7 @@ def _peak_of_child(
 
 def _resident(kind: str) -> int:
     try:
-        return forecast.resident(kind)
+        return machine.resident(kind)
     except OSError:
         raise ArmhubertError("peak memory on a CPU is read from /proc, which is not there: use memory=False") from None
 
@@ -433,7 +434,7 @@ def _cell(
         try:
             cost = forecasts[name].measure(waveforms)
         except Exception as error:
-            if not forecast.ran_out_of_memory(error):
+            if not machine.ran_out_of_memory(error):
                 raise
             left_out[name] = "out of memory"
             continue

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.baselines import BASELINES
-from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
 from armhubert.profile import Model, Profile
+from armhubert.settings import read_mapping
 from armhubert.superb.runner import RESULT_FILE
 from armhubert.superb.tasks import find
 from armhubert.superb.upstream import load_upstream

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from armhubert.clock import Timing, conditions, summarize, wait
+from armhubert.clock import Timing, summarize, wait
 from armhubert.data import Scanning, discover, scan
 from armhubert.distill import load_models
 from armhubert.distill_config import DistillConfig
 from armhubert.distill_data import Data
 from armhubert.distill_run import Run
-from armhubert.distributed import World, pick_device
+from armhubert.distributed import World
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
-from armhubert.forecast import high_water_mark
+from armhubert.machine import conditions, high_water_mark, pick_device
 from armhubert.teacher import TeacherTargets
 
 PARTS = ("data", "teacher", "student forward", "loss", "backward", "optimizer")

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from armhubert import figures
 from armhubert.clock import write_results
-from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
 from armhubert.runlog import METRICS, read_metrics
+from armhubert.settings import read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
 
 

@@ -30,7 +30,7 @@ import torch
 from armhubert.clock import write_results
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
-from armhubert.forecast import high_water_mark
+from armhubert.machine import high_water_mark
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import load_teacher
 

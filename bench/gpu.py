@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate
-from armhubert.distributed import pick_device
+from armhubert.machine import pick_device
 
 REHEARSAL = "no CUDA device: rehearsal, nothing here is a GPU figure"
 

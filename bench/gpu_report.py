@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert import figures
-from armhubert.clock import conditions
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
 from armhubert.kernels import variants
+from armhubert.machine import conditions
 
 STAGES = ("check", "micro", "model", "variants", "compiled")
 Row = dict[str, Any]

@@ -13,8 +13,8 @@ import torch
 
 from armhubert import figures
 from armhubert.clock import write_results
-from armhubert.config import read_mapping
 from armhubert.errors import ArmhubertError
+from armhubert.settings import read_mapping
 from armhubert.superb.runner import RESULT_FILE
 from armhubert.superb.tasks import TASKS
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert.baselines import HUBERT_BASE
-from armhubert.clock import conditions, interleave, write_results
-from armhubert.distributed import pick_device
+from armhubert.clock import interleave, write_results
 from armhubert.encoder import SpeechEncoder
+from armhubert.machine import conditions, pick_device
 from armhubert.teacher import teacher_targets
 
 

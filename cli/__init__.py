@@ -1,4 +1,4 @@
-"""The command line: the only place that knows typer and rich. One command a file; `ui` has the screen."""
+"""The command line: the only place that knows typer and rich. One command a file; `ui` has what they share."""
 
 import errno
 import io

@@ -2,12 +2,15 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+
+if TYPE_CHECKING:
+    from armhubert.convert.folder import Converted
 
 
 @app.command()
@@ -39,4 +42,24 @@ def convert(
         report = folder.convert(source, out, attention_mode=mode, heads=heads, force=force)
     for warning in caught:
         ui.note(f"warning: {warning.message}")
-    ui.show_conversion(report)
+    _show(report)
+
+
+def _show(report: "Converted") -> None:
+    """What became of a source's tensors: one line an ignored group, and the settings nobody stated."""
+    config, count = report.config, report.parameters
+    ui.say(
+        f"mapped {len(report.mapped)} tensors, {count.total} parameters ({count.without_heads} without heads): "
+        f"{config.layers} layers of width {config.width}, pattern {config.pattern}, "
+        f"maps read as {config.attention_mode}"
+    )
+    ui.say("missing none")
+    groups: dict[str, int] = {}
+    for name in report.ignored:
+        group = ".".join(name.split(".")[:2])
+        groups[group] = groups.get(group, 0) + 1
+    listed = ", ".join(f"{group} ({n})" if n > 1 else group for group, n in groups.items())
+    ui.say(f"ignored {len(report.ignored)}" + (f": {listed}" if listed else ""))
+    if report.inferred:
+        ui.say(f"not stated by the source, taken from published models of this size: {', '.join(report.inferred)}")
+    ui.say(f"wrote {report.out}, read back equal")

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.cli.signals import stop_on_signal
 from armhubert.errors import ArmhubertError
@@ -224,10 +223,11 @@ def distill(
 
 def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, force: bool) -> None:
     """Build the configuration from the options given and a file, distil, and show the reports."""
-    from armhubert.config import build, read_mapping
+    from armhubert.cli.distill_screen import show_distillation
     from armhubert.distill import distill as distil
     from armhubert.distill import load_run_config
     from armhubert.distill_config import DistillConfig
+    from armhubert.settings import build, read_mapping
 
     settings = read_mapping(file) if file else {}
     if options.keys() & {"steps", "epochs"}:  # one on the command line replaces the other in the file
@@ -246,6 +246,6 @@ def run(options: dict[str, Any], *, file: Path | None, resume: Path | None, forc
     else:
         config = build(DistillConfig, settings, source)
     with stop_on_signal() as stop:
-        finished = ui.show_distillation(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
+        finished = show_distillation(distil(config, resume=resume is not None, force=force, should_stop=stop.asked))
     if finished.reason in ("stopped", "not begun"):
         stop.leave()

@@ -183,7 +183,7 @@ def evaluate(
     for name, value in (("--against", against), ("--utterances", utterances)):
         if value is not None:
             raise ArmhubertError(f"{name} is for --task similarity: leave it out")
-    from armhubert.config import read_mapping
+    from armhubert.settings import read_mapping
 
     settings = {**(read_mapping(config) if config else {}), **given}
     root = data[0] if data else None
@@ -213,7 +213,7 @@ def run_task(
     force: bool,
 ) -> None:
     """One model on one task."""
-    from armhubert.config import build
+    from armhubert.settings import build
     from armhubert.superb import runner
     from armhubert.superb.config import EvaluateConfig
     from armhubert.superb.progress import Finished

@@ -1,11 +1,16 @@
 """`armhubert export`: argv -> ExportConfig -> reports on the screen."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+
+if TYPE_CHECKING:
+    from armhubert.export import Report
 
 
 @app.command()
@@ -29,9 +34,34 @@ def export(
 ) -> None:
     """Write a model for other runtimes, checked against the model at five lengths and batch sizes first."""
     given = dict(locals())
-    from armhubert.config import build
     from armhubert.export import ExportConfig
     from armhubert.export import export as run
+    from armhubert.settings import build
 
     ui.silence_libraries()
-    ui.show_export(run(build(ExportConfig, given, "the options")))
+    _show(run(build(ExportConfig, given, "the options")))
+
+
+def _show(reports: "Iterator[Report]") -> None:
+    """Consume an export's reports: its stages as progress, then what was written and what the check found."""
+    from armhubert.config import SAMPLE_RATE
+    from armhubert.export import Exported, Stage
+
+    with ui.progress() as show:
+        for report in reports:
+            if isinstance(report, Stage):
+                show(report.name, 0, None)
+    assert isinstance(report, Exported), "the last report tells the end"
+    table = Table("batch", "longest", "largest difference", box=None, padding=(0, 2, 0, 0))
+    for check in report.checks:
+        table.add_row(str(check.utterances), f"{check.samples / SAMPLE_RATE:.3f} s", f"{check.difference:.1e}")
+    ui.draw(table)
+    if report.quantised is not None:
+        int8 = report.quantised
+        before, after = int8.float_time.median, int8.time.median
+        ui.say(
+            f"int8: {int8.float_bytes / report.bytes:.2f}x smaller, {before / after:.2f}x as fast ({before:.3f} -> "
+            f"{after:.3f} s for 10 s here, medians of interleaved runs), feature error {int8.error:.2%}, "
+            f"of another batch {int8.padding:.2%}"
+        )
+    ui.say(f"{report.path}: {report.bytes / 1e6:.1f} MB, {', '.join(report.inputs)} -> {', '.join(report.outputs)}")

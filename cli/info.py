@@ -1,13 +1,20 @@
 """`armhubert info`: what a model is, and whether it works here."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
 from armhubert.errors import ArmhubertError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from armhubert.config import EncoderConfig
+    from armhubert.student import ParameterCount
 
 
 @app.command()
@@ -25,7 +32,7 @@ def info(
     from armhubert.student import ARMHuBERT, count_parameters
 
     student = ARMHuBERT.from_pretrained(model)
-    ui.show_model(model, student.config, count_parameters(student))
+    _show_model(model, student.config, count_parameters(student))
     if audio is not None:
         wave, shortest = read_audio(audio), student.config.receptive_field
         if len(wave) < shortest:
@@ -37,4 +44,27 @@ def info(
         started = time.perf_counter()
         with torch.inference_mode():
             features = student(wave[None], projections=False).last_hidden_state
-        ui.show_features(audio, len(wave) / SAMPLE_RATE, features, time.perf_counter() - started)
+        _show_features(audio, len(wave) / SAMPLE_RATE, features, time.perf_counter() - started)
+
+
+def _show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -> None:
+    """What a model is."""
+    rows: dict[str, Any] = {
+        "model": source,
+        "parameters": f"{count.total:,}, without heads {count.without_heads:,}",
+        "layers": f"{config.layers} of {config.sizes}",
+        "pattern": f"{config.pattern}, maps read as {config.attention_mode}",
+        "frames": f"one every {config.hop} samples of 16 kHz",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    ui.out.print(table)
+
+
+def _show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:
+    """What a model made of a recording."""
+    ui.say(
+        f"{audio.name}: {seconds:.2f} s -> features {list(features.shape)}, mean {features.mean():.3f}, "
+        f"deviation {features.std():.3f}, in {elapsed * 1e3:.0f} ms"
+    )

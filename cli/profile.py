@@ -149,9 +149,9 @@ def _training(
 ) -> None:
     """Parts of a distillation step, as a table and training.json."""
     from armhubert.cli.profile_tables import show_training
-    from armhubert.config import build, read_mapping
     from armhubert.data import Scanning
     from armhubert.distill_config import DistillConfig
+    from armhubert.settings import build, read_mapping
     from armhubert.training_profile import Step, profile_training
 
     if repeats < 1 or warmup < 0:

@@ -1,14 +1,9 @@
-"""How reports look: tables and a progress bar on a terminal, one parseable line a report elsewhere."""
+"""What the screens of several commands share: lines, tables, progress bars, durations."""
 
-import json
-import math
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,48 +13,34 @@ from rich.text import Text
 from armhubert.cli.options import as_typed
 from armhubert.errors import ArmhubertError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from armhubert.config import EncoderConfig
-    from armhubert.convert.folder import Converted
-    from armhubert.distill import Finished, Report, Started
-    from armhubert.export import Report as ExportReport
-    from armhubert.extract import Finished as ExtractFinished
-    from armhubert.extract import Report as ExtractReport
-    from armhubert.extract import Started as ExtractStarted
-    from armhubert.student import ParameterCount
-
 
 def console(**settings: Any) -> Console:
     """Shows text as it is: names of files and models may look like rich's markup."""
     return Console(highlight=False, emoji=False, markup=False, **settings)
 
 
-SCAN_TOLD_EVERY = 30.0
-"""Seconds between two lines of a scan, without a terminal."""
-
-_out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
+out, _err = console(soft_wrap=True), console(soft_wrap=True, stderr=True)
+"""Standard output, for results, and standard error, for remarks."""
 
 
 def error(message: str) -> None:
     """One line on standard error."""
-    _err.print(Text.assemble(("error:", "red"), f" {_line(as_typed(message, sys.argv[1:]))}"))
+    _err.print(Text.assemble(("error:", "red"), f" {one_line(as_typed(message, sys.argv[1:]))}"))
 
 
 def note(message: str) -> None:
     """A remark on standard error."""
-    _err.print(_line(as_typed(message, sys.argv[1:])))
+    _err.print(one_line(as_typed(message, sys.argv[1:])))
 
 
 def say(message: str) -> None:
     """A result on standard output, as it is."""
-    _out.print(message)
+    out.print(message)
 
 
 def draw(table: Table) -> None:
     """A table on standard output; without a terminal as wide as its content."""
-    (_out if _out.is_terminal else console(width=400)).print(table)
+    (out if out.is_terminal else console(width=400)).print(table)
 
 
 @contextmanager
@@ -78,9 +59,33 @@ def progress() -> Iterator[Callable[[str, float, float | None], None]]:
         yield line
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_err, transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda what, done, total: bars.update(task, description=_line(what), completed=done, total=total)
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=one_line(what), completed=done, total=total)
+
+
+def bars(**settings: Any) -> Progress:
+    """A bar a task on standard output, each with its field `detail`."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=out, **settings)
+
+
+def one_line(text: str) -> str:
+    """A message without its line breaks."""
+    return " ".join(text.split())
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def set_threads(count: int | None) -> None:
@@ -105,312 +110,3 @@ def silence_libraries() -> None:
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def show_distillation(reports: "Iterator[Report]") -> "Finished":
-    """Consume a run's reports, of which the last tells the end."""
-    import os
-
-    from armhubert import distill
-
-    leads = int(os.environ.get("RANK", 0)) == 0
-    if leads and _out.is_terminal:
-        report = _show_live(reports)
-    else:
-        told = time.monotonic()
-        for report in reports:
-            if isinstance(report, distill.Scanning) and report.done < report.total:
-                if time.monotonic() - told < SCAN_TOLD_EVERY:
-                    continue
-                told = time.monotonic()
-            if leads:
-                print(format_line(report), flush=True)
-            elif isinstance(report, distill.Unreadable):  # the lead does not know of others' files
-                note(format_line(report))
-            if leads and isinstance(report, distill.Started):
-                for text in report.notes:
-                    note(f"note: {text}")
-    assert isinstance(report, distill.Finished)
-    if leads and report.reason == "not begun":
-        note("Stopped before the first step; the same command starts anew, with the audio examined so far.")
-    return report
-
-
-def format_line(report: "Report") -> str:
-    """One line of `kind key=value ...` for logs and scripts, to be split as a shell does."""
-    from armhubert import distill
-    from armhubert.data import Scanning
-
-    if isinstance(report, Scanning):
-        return f"scan done={report.done} total={report.total}"
-    if isinstance(report, distill.Started):
-        skipped = sum(report.skipped.values())
-        return (
-            f"start teacher={shlex.quote(Path(report.config.teacher).name)} "
-            f"teacher_parameters={report.teacher_parameters} student_parameters={report.student_parameters} "
-            f"without_heads={report.student_parameters_without_heads} "
-            f"pattern={report.student.pattern} utterances={report.utterances} seconds={report.seconds:.1f} "
-            f"valid_utterances={report.valid_utterances} valid_seconds={report.valid_seconds:.1f} skipped={skipped} "
-            f"{f'listed={shlex.quote(str(report.skipped_report))} ' if report.skipped_report else ''}"
-            f"padding={report.padding_waste:.3f} steps={report.steps} first_step={report.first_step} "
-            f"processes={report.processes} out={shlex.quote(report.config.out)}"
-        )
-    if isinstance(report, distill.Progress):
-        return (
-            f"train step={report.step} of={report.steps} epoch={report.epoch} loss={report.loss:.5f} "
-            f"lr={report.learning_rate:.2e} grad_norm={report.gradient_norm:.3f} masked={report.masked_share:.2f} "
-            f"audio_rate={report.audio_rate:.1f} waiting={report.waiting:.2f} eta={report.eta:.0f} "
-            f"skipped_steps={report.skipped_steps}"
-        )
-    if isinstance(report, distill.Validated):
-        layers = ",".join(f"{x:.4f}" for x in report.layers)
-        return f"valid step={report.step} loss={report.loss:.5f} layers={layers} best={str(report.best).lower()}"
-    if isinstance(report, distill.Saved):
-        return f"saved step={report.step} path={shlex.quote(str(report.path))}"
-    if isinstance(report, distill.Unreadable):
-        return f"left-out step={report.step} why={json.dumps(report.why, ensure_ascii=False)}"
-    if isinstance(report, distill.StepSkipped):
-        return f"skipped step={report.step} in_a_row={report.in_a_row}"
-    out = shlex.quote(str(report.out))
-    resume = f" resume={shlex.quote(f'armhubert distill --resume {out}')}" if report.reason == "stopped" else ""
-    best = f" best_loss={report.best_loss:.5f}" if math.isfinite(report.best_loss) else ""
-    return (
-        f"finished reason={report.reason.replace(' ', '-')} step={report.step}{best} "
-        f"train_seconds={report.seconds:.1f} audio_seconds={report.audio_seconds:.1f} "
-        f"peak_memory_mib={report.peak_memory / 2**20:.0f} out={out}{resume}"
-    )
-
-
-def _bars(**settings: Any) -> Progress:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=_out, **settings)
-
-
-def _show_live(reports: "Iterator[Report]") -> "Report":
-    from armhubert import distill
-    from armhubert.data import Scanning
-
-    with _bars() as bar:
-        scanning = training = None
-        for report in reports:
-            if isinstance(report, Scanning):
-                if scanning is None:
-                    scanning = bar.add_task("examine audio", total=report.total, detail="")
-                bar.update(scanning, completed=report.done, total=report.total)
-            elif isinstance(report, distill.Started):
-                if scanning is not None:
-                    bar.remove_task(scanning)
-                bar.console.print(_start_table(report))
-                for text in report.notes:
-                    bar.console.print(f"note: {as_typed(text, sys.argv[1:])}", style="yellow")
-                training = bar.add_task("distil", total=report.steps, completed=report.first_step, detail="")
-            elif isinstance(report, distill.Progress) and training is not None:
-                waiting = f"{report.waiting:.0%} waiting for audio · " if report.waiting > 0.1 else ""
-                rate = f"{report.audio_rate:.0f} s audio/s · {waiting}{_duration(report.eta)} left"
-                detail = f"loss {report.loss:.4f} · {rate}"
-                bar.update(training, completed=report.step, detail=detail)
-            elif isinstance(report, distill.Validated):
-                mark = (" best", "green") if report.best else ""
-                layers = " ".join(f"{x:.3f}" for x in report.layers)
-                loss = f"step {report.step}: held-out loss {report.loss:.4f}"
-                bar.console.print(Text.assemble(loss, mark, (f" by layer {layers}", "dim")))
-            elif isinstance(report, distill.Unreadable):
-                bar.console.print(_line(f"step {report.step}: left out, {report.why}"), style="yellow")
-            elif isinstance(report, distill.StepSkipped):
-                bar.console.print(
-                    f"step {report.step} skipped: not finite ({report.in_a_row} in a row)", style="yellow"
-                )
-            elif isinstance(report, distill.Finished):
-                bar.stop()
-                _show_end(report)
-    return report
-
-
-def _start_table(report: "Started") -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
-    table.add_column()
-    share = report.student_parameters_without_heads / report.teacher_parameters
-    table.add_row("teacher", f"{report.config.teacher}, {report.teacher_parameters:,} parameters")
-    table.add_row(
-        "student",
-        f"{report.student_parameters_without_heads:,} parameters ({share:.0%} of the teacher), pattern "
-        f"{report.student.pattern}"
-        + (f", {report.copied_from_teacher} tensors from the teacher" if report.copied_from_teacher else ""),
-    )
-    table.add_row(
-        "speech", f"{report.utterances} utterances, {_duration(report.seconds)}; padding {report.padding_waste:.1%}"
-    )
-    if report.valid_utterances:
-        table.add_row("held out", f"{report.valid_utterances} utterances, {_duration(report.valid_seconds)}")
-    if report.skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.skipped.items())
-        table.add_row("skipped", Text.assemble((kinds, "yellow"), f", listed in {report.skipped_report}"))
-    processes = f"{report.processes} processes, " if report.processes > 1 else ""
-    table.add_row("on", f"{processes}{report.device}, {report.config.precision}")
-    if report.first_step:
-        table.add_row("resumed", f"at step {report.first_step}")
-    return table
-
-
-def _show_end(report: "Finished") -> None:
-    if report.reason == "not begun":
-        return
-    held_out = f", lowest held-out loss {report.best_loss:.4f}" if math.isfinite(report.best_loss) else ""
-    _out.print(
-        f"{report.reason.capitalize()} at step {report.step}{held_out}; {_duration(report.seconds)} of training, "
-        f"{_duration(report.audio_seconds)} of audio, peak memory {report.peak_memory / 2**30:.2f} GiB."
-    )
-    if report.reason == "stopped":
-        _out.print(f"Go on with:  armhubert distill --resume {shlex.quote(str(report.out))}")
-    else:
-        name = str(report.out)
-        _out.print(f"Student, curves and card are in {name}:  ARMHuBERT.from_pretrained({name!r})")
-
-
-def show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -> None:
-    """What a model is."""
-    rows: dict[str, Any] = {
-        "model": source,
-        "parameters": f"{count.total:,}, without heads {count.without_heads:,}",
-        "layers": f"{config.layers} of {config.sizes}",
-        "pattern": f"{config.pattern}, maps read as {config.attention_mode}",
-        "frames": f"one every {config.hop} samples of 16 kHz",
-    }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    _out.print(table)
-
-
-def show_conversion(report: "Converted") -> None:
-    """What became of a source's tensors: one line an ignored group, and the settings nobody stated."""
-    config, count = report.config, report.parameters
-    say(
-        f"mapped {len(report.mapped)} tensors, {count.total} parameters ({count.without_heads} without heads): "
-        f"{config.layers} layers of width {config.width}, pattern {config.pattern}, "
-        f"maps read as {config.attention_mode}"
-    )
-    say("missing none")
-    groups: dict[str, int] = {}
-    for name in report.ignored:
-        group = ".".join(name.split(".")[:2])
-        groups[group] = groups.get(group, 0) + 1
-    listed = ", ".join(f"{group} ({n})" if n > 1 else group for group, n in groups.items())
-    say(f"ignored {len(report.ignored)}" + (f": {listed}" if listed else ""))
-    if report.inferred:
-        say(f"not stated by the source, taken from published models of this size: {', '.join(report.inferred)}")
-    say(f"wrote {report.out}, read back equal")
-
-
-def show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:
-    """What a model made of a recording."""
-    _out.print(
-        f"{audio.name}: {seconds:.2f} s -> features {list(features.shape)}, mean {features.mean():.3f}, "
-        f"deviation {features.std():.3f}, in {elapsed * 1e3:.0f} ms"
-    )
-
-
-def show_extraction(reports: "Iterator[ExtractReport]") -> None:
-    """Consume an extraction's reports: a bar on a terminal; elsewhere lines at the start, every 10 s, the end."""
-    from armhubert import extract
-    from armhubert.data import Scanning
-
-    live = _out.is_terminal
-    shown = -10.0
-    with _bars(disable=not live) as bar:
-        task = bar.add_task("examine audio", total=None, detail="")
-        for report in reports:
-            if isinstance(report, Scanning):
-                bar.update(task, completed=report.done, total=report.total)
-            elif isinstance(report, extract.Started):
-                bar.remove_task(task)
-                say(_extraction_plan(report, live))
-                task = bar.add_task("extract", total=report.recordings, detail="")
-            elif isinstance(report, extract.Progress):
-                bar.update(task, completed=report.done, detail=f"{report.rate:.0f} h of audio an hour")
-                if not live and report.seconds - shown >= 10:
-                    shown = report.seconds
-                    say(
-                        f"extract done={report.done} of={report.recordings} audio_seconds={report.audio_seconds:.1f} "
-                        f"hours_an_hour={report.rate:.1f}"
-                    )
-            else:
-                bar.stop()
-                say(_extraction_end(report, live))
-
-
-def _extraction_plan(report: "ExtractStarted", live: bool) -> str:
-    skipped, before = sum(report.skipped.values()), report.finished
-    if not live:
-        return (
-            f"start model={shlex.quote(report.config.model)} parameters={report.parameters} "
-            f"features={','.join(report.features)} width={report.width} recordings={report.recordings} "
-            f"seconds={report.seconds:.1f} finished_before={before} long={report.long} skipped={skipped} "
-            f"{f'listed={shlex.quote(str(report.skipped_report))} ' if skipped else ''}"
-            f"padding={report.padding_waste:.3f} out={shlex.quote(report.config.out)}"
-        )
-    names = report.features if len(report.features) < 4 else (report.features[0], "...", report.features[-1])
-    text = f"{', '.join(names)} of {report.recordings} recordings, {_duration(report.seconds)}, on {report.device}"
-    if before:
-        text += f"; {before} were finished before"
-    if report.long:
-        text += f"; {report.long} longer than {report.config.chunk_seconds:g} s pass in windows"
-    if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.skipped.items())
-        text += f"; skipped: {kinds}, listed in {report.skipped_report}"
-    return text
-
-
-def _extraction_end(report: "ExtractFinished", live: bool) -> str:
-    if not live:
-        return (
-            f"finished recordings={report.recordings} finished_before={report.finished_before} "
-            f"skipped={report.skipped} audio_seconds={report.audio_seconds:.1f} seconds={report.seconds:.1f} "
-            f"bytes={report.bytes} out={shlex.quote(str(report.out))}"
-        )
-    return (
-        f"{report.recordings} recordings, {_duration(report.audio_seconds)} of audio, in {_duration(report.seconds)}: "
-        f"{report.bytes / 1e6:.1f} MB in {report.out}"
-    )
-
-
-def show_export(reports: "Iterator[ExportReport]") -> None:
-    """Consume an export's reports: its stages as progress, then what was written and what the check found."""
-    from armhubert import export
-    from armhubert.config import SAMPLE_RATE
-
-    with progress() as show:
-        for report in reports:
-            if isinstance(report, export.Stage):
-                show(report.name, 0, None)
-    assert isinstance(report, export.Exported), "the last report tells the end"
-    table = Table("batch", "longest", "largest difference", box=None, padding=(0, 2, 0, 0))
-    for check in report.checks:
-        table.add_row(str(check.utterances), f"{check.samples / SAMPLE_RATE:.3f} s", f"{check.difference:.1e}")
-    draw(table)
-    if report.quantised is not None:
-        int8 = report.quantised
-        before, after = int8.float_time.median, int8.time.median
-        say(
-            f"int8: {int8.float_bytes / report.bytes:.2f}x smaller, {before / after:.2f}x as fast ({before:.3f} -> "
-            f"{after:.3f} s for 10 s here, medians of interleaved runs), feature error {int8.error:.2%}, "
-            f"of another batch {int8.padding:.2%}"
-        )
-    say(f"{report.path}: {report.bytes / 1e6:.1f} MB, {', '.join(report.inputs)} -> {', '.join(report.outputs)}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -258,7 +258,7 @@ def test_output_on_a_terminal_shows_the_run_and_where_the_student_is(call, speec
     import io
 
     screen = io.StringIO()
-    monkeypatch.setattr(cli.ui, "_out", cli.ui.console(file=screen, force_terminal=True, width=200, soft_wrap=True))
+    monkeypatch.setattr(cli.ui, "out", cli.ui.console(file=screen, force_terminal=True, width=200, soft_wrap=True))
     out = tmp_path / "run [b]"
     (tmp_path / "more[b]").mkdir()
     soundfile.write(tmp_path / "more[b]" / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
@@ -355,7 +355,7 @@ def test_ctrl_c_while_the_audio_is_examined_ends_the_run_before_its_first_step(
     with monkeypatch.context() as patch:
         patch.setattr(data, "measure", interrupted)
         patch.setattr(data, "_CHUNK", len(os.listdir(speech)))
-        patch.setattr(cli.ui, "_out", cli.ui.console(force_terminal=terminal, width=100, soft_wrap=True))
+        patch.setattr(cli.ui, "out", cli.ui.console(force_terminal=terminal, width=100, soft_wrap=True))
         code, out, err = call(*argv)
     assert code == 130
     assert "Stopping as soon as" in err

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
-from armhubert.config import EncoderConfig, build
+from armhubert.config import EncoderConfig
 from armhubert.convert import folder, huggingface, load_weights
+from armhubert.settings import build
 from armhubert.student import count_parameters
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,11 +5,12 @@ import torch
 import yaml
 
 from armhubert import plan
-from armhubert.config import build, preset
+from armhubert.config import preset
 from armhubert.distill import check_views
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
+from armhubert.settings import build
 from armhubert.student import ARMHuBERT
 
 

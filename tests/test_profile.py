@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from armhubert import candidates, cli, forecast, profile, profile_report, quality, ragged
-from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines, macs
+from armhubert import candidates, cli, forecast, machine, profile, profile_report, quality, ragged
+from armhubert.baselines import BASELINES, ReleasedWay, baseline, default_baselines
 from armhubert.cli.profile_tables import show_profile
 from armhubert.clock import Timing
 from armhubert.config import preset
@@ -58,17 +58,17 @@ def test_operations_are_those_that_pytorch_counts(name):
         model, counter = ARMHuBERT(config).eval(), FlopCounterMode(display=False)
         with counter, torch.no_grad():
             model(torch.empty(1, 48_000))
-    assert macs(config, 48_000) == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
+    assert config.macs(48_000) == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
 
 
 def test_operations_of_the_published_models():
     """22.3 G for 10 s with heads, of which a reusing layer skips query, key and map; 74.1 G for HuBERT Base."""
-    assert macs(preset("armhubert"), 160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
+    assert preset("armhubert").macs(160_000) / 1e9 == pytest.approx(22.3, abs=0.05)
     hubert = dataclasses.replace(
         preset("armhubert"), conv_layers=((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2), width=768, ffn=3072,
         pattern="", projection_width=None, feature_projection=True,
     )  # fmt: skip
-    assert macs(hubert, 160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
+    assert hubert.macs(160_000) / 1e9 == pytest.approx(74.1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -104,7 +104,7 @@ def test_a_profile_times_everything_in_every_cell(student, tmp_path):
     assert 1e-4 < bf16.feature_error < 0.1
     assert bf16.bytes_on_disk < 0.6 * eager.bytes_on_disk
     assert eager.parameters - eager.parameters_without_heads == 2 * (TINY.width + 1) * (TINY.projection_width or 0)
-    assert released.macs == eager.macs == macs(dataclasses.replace(TINY, projection_width=None), 160_000)
+    assert released.macs == eager.macs == dataclasses.replace(TINY, projection_width=None).macs(160_000)
     assert {"front end", "attention", "feed-forward", "positional convolution"} <= eager.stages.keys()
     assert result.ragged == ()
     paths = profile_report.write(result, tmp_path)
@@ -417,8 +417,8 @@ def test_files_that_were_read_are_memory_to_be_had(tmp_path, monkeypatch):
         ("stat", f"anon 5\ninactive_file {9 * 2**30}\n"),
     ):
         (groups / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(forecast, "Path", lambda name: tmp_path / name.lstrip("/"))
-    assert forecast.free_memory(torch.device("cpu")) == 11 * 2**30
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert machine.free_memory(torch.device("cpu")) == 11 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -460,13 +460,21 @@ def test_a_training_profile_runs_on_the_device_of_its_settings(tmp_path, monkeyp
 def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**40))  # survives an exec
     if Path("/proc/self/status").is_file():
-        assert 2**20 < forecast.high_water_mark(torch.device("cpu")) == forecast.resident("VmHWM") < 2**40
+        assert 2**20 < machine.high_water_mark(torch.device("cpu")) == machine.resident("VmHWM") < 2**40
 
     def absent(kind):
         raise FileNotFoundError(kind)
 
-    monkeypatch.setattr(forecast, "resident", absent)
-    assert forecast.high_water_mark(torch.device("cpu")) >= 2**40
+    monkeypatch.setattr(machine, "resident", absent)
+    assert machine.high_water_mark(torch.device("cpu")) >= 2**40
+
+
+def test_a_system_that_does_not_tell_the_memory_asked_for_is_an_os_error(tmp_path, monkeypatch):
+    (tmp_path / "status").write_text("VmRSS:\t  12 kB\n")
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / Path(name).name)
+    assert machine.resident("VmRSS") == 12 * 1024
+    with pytest.raises(OSError, match="does not tell VmHWM"):
+        machine.resident("VmHWM")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")

@@ -17,9 +17,9 @@ import torch
 
 from armhubert import ArmhubertError, load_teacher
 from armhubert.bench import fuzz
-from armhubert.config import read_mapping
 from armhubert.convert import load_weights
 from armhubert.convert.pickles import StandIn, read_pickle
+from armhubert.settings import read_mapping
 
 
 @pytest.fixture

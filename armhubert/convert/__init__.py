@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.bundled import TEACHER
-from armhubert.config import read_mapping
 from armhubert.convert import distilhubert, dphubert, fairseq, huggingface, native, released, torchaudio, wavlm
 from armhubert.convert.pickles import read_pickle
 from armhubert.convert.tensors import is_safetensors, read_file
 from armhubert.errors import ArmhubertError
+from armhubert.settings import read_mapping
 from armhubert.weights import Weights
 
 __all__ = ["is_source", "load_weights"]

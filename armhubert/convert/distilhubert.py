@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build
+from armhubert.config import EncoderConfig
 from armhubert.convert import fairseq
 from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError, shown
+from armhubert.settings import build
 from armhubert.weights import Weights
 
 _HEADS = ("output_layer.", "task_embedding.")

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from armhubert.config import MAX_LAYERS, ConvLayer, EncoderConfig, build
+from armhubert.config import MAX_LAYERS, ConvLayer, EncoderConfig
 from armhubert.convert import huggingface
 from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError, shown
+from armhubert.settings import build
 from armhubert.weights import Weights
 
 _SCALE = "feature_extractor.dummy_weight"

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build, parse_conv_layers
+from armhubert.config import EncoderConfig, parse_conv_layers
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.pickles import fields, scalar
 from armhubert.convert.tensors import complete, renamed, tensors_of
 from armhubert.errors import ArmhubertError, shown
+from armhubert.settings import build
 from armhubert.weights import Weights
 
 _CONV_LAYERS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build, read_mapping
+from armhubert.config import EncoderConfig
 from armhubert.convert.tensors import complete, fused_qkv, read_folder, renamed
 from armhubert.errors import ArmhubertError
+from armhubert.settings import build, read_mapping
 from armhubert.weights import Weights
 
 SUPPORTED = ("hubert", "wav2vec2", "wavlm")

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from armhubert.config import EncoderConfig, build
+from armhubert.config import EncoderConfig
 from armhubert.convert.tensors import read_folder
+from armhubert.settings import build
 from armhubert.weights import Weights
 
 _PREFIX = "armhubert."

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build, read_mapping
+from armhubert.config import EncoderConfig
 from armhubert.convert import fairseq
 from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError, shown
+from armhubert.settings import build, read_mapping
 from armhubert.weights import Weights
 
 _PREFIX = "student_model."

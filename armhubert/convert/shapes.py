@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, coerced, read_mapping
+from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
+from armhubert.settings import coerced, read_mapping
 
 _STRIDES: dict[tuple[int, ...], tuple[int, ...]] = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}
 _HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}

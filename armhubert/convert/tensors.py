@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from armhubert.config import read_mapping
 from armhubert.convert.pickles import read_pickle
 from armhubert.errors import ArmhubertError, brief, shown
+from armhubert.settings import read_mapping
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

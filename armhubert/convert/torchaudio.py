@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armhubert.config import EncoderConfig, build
+from armhubert.config import EncoderConfig
 from armhubert.convert import huggingface, shapes
 from armhubert.convert.tensors import complete, tensors_of
 from armhubert.errors import ArmhubertError, brief
 from armhubert.packages import import_torchaudio
+from armhubert.settings import build
 from armhubert.weights import Weights
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from armhubert.config import check_fields, documented
 from armhubert.errors import ArmhubertError
+from armhubert.settings import check_fields, documented
 from armhubert.superb.task import SPLITS, Options, Task, TrainingSettings
 from armhubert.superb.tasks import find
 from armhubert.superb.upstream import FeatureChoice

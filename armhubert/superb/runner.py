@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armhubert.config import SAMPLE_RATE, build, read_mapping
+from armhubert.config import SAMPLE_RATE
 from armhubert.data import SCAN_CACHE
-from armhubert.distributed import device_name, pick_device, processor_name
 from armhubert.errors import ArmhubertError
 from armhubert.files import held, make_folder, write_atomic
+from armhubert.machine import device_name, pick_device, processor_name
+from armhubert.settings import build, read_mapping
 from armhubert.superb.audio import Recordings, measure_corpus
 from armhubert.superb.cache import FeatureCache
 from armhubert.superb.config import RESUMABLE, EvaluateConfig

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from armhubert import figures
 from armhubert.audio import read_audio
-from armhubert.config import SAMPLE_RATE, check_fields, documented
+from armhubert.config import SAMPLE_RATE
 from armhubert.convert import load_weights
 from armhubert.data import discover
-from armhubert.distributed import pick_device
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import write_atomic
+from armhubert.machine import pick_device
+from armhubert.settings import check_fields, documented
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import layer_mapping
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from armhubert.config import read_mapping
 from armhubert.data import discover
 from armhubert.errors import ArmhubertError
+from armhubert.settings import read_mapping
 from armhubert.superb.task import SPLITS, SplitName, generator, some
 
 JSON_LABELS = ("label/label.json", "labels.json", "label.json")

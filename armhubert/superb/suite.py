@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armhubert.bundled import SPEECH
-from armhubert.config import build, read_mapping
-from armhubert.distributed import pick_device
 from armhubert.errors import ArmhubertError
+from armhubert.machine import pick_device
+from armhubert.settings import build, read_mapping
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig, given_in_vain
 from armhubert.superb.progress import Finished, Report

@@ -8,9 +8,9 @@ import pytest
 import torch
 from corpora import UPSTREAM, librispeech, write_wave
 
-from armhubert.config import read_mapping
-from armhubert.distributed import processor_name
 from armhubert.errors import ArmhubertError
+from armhubert.machine import processor_name
+from armhubert.settings import read_mapping
 from armhubert.superb import config as config_module
 from armhubert.superb import features, pictures, report
 from armhubert.superb.config import EvaluateConfig
