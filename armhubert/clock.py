@@ -1,16 +1,11 @@
 """Timing: interleaved runs, medians, files of results; for `profile` and the benchmarks."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from armhubert.files import write_atomic
-from armhubert.machine import conditions
 
 
 class Timing(NamedTuple):
@@ -48,7 +43,6 @@ def interleave(
 
     Only figures of one call may be compared with each other.
     """
-
     for run in candidates.values():
         for _ in range(warmup):
             run()
@@ -57,10 +51,3 @@ def interleave(
         for name, run in candidates.items():
             seconds[name].append(timed(run, device))
     return {name: summarize(values) for name, values in seconds.items()}
-
-
-def write_results(name: str, rows: list[dict[str, Any]], device: torch.device, folder: Path) -> Path:
-    """`folder`/`name`.json with the rows and their conditions."""
-    path = folder / f"{name}.json"
-    write_atomic(path, json.dumps({"conditions": conditions(device), "rows": rows}, indent=1) + "\n")
-    return path

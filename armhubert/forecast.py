@@ -93,7 +93,7 @@ def _measure(run: Callable[[], Any], device: torch.device) -> Cost:
         return Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
     try:
         forget_peak()
-        before = resident("VmRSS")
+        before, _ = resident("VmRSS"), resident("VmHWM")
     except OSError:
         return Cost(timed(run, device), None)
     seconds = timed(run, device)

@@ -267,7 +267,9 @@ def _resident(kind: str) -> int:
     try:
         return machine.resident(kind)
     except OSError:
-        raise ArmhubertError("peak memory on a CPU is read from /proc, which is not there: use memory=False") from None
+        raise ArmhubertError(
+            "peak memory on a CPU is read from /proc/self/status, which does not tell it here: use memory=False"
+        ) from None
 
 
 # ---- the profile ------------------------------------------------------------
@@ -362,7 +364,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         check_baseline(source)
     asked = [(config.model, mode) for mode in config.modes] + baselines
     if config.memory and device.type == "cpu":
-        _resident("VmRSS")  # whether there is a /proc, before the work
+        _resident("VmRSS"), _resident("VmHWM")  # whether they are told, before the work
     candidates: dict[str, Candidate] = {}
     for source, mode in dict.fromkeys(asked):
         yield Building(f"{source} ({mode})")

@@ -3,8 +3,6 @@
 python -m armhubert.bench compare_runs --name distill-mini reuse=runs/reuse "no reuse=runs/noreuse"
 """
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert import figures
-from armhubert.clock import write_results
+from armhubert.bench import output
 from armhubert.errors import ArmhubertError
 from armhubert.runlog import METRICS, read_metrics
 from armhubert.settings import read_mapping
@@ -69,7 +67,7 @@ def last_common_step(rows: list[dict[str, Any]]) -> int:
 
 def main() -> None:
     """Compare, print, and write NAME.json and NAME.png."""
-    parser = argparse.ArgumentParser(prog="python -m armhubert.bench compare_runs", description=__doc__)
+    parser = output.parser("compare_runs", __doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER")
     parser.add_argument("--name", default="distill")
     options = parser.parse_args()
@@ -82,6 +80,5 @@ def main() -> None:
         layers = " ".join(f"{x:.3f}" for x in at["layers"])
         table.add_row(row["name"], f"{row['parameters_without_heads']:,}", f"{at['loss']:.4f}", layers)
     Console().print(table)
-    out = Path(os.environ.get("OUT", "bench/results"))
-    draw(rows, out / f"{options.name}.png")
-    print(write_results(options.name, rows, torch.device("cpu"), out))
+    draw(rows, options.out / f"{options.name}.png")
+    print(output.write_results(options.name, rows, torch.device("cpu"), options.out))

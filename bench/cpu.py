@@ -4,10 +4,8 @@ Ratios come from runs in turn (A B A B), which pytest-benchmark cannot do; its s
 registry, are `pytest bench/test_ops.py --benchmark-only`.
 """
 
-import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from armhubert.bench import output
 from armhubert.bench.cases import Cell, build, cpu_cells
-from armhubert.clock import interleave, write_results
+from armhubert.clock import interleave
 
 CPU = torch.device("cpu")
 
@@ -59,9 +58,8 @@ def measure(cell: Cell, *, backward: bool, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, and write cpu-microbench.json."""
-    parser = argparse.ArgumentParser(prog="python -m armhubert.bench cpu", description=__doc__)
+    parser = output.parser("cpu", __doc__)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     options = parser.parse_args()
     work = [(cell, backward) for cell in cpu_cells() for backward in (False, True)]
     before = os.getloadavg()[0]
@@ -72,7 +70,7 @@ def main() -> None:
     load = {"load_before": round(before, 2), "load_after": round(os.getloadavg()[0], 2), "cores": os.cpu_count()}
     Console(width=120).print(table(rows))
     Console().print(", ".join(f"{key} {value}" for key, value in load.items()))
-    print(write_results("cpu-microbench", [{**row, "machine_load": load} for row in rows], CPU, options.out))
+    print(output.write_results("cpu-microbench", [{**row, "machine_load": load} for row in rows], CPU, options.out))
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
-from armhubert.clock import write_results
+from armhubert.bench import output
 from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.machine import high_water_mark
@@ -552,12 +552,9 @@ def _collect(count: int, seed: int, out: Path) -> None:
 
 def main() -> None:
     """Run it, print the counts, write them down; any defect is an exit code of 1."""
-    parser = argparse.ArgumentParser(
-        "python -m armhubert.bench fuzz", description="Damaged and hostile model files against the loaders."
-    )
+    parser = output.parser("fuzz", "Damaged and hostile model files against the loaders.")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     outcomes = in_own_process(options.files, options.seed)
     counts = Counter((one.kind, one.mutation, one.outcome) for one in outcomes)
@@ -565,7 +562,7 @@ def main() -> None:
         {"format": kind, "mutation": mutation, "outcome": outcome, "files": files, "seed": options.seed}
         for (kind, mutation, outcome), files in sorted(counts.items())
     ]
-    print(write_results("fuzz", rows, torch.device("cpu"), options.out))
+    print(output.write_results("fuzz", rows, torch.device("cpu"), options.out))
     print(dict(Counter(one.outcome for one in outcomes)))
     defects = [one for one in outcomes if one.outcome not in ("refused", "loaded")]
     for one in defects[:20]:

@@ -11,7 +11,6 @@
 Each stage writes DIR/STAGE.json whenever it has something new, so that what is done survives whatever comes after.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate
+from armhubert.bench import gpu_check, gpu_micro, gpu_model, gpu_report, isolate, output
 from armhubert.machine import pick_device
 
 REHEARSAL = "no CUDA device: rehearsal, nothing here is a GPU figure"
@@ -87,14 +86,11 @@ def _label(job: Any) -> str:
 
 def main() -> None:
     """Run one stage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m armhubert.bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = output.parser("gpu", __doc__)
     parser.add_argument("stage", choices=[*STAGES, "report", "adopt"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes; what a machine without a GPU can do")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for this stage")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     parser.add_argument("--result", type=Path, help="adopt: what report wrote; report: an earlier one to add to")
     options = parser.parse_args()
     if options.stage == "adopt":

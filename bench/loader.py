@@ -9,8 +9,6 @@ Two figures each: by the clock, and by the CPU time of all processes, which a bu
 says what one core delivers. Without DATA the bundled speech is written in every format.
 """
 
-import argparse
-import os
 import resource
 import statistics
 import tempfile
@@ -26,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert.audio import AUDIO_SUFFIXES, measure, read_audio
+from armhubert.bench import output
 from armhubert.bundled import TEST_SPEECH
-from armhubert.clock import write_results
 from armhubert.config import SAMPLE_RATE
 from armhubert.data import Utterance, batches, discover, plan_epoch
 
@@ -118,17 +116,12 @@ def write_formats(folder: Path) -> dict[str, list[Path]]:
 
 def main() -> None:
     """Measure, print, and write loader.json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m armhubert.bench loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = output.parser("loader", __doc__)
     parser.add_argument("data", nargs="*", help="folders, files, manifests; a row for each kind of file")
     parser.add_argument("--workers", default="0,1,2", help="numbers of processes")
     parser.add_argument("--batch-seconds", type=float, default=120.0)
     parser.add_argument("--least", type=float, default=3600.0, help="seconds of audio a run, at least about")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in the processes that read: resampling is theirs
     workers = [int(count) for count in options.workers.split(",")]
@@ -150,4 +143,4 @@ def main() -> None:
     for row in rows:
         table.add_row(row["format"], *(f"{r['cpu']:,.0f} ({r['clock']:,.0f})" for r in row["rates"].values()))
     console.print(table)
-    print(write_results("loader", rows, torch.device("cpu"), options.out))
+    print(output.write_results("loader", rows, torch.device("cpu"), options.out))

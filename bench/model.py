@@ -5,26 +5,21 @@ On a GPU it is a stage of `bench/gpu.sh`; inference is `armhubert profile`, and 
 `armhubert profile --training`.
 """
 
-import argparse
-import os
-from pathlib import Path
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from armhubert.bench import output
 from armhubert.bench.gpu_model import Job, work
-from armhubert.clock import write_results
 
 
 def main() -> None:
     """Time a step of distillation on this CPU, print it, and write distillation-step.json."""
-    parser = argparse.ArgumentParser(prog="python -m armhubert.bench model", description=__doc__)
+    parser = output.parser("model", __doc__)
     parser.add_argument("--batch", type=int, default=4, help="utterances")
     parser.add_argument("--seconds", type=float, default=5.0, help="of audio an utterance")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads; all cores where not given")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -37,4 +32,4 @@ def main() -> None:
     console.print(table)
     for name, why in row["failed"].items():
         console.print(f"{name} failed: {why}", markup=False)
-    print(write_results("distillation-step", [row], torch.device("cpu"), options.out))
+    print(output.write_results("distillation-step", [row], torch.device("cpu"), options.out))

@@ -6,20 +6,18 @@ import, load        `import armhubert`, and the preset armhubert from a folder
 --help              of the command line and of each command
 """
 
-import argparse
 import functools
-import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from armhubert.bench import output
 from armhubert.cli.app import app
-from armhubert.clock import interleave, write_results
+from armhubert.clock import interleave
 from armhubert.config import preset
 from armhubert.student import ARMHuBERT
 
@@ -44,13 +42,8 @@ def _run(argv: list[str]) -> None:
 
 def main() -> None:
     """Measure, print, and write start.json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m armhubert.bench start",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = output.parser("start", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng([]):
         ARMHuBERT(preset("armhubert")).save_pretrained(folder)
@@ -61,4 +54,4 @@ def main() -> None:
         table.add_row(name, f"{t.median:.2f} ({t.low:.2f}-{t.high:.2f})")
     Console(width=120).print(table)
     rows = [{"process": name, **timing._asdict()} for name, timing in timings.items()]
-    print(write_results("start", rows, torch.device("cpu"), options.out))
+    print(output.write_results("start", rows, torch.device("cpu"), options.out))

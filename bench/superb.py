@@ -3,8 +3,6 @@
 python -m armhubert.bench superb --name superb-mini runs/superb/fbank runs/superb/mini "student=runs/superb/student"
 """
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 
 from armhubert import figures
-from armhubert.clock import write_results
+from armhubert.bench import output
 from armhubert.errors import ArmhubertError
 from armhubert.settings import read_mapping
 from armhubert.superb.runner import RESULT_FILE
@@ -75,14 +73,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Collect, and write NAME.json and NAME.png."""
-    parser = argparse.ArgumentParser(prog="python -m armhubert.bench superb", description=__doc__)
+    parser = output.parser("superb", __doc__)
     parser.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER")
     parser.add_argument("--name", default="superb")
     parser.add_argument("--note", default="", help="what no file tells, such as how a student's run went")
     options = parser.parse_args()
     pairs = [(model.rpartition("=")[0] or Path(model).name, model.rpartition("=")[2]) for model in options.models]
     rows: list[dict[str, Any]] = [summarize(label, Path(folder)) for label, folder in pairs]
-    out = Path(os.environ.get("OUT", "bench/results"))
-    draw(rows, out / f"{options.name}.png")
+    draw(rows, options.out / f"{options.name}.png")
     rows[0]["note"] = options.note
-    print(write_results(options.name, rows, torch.device("cpu"), out))
+    print(output.write_results(options.name, rows, torch.device("cpu"), options.out))

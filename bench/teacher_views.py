@@ -4,9 +4,6 @@ A plain loop runs the whole teacher twice, clean and masked, and keeps both view
 the front end once and both views as one batch, and keeps the view that each frame needs.
 """
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from armhubert.baselines import HUBERT_BASE
-from armhubert.clock import interleave, write_results
+from armhubert.bench import output
+from armhubert.clock import interleave
 from armhubert.encoder import SpeechEncoder
 from armhubert.machine import conditions, pick_device
 from armhubert.teacher import teacher_targets
@@ -58,7 +56,7 @@ def measure(device: torch.device, *, batch: int, seconds: float, repeats: int) -
 
 def main() -> None:
     """Measure, print, and write teacher-views.json."""
-    parser = argparse.ArgumentParser(prog="python -m armhubert.bench teacher_views", description=__doc__)
+    parser = output.parser("teacher_views", __doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
@@ -77,4 +75,4 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(", ".join(f"{k} {v}" for k, v in conditions(device).items()))
-    print(write_results("teacher-views", rows, device, Path(os.environ.get("OUT", "bench/results"))))
+    print(output.write_results("teacher-views", rows, device, options.out))

@@ -13,9 +13,22 @@ from unittest import mock
 import pytest
 import torch
 
-from armhubert.bench import cases, gpu, gpu_check, gpu_clock, gpu_micro, gpu_model, gpu_report, isolate, report, superb
+from armhubert.bench import (
+    cases,
+    compare_runs,
+    gpu,
+    gpu_check,
+    gpu_clock,
+    gpu_micro,
+    gpu_model,
+    gpu_report,
+    isolate,
+    output,
+    report,
+    superb,
+)
 from armhubert.bench.cpu import candidates, peak_extra_bytes
-from armhubert.clock import interleave, write_results
+from armhubert.clock import interleave
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import costs, variants
 
@@ -30,10 +43,17 @@ def test_candidates_are_timed_in_turn():
 
 
 def test_results_carry_their_conditions(tmp_path):
-    path = write_results("x", [{"a": 1}], torch.device("cpu"), tmp_path)
+    path = output.write_results("x", [{"a": 1}], torch.device("cpu"), tmp_path)
     content = json.loads(path.read_text())
     assert content["rows"] == [{"a": 1}]
     assert content["conditions"].keys() >= {"device", "torch", "date"}
+
+
+def test_runs_are_compared_at_a_step_that_all_were_validated_at():
+    rows = [{"validations": [{"step": step} for step in steps]} for steps in ((25, 50, 75), (50, 100))]
+    assert compare_runs.last_common_step(rows) == 50
+    with pytest.raises(ArmhubertError, match="validated at a common step"):
+        compare_runs.last_common_step([*rows, {"validations": [{"step": 10}]}])
 
 
 def test_readme_and_docs_show_what_the_result_files_hold():
