@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# without setuptools' page of warning at every editable install
+PIP_QUIET := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q
 
 .PHONY: demo test test-plain test-interpret check bench wheel clean
 
@@ -49,11 +51,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing into $(VENV): PyTorch alone takes a minute or two"
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e .
+	$(PIP_QUIET) -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --upgrade pip
 	@echo "Installing into $(VENV), with what the tests need: a few minutes"
-	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(PIP_QUIET) -e ".[dev]"
 	touch $@ $(VENV)/.installed
