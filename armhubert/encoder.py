@@ -519,8 +519,9 @@ class SpeechEncoder(nn.Module):
         if not isinstance(waveforms, Tensor):
             raise ArmhubertError(f"waveforms must be a tensor [B, S], got a {type(waveforms).__name__}")
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            remedy = ": add a batch dimension, waveforms[None]" if waveforms.ndim == 1 else ""
             raise ArmhubertError(
-                f"waveforms must be floating point [B, S], got {waveforms.dtype} {list(waveforms.shape)}"
+                f"waveforms must be floating point [B, S], got {waveforms.dtype} {list(waveforms.shape)}{remedy}"
             )
         batch, samples = waveforms.shape
         shortest = self.config.receptive_field

@@ -82,6 +82,14 @@ def conditions(device: torch.device) -> dict[str, str]:
     }
 
 
+def load() -> float | None:
+    """Processes that were at work in the last minute, on average; None: the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows; a container without /proc
+        return None
+
+
 # ---- memory ----------------------------------------------------------------
 
 

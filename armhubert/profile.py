@@ -358,7 +358,7 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
     Raises:
         ArmhubertError: a source that is not there, or a mode that it or this machine does not have.
     """
-    device = pick_device(config.device)
+    device, busy = pick_device(config.device), machine.load()
     baselines = [split_baseline(text) for text in config.baselines]
     for source, _ in baselines:
         check_baseline(source)
@@ -403,11 +403,13 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
                 yield MemoryUnknown(model.name, str(error))
             else:
                 models[number] = model._replace(peak_memory=peak)
+    random = sorted({*BASELINES} & {s for s, _ in asked})
     yield Profile(
         {
             **conditions(device),
             "repeats": config.repeats,
-            "random weights": sorted({*BASELINES} & {s for s, _ in asked}),
+            **({"random weights": ", ".join(random)} if random else {}),
+            **({} if busy is None else {"load before": round(busy, 1)}),
         },
         rates,
         tuple(models),

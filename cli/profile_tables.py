@@ -1,5 +1,7 @@
 """The tables of `armhubert profile`."""
 
+import os
+
 from rich.table import Table
 
 from armhubert.candidates import FEWER_BITS
@@ -20,6 +22,9 @@ def show_profile(result: Profile) -> None:
     for table in (_ratios(result), _costs(result), _stages(result), _ragged(result)):
         if table.row_count:
             ui.draw(table)
+    busy, cores = result.conditions.get("load before", 0.0), os.cpu_count() or 1
+    if busy > cores / 4:
+        ui.note(f"note: {busy} processes were at work on {cores} cores before this run: others may have disturbed it")
     rates = f"{result.rates.macs_per_second / 1e9:.0f} GMAC/s, {result.rates.bytes_per_second / 1e9:.1f} GB/s"
     ui.say(f"{', '.join(f'{k} {v}' for k, v in result.conditions.items())}; this machine in this run: {rates}")
 

@@ -56,7 +56,9 @@ def training(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, label=plain(model) if axes is left else None)
             axes.set(xlabel="step", ylabel="training loss" if kind == "train" else f"{name} on dev")
-        right.plot(result["best_step"], result["dev"][name], "o", color=color)
+        best = next((step, value) for step, value in points if step == result["best_step"])
+        right.plot(*best, "o", color=color)
+    right.ticklabel_format(axis="y", useOffset=False)
     return figures.png(figure)
 
 

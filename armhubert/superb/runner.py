@@ -168,9 +168,11 @@ class _Evaluation:
         self.folder, self.device, self.should_stop = folder, device, should_stop
         self.began = time.perf_counter()
         if config.dry_run:
-            settings = {"steps": DRY_STEPS, "validate_every": DRY_STEPS, "batch": min(config.training.batch, DRY_ITEMS)}
+            batch = min(config.training.batch, DRY_ITEMS)
             if config.training.steps:
-                self.config = dataclasses.replace(config, **settings)  # type: ignore[arg-type]
+                self.config = dataclasses.replace(
+                    config, steps=DRY_STEPS, validate_every=DRY_STEPS, warmup=None, batch=batch
+                )
 
     def run(self, *, anew: bool) -> Generator[Report, None, dict[str, Any]]:
         """Everything; returns the result. With `anew`, nothing of an earlier run is left once the data are checked."""

@@ -10,6 +10,7 @@ from corpora import librispeech, write_wave
 
 from armhubert.superb import runner
 from armhubert.superb.config import EvaluateConfig
+from armhubert.superb.tasks.ks import WORDS
 
 SMALL = ["--steps", "2", "--batch", "4", "--workers", "0", "--device", "cpu", "-o", "run"]
 KS = ["--task", "ks", "-d", "data", *SMALL]
@@ -72,7 +73,7 @@ def other_cache() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], object], list[str], str]] = {
-    "list missing": (lambda: words("cat", "yes"), KS, "list of Speech Commands is missing: expected"),
+    "list missing": (lambda: words("cat", *WORDS), KS, "list of Speech Commands is missing: expected"),
     "list names nothing": (
         lambda: words("cat", "dog", lists=("cat/0.wav\n", "gone.wav\n")), KS, "the test split has no utterances"
     ),

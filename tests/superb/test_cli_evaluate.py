@@ -170,6 +170,14 @@ def test_a_name_that_no_file_system_takes_is_one_line(option, call, words):
     assert "name too long" in err or sys.version_info >= (3, 14)  # whose pathlib says only that nothing is there
 
 
+def test_a_dry_run_takes_the_warm_up_of_the_run(call, words):
+    argv = ["evaluate", "fbank", "--task", "ks", "--data", words, *SMALL, "--dry-run", "--steps", "20", "--warmup"]
+    assert call(*argv, "5")[0] == 0
+    code, _, err = call(*argv, "50")
+    assert code == 2
+    assert "--warmup must be at most the run's 20 steps, got 50" in err
+
+
 def test_without_out_a_run_is_named_after_model_and_task(call, words, tmp_path):
     (tmp_path / "settings.yaml").write_text("model: fbank\ntask: ks\n")
     code, out, err = call("evaluate", "--config", "settings.yaml", "--data", words, *SMALL)

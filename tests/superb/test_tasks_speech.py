@@ -16,7 +16,7 @@ from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, Poole
 from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
-from armhubert.superb.tasks.ks import GAIN, which_split
+from armhubert.superb.tasks.ks import GAIN, WORDS, which_split
 
 
 def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
@@ -148,9 +148,16 @@ def test_ks_reads_speech_commands(tmp_path, waves):
 
 
 def test_ks_needs_the_official_lists(tmp_path, waves):
-    waves("yes/a.wav", "no/b.wav")
+    waves(*(f"{word}/a.wav" for word in WORDS))
     with pytest.raises(ArmhubertError, match="list of Speech Commands is missing"):
         TASKS["ks"].read(tmp_path, Options())
+
+
+def test_ks_takes_a_users_own_words_for_what_they_are(tmp_path, waves):
+    waves(*(f"{word}/{n}_nohash_0.wav" for word in ("yes", "no", "apple") for n in range(24)))
+    corpus = TASKS["ks"].read(tmp_path, Options())
+    assert corpus.labels == (("apple", "no", "yes"),)
+    assert any(note.startswith("no lists: split 80/10/10") for note in corpus.notes)
 
 
 def test_ks_trains_on_all_that_no_list_names(tmp_path, waves):

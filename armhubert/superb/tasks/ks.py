@@ -53,17 +53,18 @@ class KeywordSpotting(Task):
         return self.metrics[::-1]
 
     def read(self, root: Path, options: Options) -> Corpus:
-        """Folders of words; words outside SUPERB's ten are `_unknown_` where any of the ten is there."""
+        """Folders of words; words outside SUPERB's ten are `_unknown_` where all ten are there, or one and a list."""
         folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
         words = [path for path in folders if path.name not in (NOISE, TEST_FOLDER) and audio_files(path)]
         if not words:
             raise ArmhubertError(f"{root} has no folders of words with audio in them: expected {self.data}")
-        official = any(path.name in WORDS for path in words)
         silent = [path.name for path in folders if path not in words and path.name not in (NOISE, TEST_FOLDER)]
         notes = [f"{len(silent)} folders without audio are left out ({some(silent)})"] if silent else []
         place: dict[str, SplitName] = {}
         lists = {"dev": root / "validation_list.txt", "test": root / "testing_list.txt"}
-        listed = official or any(path.is_file() for path in lists.values())
+        names = {path.name for path in words}
+        listed = names.issuperset(WORDS) or any(path.is_file() for path in lists.values())
+        official = listed and not names.isdisjoint(WORDS)
         if listed:
             for name, path in lists.items():
                 place |= dict.fromkeys(read_lines(path, "list of Speech Commands"), name)
