@@ -242,10 +242,11 @@ def model_card(
     config, count = model.config, count_parameters(model)
     ours = converted is None
     heads = "" if model.heads is None else f", {count.without_heads:,} without the distillation heads"
+    licence = "" if ours else "license: other\n"  # a student's is for its owner to say
+    tags = ["speech", "self-supervised", *(["distillation"] if ours and training else []), "feature-extraction"]
     return f"""---
 library_name: armhubert
-license: {"apache-2.0" if ours else "other"}
-tags: [speech, self-supervised, {"distillation, " if ours else ""}feature-extraction]
+{licence}tags: [{", ".join(tags)}]
 ---
 # {"ARMHuBERT student" if ours else f"{converted}, converted"}
 

@@ -132,6 +132,8 @@ def test_a_run_leaves_a_student_that_loads_and_everything_to_read_and_look_at(se
     ]
     card = (out / "README.md").read_text()
     assert "4 steps of 4" in card or "2 steps of 4" in card  # of the best validation
+    assert "tags: [speech, self-supervised, distillation, feature-extraction]" in card
+    assert "license" not in card.split("---")[1]  # that of teacher and data, for the student's owner to say
     written = read_metrics(out / "metrics.jsonl")
     assert [(row["kind"], row["step"]) for row in written] == [
         ("train", 1), ("train", 2), ("valid", 2), ("train", 3), ("train", 4), ("valid", 4),
