@@ -119,7 +119,8 @@ class DistillConfig:
         parse_loss(self.loss)
         if self.steps is not None and self.epochs is not None:
             raise ArmhubertError(f"give steps or epochs, not both, got {self.steps} and {self.epochs}")
-        for name in ("width", "layers", "heads", "ffn", "steps", "epochs", "accumulate", "mask_length", "log_every",
+        for name in ("width", "layers", "heads", "ffn", "steps", "epochs", "accumulate", "batch_seconds", "max_seconds",
+                     "mask_length", "log_every",
                      "validate_every", "save_every", "patience", "learning_rate", "epsilon", "clip"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
