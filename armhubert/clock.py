@@ -1,4 +1,4 @@
-"""Timing: interleaved runs, medians, files of results; for `profile` and the benchmarks."""
+"""Timing: interleaved runs and their medians, for `profile` and the benchmarks."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What this machine is and has: its device, its processor, its memory."""
+"""What this machine is and has: its device, its processor, its load, its memory."""
 
 import contextlib
 import ctypes
@@ -47,12 +47,15 @@ def device_name(device: torch.device) -> str:
 
 def processor_name() -> str:
     """What the system calls its processor; Linux tells it in a file, others to `platform`."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
     return " ".join((next(names, "") or platform.processor() or platform.machine()).split())
+
+
+def _cpuinfo() -> list[str]:
+    """What Linux tells of its processors; nothing elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    return []
 
 
 _EXTENSIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "i8mm", "bf16", "asimd")
@@ -60,11 +63,8 @@ _EXTENSIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", 
 
 def _extensions() -> list[str]:
     """The processor's matrix and vector extensions that decide how fast a model is, where Linux tells them."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                flags.update(line.partition(":")[2].split())
+    told = (line.partition(":")[2].split() for line in _cpuinfo() if line.startswith(("flags", "Features")))
+    flags = {flag for line in told for flag in line}
     return [extension for extension in _EXTENSIONS if extension in flags]
 
 
@@ -85,7 +85,7 @@ def conditions(device: torch.device) -> dict[str, str]:
 def load() -> float | None:
     """Processes that were at work in the last minute, on average; None: the system does not tell."""
     try:
-        return os.getloadavg()[0]
+        return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):  # Windows; a container without /proc
         return None
 

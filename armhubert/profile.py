@@ -364,7 +364,8 @@ def profile(config: ProfileConfig) -> Iterator[Report]:
         check_baseline(source)
     asked = [(config.model, mode) for mode in config.modes] + baselines
     if config.memory and device.type == "cpu":
-        _resident("VmRSS"), _resident("VmHWM")  # whether they are told, before the work
+        for kind in ("VmRSS", "VmHWM"):  # whether they are told, before the work
+            _resident(kind)
     candidates: dict[str, Candidate] = {}
     for source, mode in dict.fromkeys(asked):
         yield Building(f"{source} ({mode})")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from armhubert import machine
 from armhubert.bench import output
 from armhubert.bench.cases import Cell, build, cpu_cells
 from armhubert.clock import interleave
@@ -62,12 +63,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     work = [(cell, backward) for cell in cpu_cells() for backward in (False, True)]
-    before = os.getloadavg()[0]
+    before = machine.load()
     rows = [
         measure(cell, backward=backward, repeats=options.repeats)
         for cell, backward in track(work, description="measuring", transient=True)
     ]
-    load = {"load_before": round(before, 2), "load_after": round(os.getloadavg()[0], 2), "cores": os.cpu_count()}
+    load = {"load_before": before, "load_after": machine.load(), "cores": os.cpu_count()}
     Console(width=120).print(table(rows))
     Console().print(", ".join(f"{key} {value}" for key, value in load.items()))
     print(output.write_results("cpu-microbench", [{**row, "machine_load": load} for row in rows], CPU, options.out))

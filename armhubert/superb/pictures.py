@@ -51,13 +51,15 @@ def training(by_model: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure, (left, right) = figures.panels(2)
     for (model, result), color in zip(by_model.items(), figures.shades(len(by_model)), strict=True):
         name = next(iter(result["dev"]))
-        for axes, kind, key in ((left, "train", "loss"), (right, "dev", name)):
-            points = [(row["step"], row[key]) for row in result["history"] if row["kind"] == kind]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=plain(model) if axes is left else None)
-            axes.set(xlabel="step", ylabel="training loss" if kind == "train" else f"{name} on dev")
-        best = next((step, value) for step, value in points if step == result["best_step"])
-        right.plot(*best, "o", color=color)
+        loss, dev = (
+            {row["step"]: row[key] for row in result["history"] if row["kind"] == kind}
+            for kind, key in (("train", "loss"), ("dev", name))
+        )
+        left.plot([*loss], [*loss.values()], color=color, label=plain(model))
+        left.set(xlabel="step", ylabel="training loss")
+        right.plot([*dev], [*dev.values()], color=color)
+        right.plot(result["best_step"], dev[result["best_step"]], "o", color=color)
+        right.set(xlabel="step", ylabel=f"{name} on dev")
     right.ticklabel_format(axis="y", useOffset=False)
     return figures.png(figure)
 
