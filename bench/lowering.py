@@ -79,6 +79,7 @@ class Case:
     attributes: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
     @property
     def matrix(self) -> bool:
@@ -88,7 +89,7 @@ class Case:
     @property
     def key(self) -> str:
         """Digest of the kernel's source and of all that it is compiled with: a row of another key is out of date."""
-        parts = (self.target, self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
+        parts = (self.target, self.signature, self.constants, self.attributes, self.num_warps, self.num_stages, self.maxnreg)
         return hashlib.sha256(f"{source(self.kernel)}{parts}".encode()).hexdigest()[:16]
 
 
@@ -250,6 +251,7 @@ def cases() -> tuple[Case, ...]:
                         case = Case(
                             f"{name}: {_label(kernel, spec)}", target, dtype, kernel, spec["signature"],
                             spec["constants"], aligned, spec["num_warps"], spec["num_stages"],
+                            json.loads(spec["specialization_data"])["options"].get("maxnreg"),
                         )  # fmt: skip
                         found.setdefault(case.key, case)
     return tuple(found.values())
@@ -285,6 +287,8 @@ def compile_case(case: Case) -> Any:
     """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
     spec = ASTSource(case.kernel, case.signature, case.constants, case.attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED}
+    if case.maxnreg:
+        options["maxnreg"] = case.maxnreg
     return triton.compile(spec, target=TARGETS[case.target], options=options)
 
 

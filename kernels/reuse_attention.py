@@ -27,6 +27,7 @@ triton_reuse_attention.py compute.
 Legend: B utterances, T frames, H heads, d head width, D model width.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class AttentionMap(NamedTuple):
     keys: Tensor
     """The computing layer's keys, [B, T, H, d]."""
     log_sum_exp: Tensor | None
-    """Natural log of each row's sum of exponentials of scaled logits, [B, H, T] float32; None from the PyTorch twin."""
+    """log2 of each row's sum of exponentials of scaled logits, [B, H, T] float32; None from the PyTorch twin."""
     lengths: Tensor | None
     """Valid frames of each utterance, [B]; None if all T are."""
     probabilities: tuple[Tensor, ...] | None = None
@@ -154,7 +155,7 @@ def _attend_fwd_torch(
 
 
 def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each row and Z of its second softmax, [B, H, T], and the map [B, H, T, T].
+    """Log-sum-exp of each row, in base 2, and Z of its second softmax, [B, H, T], and the map [B, H, T, T].
 
     In padded rows they are 0, 1 and 0, as the kernels save them.
     """
@@ -165,7 +166,7 @@ def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Ten
     p = logits.softmax(-1)
     norm = p.exp().masked_fill(~valid[:, None, None], 0).sum(-1)
     row = valid[:, None]
-    return torch.where(row, logits.logsumexp(-1), 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
+    return torch.where(row, logits.logsumexp(-1) / math.log(2), 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
 
 
 def _attend_fwd_fake(

@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from armhubert.kernels.reuse_attention import PITCH as _PITCH
 from armhubert.kernels.reuse_attention import pitched
-from armhubert.kernels.runtime import FUSED, contiguous, float32_precision
+from armhubert.kernels.runtime import FUSED, INTERPRET, contiguous, float32_precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # 7 rounds of Philox 4x32 pass BigCrush; its authors' default of 10 is a safety margin
 ROUNDS = tl.constexpr(7)
 PITCH = tl.constexpr(_PITCH)
@@ -137,12 +137,42 @@ def _dense_align(D):
 
 
 @triton.jit
-def _kept(seed_ptr, pair, m, n, T, threshold):
-    """Dropout's choice for map entries (m, n) of one utterance and head, from a counter: the same in every kernel."""
-    entry = (m * T + n).to(tl.uint32, bitcast=True)
-    zero = entry * 0
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr), entry, zero + pair.to(tl.uint32), zero, zero, ROUNDS)
-    return (bits >> 1).to(tl.int32) >= threshold
+def _valid_keys(tile, other, n0, valid, BLOCK_N: tl.constexpr):
+    """A tile [M, N] with `other` at invalid keys, which only the last block has: the others pay a branch, no masks."""
+    if n0 + BLOCK_N > valid:
+        tile = tl.where((n0 + tl.arange(0, BLOCK_N) < valid)[None, :], tile, other)
+    return tile
+
+
+@triton.jit
+def _philox(seed, c0, c1, c2, c3):
+    """tl.philox with one wide product where that has two, for the high and the low half: fewer instructions."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep):
+    """Dropout's factors of map entries (m0 + i, n0 + j) of one utterance and head: the same in every kernel.
+
+    Entries (m, n), (m, n + 8), (m + 8, n) and (m + 8, n + 8) take the four words of one draw from a counter. In a matrix
+    unit's tiles, also transposed ones, they are one thread's, and the compiler makes one draw of the four written here;
+    it sees that by indices inside a tile only, which is why they come apart from its start, a multiple of 16.
+    """
+    row = (m0 // 2 + (i // 16 * 8 + i % 8)).to(tl.uint32, bitcast=True)
+    column = (n0 // 2 + (j // 16 * 8 + j % 8)).to(tl.uint32, bitcast=True)
+    zero = (row ^ column) * 0
+    a, b, c, d = _philox(tl.load(seed_ptr), zero + row, zero + column, zero + pair.to(tl.uint32), zero)
+    word = tl.where(i % 16 < 8, tl.where(j % 16 < 8, a, b), tl.where(j % 16 < 8, c, d))
+    return tl.where(word.to(tl.int32, bitcast=True) >= threshold, inverse_keep, 0.0)
 
 
 # ---- forward ----------------------------------------------------------------
@@ -167,16 +197,15 @@ def attend_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for n0 in range(0, tl.where(m0 < valid, valid, 0), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-        s = _inner(q, q_tail, k, k_tail, TAIL, PRECISION) * (scale * LOG2E)
-        s = tl.where((n < valid)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
+        s = _valid_keys(_inner(q, q_tail, k, k_tail, TAIL, PRECISION), float("-inf"), n0, valid, BLOCK_N)
+        new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
         rescale = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
+        p = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
         total = total * rescale + tl.sum(p, 1)
         if seed_ptr is not None:
-            p = tl.where(_kept(seed_ptr, pair, m[:, None], n[None, :], T, threshold), p, 0.0)
+            i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+            p *= _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
         acc *= rescale[:, None]
         if TAIL > 0:
             acc_tail *= rescale[:, None]
@@ -184,10 +213,10 @@ def attend_kernel(
         acc, acc_tail = _accumulate(acc, acc_tail, p.to(v.dtype), v, v_tail, TAIL, PRECISION)
         top = new_top
     row = m < valid
-    factor = tl.where(row, inverse_keep / tl.where(row, total, 1.0), 0.0)[:, None]
+    factor = tl.where(row, 1.0 / tl.where(row, total, 1.0), 0.0)[:, None]
     out_ptr += (b * T * H + h) * D
     _store(out_ptr, m0, H * D, T, acc * factor, acc_tail * factor, D, HEAD, TAIL, BLOCK_M)
-    lse = tl.where(row, (top + tl.log2(tl.where(row, total, 1.0))) * LN2, 0.0)
+    lse = tl.where(row, top + tl.log2(tl.where(row, total, 1.0)), 0.0)
     tl.store(lse_ptr + pair * T + m, lse, mask=m < T)
     if map_ptr is not None:
         # a row's sum is known only now, so its logits are made once more
@@ -195,24 +224,45 @@ def attend_kernel(
         map_ptr += pair * T * pitch
         for n0 in range(0, pitch, BLOCK_N):
             k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-            key = n0 + tl.arange(0, BLOCK_N) < valid
-            p = tl.where(row[:, None], _probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION), 0.0)
+            p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
+            p = tl.where(row[:, None], p, 0.0)
             _store_columns(map_ptr, m0, pitch, T, p, n0, pitch, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _weigh(p, RESOFTMAX: tl.constexpr):
+def _expm1(p, dtype: tl.constexpr):
+    """exp(p) - 1 within 0 <= p <= 1, of which it errs by 4e-6, or by 4e-9 and rounding where `dtype` is float32.
+
+    A polynomial: the unit for exponentials is the busy one here, and small p keep their digits.
+    """
+    if dtype == tl.float32:
+        series = 0.0003059550987754148 * p + 0.0012353440643184126
+        series = series * p + 0.008436728543975215
+        series = series * p + 0.0416321720475402
+        series = series * p + 0.16667188063779398
+        series = series * p + 0.4999997413149445
+    else:
+        series = 0.012537741930595267 * p + 0.03797293177769474
+        series = series * p + 0.16788653980584048
+        series = series * p + 0.49987847689308346
+    return p * p * series + p
+
+
+@triton.jit
+def _weigh(p, dtype: tl.constexpr, RESOFTMAX: tl.constexpr):
     """A tile of the map -> weights of v: itself, or exp(p) - 1, the second softmax's part beyond the plain mean."""
     if RESOFTMAX:
-        return tl.exp2(p * LOG2E) - 1.0
+        return _expm1(p, dtype)
     return p
 
 
 @triton.jit
-def _probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+def _probabilities(
+    q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     """Tile of the kept map: the log-sum-exp is known, so there is no maximum to track. -> [M, N], 0 at invalid keys."""
-    s = _inner(q, q_tail, k, k_tail, TAIL, PRECISION) * (scale * LOG2E)
-    return tl.where(key[None, :], tl.exp2(s - (lse * LOG2E)[:, None]), 0.0)
+    s = _inner(q, q_tail, k, k_tail, TAIL, PRECISION)
+    return _valid_keys(tl.exp2(s * (scale * LOG2E) - lse[:, None]), 0.0, n0, valid, BLOCK_N)
 
 
 @triton.jit
@@ -220,7 +270,7 @@ def _finish(
     out_ptr, norm_ptr, acc, acc_tail, total, v_sum, v_sum_tail, b, h, m0, valid, T, H,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, RESOFTMAX: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Normalise (resoftmax), clear padded rows and store."""
+    """Add the sum of all values and normalise (resoftmax), clear padded rows and store."""
     m = m0 + tl.arange(0, BLOCK_M)
     row = m < valid
     factor = tl.where(row, 1.0, 0.0)
@@ -229,9 +279,9 @@ def _finish(
         if norm_ptr is not None:
             tl.store(norm_ptr + (b * H + h) * T + m, norm, mask=m < T)
         factor = factor / norm
-        acc += v_sum[None, :]
+        acc += tl.sum(v_sum, 0)[None, :]
         if TAIL > 0:
-            acc_tail += v_sum_tail[None, :]
+            acc_tail += tl.sum(v_sum_tail, 0)[None, :]
     out_ptr += (b * T * H + h) * D
     _store(out_ptr, m0, H * D, T, acc * factor[:, None], acc_tail * factor[:, None], D, HEAD, TAIL, BLOCK_M)
 
@@ -253,19 +303,18 @@ def reattend_kernel(
     v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGN)
     acc, acc_tail = _zeros(BLOCK_M, HEAD, TAIL)
     total = tl.zeros([BLOCK_M], tl.float32)
-    v_sum = tl.zeros([HEAD], tl.float32)
-    v_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
+    v_sum, v_sum_tail = _zeros(BLOCK_N, HEAD, TAIL)
     for n0 in range(0, tl.where(m0 < valid, valid, 0), BLOCK_N):
-        key = n0 + tl.arange(0, BLOCK_N) < valid
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-        p = _weigh(_probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION), RESOFTMAX)
+        p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
+        p = _weigh(p, k.dtype, RESOFTMAX)
         acc, acc_tail = _accumulate(acc, acc_tail, p.to(v.dtype), v, v_tail, TAIL, PRECISION)
         if RESOFTMAX:
             total += tl.sum(p, 1)
-            v_sum += tl.sum(v.to(tl.float32), 0)
+            v_sum += v.to(tl.float32)
             if TAIL > 0:
-                v_sum_tail += tl.sum(v_tail.to(tl.float32), 0)
+                v_sum_tail += v_tail.to(tl.float32)
     _finish(
         out_ptr, norm_ptr, acc, acc_tail, total, v_sum, v_sum_tail, b, h, m0, valid, T, H,
         D, HEAD, TAIL, RESOFTMAX, BLOCK_M,
@@ -285,17 +334,16 @@ def reattend_kept_kernel(
     v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGN)
     acc, acc_tail = _zeros(BLOCK_M, HEAD, TAIL)
     total = tl.zeros([BLOCK_M], tl.float32)
-    v_sum = tl.zeros([HEAD], tl.float32)
-    v_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
+    v_sum, v_sum_tail = _zeros(BLOCK_N, HEAD, TAIL)
     for n0 in range(0, tl.where(m0 < valid, valid, 0), BLOCK_N):
         p = _columns(map_ptr, m0, pitch, valid, n0, pitch, PITCH, BLOCK_M, BLOCK_N, True)
         v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         if RESOFTMAX:
-            e = _weigh(p.to(tl.float32), RESOFTMAX)
+            e = _weigh(p.to(tl.float32), v.dtype, RESOFTMAX)
             total += tl.sum(e, 1)
-            v_sum += tl.sum(v.to(tl.float32), 0)
+            v_sum += v.to(tl.float32)
             if TAIL > 0:
-                v_sum_tail += tl.sum(v_tail.to(tl.float32), 0)
+                v_sum_tail += v_tail.to(tl.float32)
             p = e.to(v.dtype)
         acc, acc_tail = _accumulate(acc, acc_tail, p, v, v_tail, TAIL, PRECISION)
     _finish(
@@ -305,23 +353,37 @@ def reattend_kept_kernel(
 
 
 @triton.jit
-def _project(
-    x_ptr, weight_ptr, bias_ptr, n0, x_t, h, col, valid,
-    C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Columns col : col + WIDTH of one head's values, x W_h^T + b_h for a block of frames. -> [N, WIDTH] float32"""
-    column = col + tl.arange(0, WIDTH)
-    acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        x = _columns(x_ptr, n0, x_t, valid, c0, C, ALIGN, BLOCK_N, BLOCK_C, C % BLOCK_C > 0)
-        at = weight_ptr + (h * D + column)[:, None] * C + c[None, :]
-        w = tl.load(at, mask=(column < D)[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+def _biased(acc, bias_ptr, h, col, row, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns col : col + WIDTH of one head's projection with their bias, 0 in rows that are not valid."""
     if bias_ptr is not None:
+        column = col + tl.arange(0, WIDTH)
         acc += tl.load(bias_ptr + h * D + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    return tl.where((n0 + tl.arange(0, BLOCK_N) < valid)[:, None], acc, 0.0)
+    return tl.where(row[:, None], acc, 0.0)
+
+
+@triton.jit
+def _project(
+    x_ptr, weight_ptr, bias_ptr, n0, x_t, h, valid,
+    C: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One head's values of a block of frames, x W_h^T + b_h, as two tiles in float32."""
+    CHECK: tl.constexpr = C % BLOCK_C > 0
+    w_align: tl.constexpr = _dense_align(C)
+    first, end = h * D, h * D + D
+    v, v_tail = _zeros(BLOCK_N, HEAD, TAIL)
+    for c0 in range(0, C, BLOCK_C):
+        x = _columns(x_ptr, n0, x_t, valid, c0, C, ALIGN, BLOCK_N, BLOCK_C, CHECK)
+        w = _columns(weight_ptr, first, C, end, c0, C, w_align, HEAD, BLOCK_C, CHECK)
+        v = tl.dot(x, tl.trans(w), v, input_precision=PRECISION)
+        if TAIL > 0:
+            w_tail = _columns(weight_ptr, first + HEAD, C, end, c0, C, w_align, TAIL, BLOCK_C, CHECK)
+            v_tail = tl.dot(x, tl.trans(w_tail), v_tail, input_precision=PRECISION)
+    row = n0 + tl.arange(0, BLOCK_N) < valid
+    v = _biased(v, bias_ptr, h, 0, row, D, HEAD)
+    if TAIL > 0:
+        v_tail = _biased(v_tail, bias_ptr, h, HEAD, row, D, TAIL)
+    return v, v_tail
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -342,27 +404,21 @@ def reattend_fused_kernel(
     x_ptr += b * x_b
     acc, acc_tail = _zeros(BLOCK_M, HEAD, TAIL)
     total = tl.zeros([BLOCK_M], tl.float32)
-    v_sum = tl.zeros([HEAD], tl.float32)
-    v_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
+    v_sum, v_sum_tail = _zeros(BLOCK_N, HEAD, TAIL)
     for n0 in range(0, tl.where(m0 < valid, valid, 0), BLOCK_N):
-        key = n0 + tl.arange(0, BLOCK_N) < valid
-        v = _project(
-            x_ptr, weight_ptr, bias_ptr, n0, x_t, h, 0, valid, C, D, HEAD, ALIGN, PRECISION, BLOCK_N, BLOCK_C
+        v, v_tail = _project(
+            x_ptr, weight_ptr, bias_ptr, n0, x_t, h, valid, C, D, HEAD, TAIL, ALIGN, PRECISION, BLOCK_N, BLOCK_C
         )  # fmt: skip
-        v_tail = v
-        if TAIL > 0:
-            v_tail = _project(
-                x_ptr, weight_ptr, bias_ptr, n0, x_t, h, HEAD, valid, C, D, TAIL, ALIGN, PRECISION, BLOCK_N, BLOCK_C
-            )  # fmt: skip
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-        p = _weigh(_probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION), RESOFTMAX)
+        p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
+        p = _weigh(p, k.dtype, RESOFTMAX)
         low = k.dtype
         acc, acc_tail = _accumulate(acc, acc_tail, p.to(low), v.to(low), v_tail.to(low), TAIL, PRECISION)
         if RESOFTMAX:
             total += tl.sum(p, 1)
-            v_sum += tl.sum(v, 0)
+            v_sum += v
             if TAIL > 0:
-                v_sum_tail += tl.sum(v_tail, 0)
+                v_sum_tail += v_tail
     _finish(
         out_ptr, norm_ptr, acc, acc_tail, total, v_sum, v_sum_tail, b, h, m0, valid, T, H,
         D, HEAD, TAIL, RESOFTMAX, BLOCK_M,
@@ -384,15 +440,12 @@ def _divisor(valid, RESOFTMAX: tl.constexpr):
 
 @triton.jit
 def _map_gradient(
-    u, u_tail, v, v_tail, p, shift, keep, inverse_keep,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, RESOFTMAX: tl.constexpr, DROPOUT: tl.constexpr,
+    u, u_tail, v, v_tail, p, factor, shift, TAIL: tl.constexpr, PRECISION: tl.constexpr, RESOFTMAX: tl.constexpr
 ):  # fmt: skip
-    """Gradient of a tile of the map before dropout, dp in the module docstring of reuse_attention.py."""
+    """Gradient of a tile of the map after dropout, dp in the module docstring of reuse_attention.py."""
     dp = _inner(u, u_tail, v, v_tail, TAIL, PRECISION)
     if RESOFTMAX:
-        dp = tl.exp2(p * LOG2E) * (dp - shift)
-    if DROPOUT:
-        dp = tl.where(keep, dp * inverse_keep, 0.0)
+        dp = (_expm1(p, u.dtype) + 1.0) * (dp * factor - shift)
     return dp
 
 
@@ -421,41 +474,33 @@ def backward_q_kernel(
     delta = tl.sum(u.to(tl.float32) * o.to(tl.float32), 1)
     if TAIL > 0:
         delta += tl.sum(u_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
-    shift = delta
+    factor, shift = delta, delta
     keys = tl.where(m0 < valid, valid, 0)
     divisor = _divisor(valid, RESOFTMAX)
     if RESOFTMAX:
         factor = divisor / tl.load(norm_ptr + rows, mask=row, other=1.0)
-        u = (u.to(tl.float32) * factor[:, None]).to(q.dtype)
-        if TAIL > 0:
-            u_tail = (u_tail.to(tl.float32) * factor[:, None]).to(q.dtype)
         shift = delta * factor
         tl.store(shift_ptr + rows, shift, mask=m < T)
         # the first softmax's row term has no closed form here: one pass over the keys for it
         delta = tl.zeros([BLOCK_M], tl.float32)
         for n0 in range(0, keys, BLOCK_N):
-            key = n0 + tl.arange(0, BLOCK_N) < valid
             k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
             v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-            p = _probabilities(q, q_tail, k, k_tail, lse, key, scale, TAIL, PRECISION)
-            dp = _map_gradient(
-                u, u_tail, v, v_tail, p, shift[:, None], True, inverse_keep, TAIL, PRECISION, True, False
-            )  # fmt: skip
+            p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
+            dp = _map_gradient(u, u_tail, v, v_tail, p, factor[:, None], shift[:, None], TAIL, PRECISION, True)
             delta += tl.sum(p * dp, 1)
     tl.store(delta_ptr + rows, delta, mask=m < T)
     dq, dq_tail = _zeros(BLOCK_M, HEAD, TAIL)
     for n0 in range(0, keys, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
-        p = _probabilities(q, q_tail, k, k_tail, lse, n < valid, scale, TAIL, PRECISION)
-        keep = True
+        p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
+        kept = 1.0
         if DROPOUT:
-            keep = _kept(seed_ptr, pair, m[:, None], n[None, :], T, threshold)
-        dp = _map_gradient(
-            u, u_tail, v, v_tail, p, shift[:, None], keep, inverse_keep, TAIL, PRECISION, RESOFTMAX, DROPOUT
-        )  # fmt: skip
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
+            i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+            kept = _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
+        dp = _map_gradient(u, u_tail, v, v_tail, p, factor[:, None], shift[:, None], TAIL, PRECISION, RESOFTMAX)
+        ds = (p * (dp * kept - delta[:, None])).to(k.dtype)
         dq, dq_tail = _accumulate(dq, dq_tail, ds, k, k_tail, TAIL, PRECISION)
     scale /= divisor
     _store(dq_ptr + dense, m0, H * D, T, dq * scale, dq_tail * scale, D, HEAD, TAIL, BLOCK_M)
@@ -481,8 +526,7 @@ def backward_kv_kernel(
     dk, dk_tail = _zeros(BLOCK_N, HEAD, TAIL)
     dv, dv_tail = _zeros(BLOCK_N, HEAD, TAIL)
     divisor = _divisor(valid, RESOFTMAX)
-    u_sum = tl.zeros([HEAD], tl.float32)
-    u_sum_tail = tl.zeros([TAIL if TAIL > 0 else HEAD], tl.float32)
+    u_sum, u_sum_tail = _zeros(BLOCK_M, HEAD, TAIL)
     for m0 in range(0, tl.where(n0 < valid, valid, 0), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         row = m < valid
@@ -491,38 +535,35 @@ def backward_kv_kernel(
         u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, _dense_align(D), BLOCK_M)
         lse = tl.load(lse_ptr + rows, mask=row, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=row, other=0.0)
-        shift = delta
-        s = _inner(k, k_tail, q, q_tail, TAIL, PRECISION) * (scale * LOG2E)
-        p = tl.where((n < valid)[:, None], tl.exp2(s - (lse * LOG2E)[None, :]), 0.0)  # [N, M]
-        weights = _weigh(p, RESOFTMAX)
+        factor, shift = delta, delta
+        # rows of invalid keys are not cleared: they reach nothing but their own gradients, which are cleared at the end
+        p = tl.exp2(_inner(k, k_tail, q, q_tail, TAIL, PRECISION) * (scale * LOG2E) - lse[None, :])  # [N, M]
+        weights = _weigh(p, q.dtype, RESOFTMAX)
         if RESOFTMAX:
             factor = divisor / tl.load(norm_ptr + rows, mask=row, other=1.0)
             shift = tl.load(shift_ptr + rows, mask=row, other=0.0)
-            scaled = u.to(tl.float32) * factor[:, None]
-            u_sum += tl.sum(scaled, 0)
-            u = scaled.to(q.dtype)
+            weights *= factor[None, :]
+            u_sum += u.to(tl.float32) * factor[:, None]
             if TAIL > 0:
-                scaled_tail = u_tail.to(tl.float32) * factor[:, None]
-                u_sum_tail += tl.sum(scaled_tail, 0)
-                u_tail = scaled_tail.to(q.dtype)
-        keep = True
+                u_sum_tail += u_tail.to(tl.float32) * factor[:, None]
+        kept = 1.0
         if DROPOUT:
-            keep = _kept(seed_ptr, pair, m[None, :], n[:, None], T, threshold)
-            weights = tl.where(keep, weights * inverse_keep, 0.0)
+            i, j = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+            kept = _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
+            weights *= kept
         dv, dv_tail = _accumulate(dv, dv_tail, weights.to(q.dtype), u, u_tail, TAIL, PRECISION)
-        dp = _map_gradient(
-            v, v_tail, u, u_tail, p, shift[None, :], keep, inverse_keep, TAIL, PRECISION, RESOFTMAX, DROPOUT
-        )  # fmt: skip
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dp = _map_gradient(v, v_tail, u, u_tail, p, factor[None, :], shift[None, :], TAIL, PRECISION, RESOFTMAX)
+        ds = (p * (dp * kept - delta[None, :])).to(q.dtype)
         dk, dk_tail = _accumulate(dk, dk_tail, ds, q, q_tail, TAIL, PRECISION)
+    key = (n0 + tl.arange(0, BLOCK_N) < valid)[:, None]
     if RESOFTMAX:
-        key = tl.where(n < valid, 1 / divisor, 0.0)[:, None]
-        dv = key * (dv + u_sum[None, :])
+        dv = (dv + tl.sum(u_sum, 0)[None, :]) / divisor
         if TAIL > 0:
-            dv_tail = key * (dv_tail + u_sum_tail[None, :])
+            dv_tail = (dv_tail + tl.sum(u_sum_tail, 0)[None, :]) / divisor
     scale /= divisor
-    _store(dk_ptr + dense, n0, H * D, T, dk * scale, dk_tail * scale, D, HEAD, TAIL, BLOCK_N)
-    _store(dv_ptr + dense, n0, H * D, T, dv, dv_tail, D, HEAD, TAIL, BLOCK_N)
+    dk, dk_tail = tl.where(key, dk * scale, 0.0), tl.where(key, dk_tail * scale, 0.0)
+    _store(dk_ptr + dense, n0, H * D, T, dk, dk_tail, D, HEAD, TAIL, BLOCK_N)
+    _store(dv_ptr + dense, n0, H * D, T, tl.where(key, dv, 0.0), tl.where(key, dv_tail, 0.0), D, HEAD, TAIL, BLOCK_N)
 
 
 # ---- shipped configurations -------------------------------------------------
@@ -535,6 +576,8 @@ class Config(NamedTuple):
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """On sm_90: most registers of a thread, fewer than the compiler would take, so that more programs are resident."""
 
 
 def head_tiles(d: int) -> tuple[int, int]:
@@ -548,13 +591,22 @@ def head_tiles(d: int) -> tuple[int, int]:
     return (2 * head, 0) if tail == head else (head, tail)
 
 
-def config(kernel: str, d: int, dtype: torch.dtype, crowded: bool = False) -> Config:
+def config(kernel: str, d: int, dtype: torch.dtype, *, dropout: bool = False, resoftmax: bool = False) -> Config:
     """The configuration shipped for a kernel: fixed, so that no call pays for autotuning and reruns are equal.
 
-    `crowded` (dropout or the second softmax) keeps more values alive in a tile. Chosen so that nothing spills on sm_90.
+    Dropout and the second softmax keep more values alive in a tile. Chosen so that nothing spills on sm_90, and 8 to 16
+    warps are resident there: between products a kernel waits for the matrix unit.
     """
+    crowded = dropout or resoftmax
     if dtype == torch.float32:
         return _float32_config(kernel, d, crowded)
+    narrow = d <= 48 and d % 8 == 0  # rows that are not aligned take more registers
+    if kernel == "attend" and dropout:
+        return Config(64, 64, 4, 2, 128 if narrow else None)
+    if kernel == "reattend" and resoftmax and narrow:
+        return Config(128, 64, 8, 2, 128)
+    if kernel == "backward_q" and dropout and narrow:
+        return Config(64, 64, 4, 2, 168)
     if kernel == "backward_kv" and (crowded or d > 48):
         return Config(32, 64, 8 if d > 64 and crowded else 4, 2)
     if kernel == "backward_q" and d > 64:
@@ -573,7 +625,7 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
     """
     small = Config(32, 16, 8, 1)
     if kernel == "attend":
-        return Config(64, 32, 8, 2) if d <= 64 else Config(32, 16, 8, 2)
+        return Config(64, 32, 8, 2) if d <= 64 else Config(32, 32 if crowded else 16, 8, 2)
     if kernel in ("reattend", "reattend_kept"):
         if d > 64:
             return small
@@ -583,7 +635,7 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
     if kernel == "reattend_fused":
         if d > 64 or (crowded and d <= 48):
             return small
-        return Config(32, 32, 8, 2) if d > 48 else Config(64, 32, 8, 2)
+        return Config(32, 32, 8, 2)
     if kernel == "backward_q":
         if d > 64:
             return Config(32, 16, 8, 2)
@@ -595,7 +647,22 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
     return Config(16, 32, 8, 1) if crowded and d > 48 else Config(32, 32, 8, 1)
 
 
+def inner_block(d: int, dtype: torch.dtype) -> int:
+    """Step along the model's width where values are projected inside: wide steps wait less often."""
+    if dtype == torch.float32:
+        return 32 if d <= 64 else 16
+    return 128 if d <= 48 else 64
+
+
 # ---- launchers --------------------------------------------------------------
+
+
+def _options(shipped: Config) -> dict[str, Any]:
+    """What a launch is given of a configuration: a limit of registers means what it says on one architecture."""
+    options = shipped._asdict()
+    if shipped.maxnreg is None or INTERPRET or driver.active.get_current_target().arch != 90:
+        del options["maxnreg"]
+    return {**options, **FUSED}
 
 
 def _rows_dense(*tensors: Tensor) -> list[Tensor]:
@@ -617,7 +684,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _scalars(dropout: float) -> tuple[int, float]:
-    return int(dropout * 2**31), 1 / (1 - dropout)
+    return int(dropout * 2**32) - 2**31, 1 / (1 - dropout)
 
 
 def _tiles(d: int) -> dict[str, int]:
@@ -640,11 +707,10 @@ def attend_forward(
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     kept = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
     strides = _strides(q, k, v)
-    shipped = config("attend", D, q.dtype, seed is not None)
+    shipped = config("attend", D, q.dtype, dropout=seed is not None)
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, contiguous(lengths), seed, out, lse, kept if keep else None, *strides, T, H, D**-0.5,
-        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), **shipped._asdict(),
-        **FUSED,
+        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), **_options(shipped),
     )  # fmt: skip
     return out, lse, kept
 
@@ -655,11 +721,10 @@ def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resof
     B, T, H, D = v.shape
     out = v.new_empty(B, T, H * D)
     strides = _strides(v)
-    shipped = config("reattend_kept", D, v.dtype, resoftmax)
+    shipped = config("reattend_kept", D, v.dtype, resoftmax=resoftmax)
     reattend_kept_kernel[_grid(v.shape, shipped.BLOCK_M)](
         kept.contiguous(), v, contiguous(lengths), out, *strides, T, H,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
-        **FUSED,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **_options(shipped),
     )  # fmt: skip
     return out
 
@@ -673,11 +738,10 @@ def reattend_forward(
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
     strides = _strides(q, k, v)
-    shipped = config("reattend", D, q.dtype, resoftmax)
+    shipped = config("reattend", D, q.dtype, resoftmax=resoftmax)
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lse.contiguous(), contiguous(lengths), out, norm, *strides, T, H, D**-0.5,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **shipped._asdict(),
-        **FUSED,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **_options(shipped),
     )  # fmt: skip
     return out, norm
 
@@ -698,11 +762,11 @@ def reattend_fused_forward(
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
     strides = _strides(q, k, x)
-    shipped = config("reattend_fused", D, q.dtype, resoftmax)
+    shipped = config("reattend_fused", D, q.dtype, resoftmax=resoftmax)
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, x, weight.contiguous(), contiguous(bias), lse.contiguous(), contiguous(lengths), out, norm, *strides,
         T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
-        RESOFTMAX=resoftmax, BLOCK_C=32, **shipped._asdict(), **FUSED,
+        RESOFTMAX=resoftmax, BLOCK_C=inner_block(D, q.dtype), **_options(shipped),
     )  # fmt: skip
     return out, norm
 
@@ -733,13 +797,13 @@ def attention_backward(
     scalars = (*strides, T, H, D**-0.5, *_scalars(dropout))
     g, out, lse, norm = (t.contiguous() for t in (d_out, out, lse, norm))
     lengths = contiguous(lengths)
-    crowded = resoftmax or seed is not None
-    shipped = config("backward_q", D, q.dtype, crowded)
+    crowds: dict[str, bool] = {"dropout": seed is not None, "resoftmax": resoftmax}
+    shipped = config("backward_q", D, q.dtype, **crowds)
     backward_q_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **shipped._asdict(), **FUSED
+        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **_options(shipped)
     )
-    shipped = config("backward_kv", D, q.dtype, crowded)
+    shipped = config("backward_kv", D, q.dtype, **crowds)
     backward_kv_kernel[_grid(q.shape, shipped.BLOCK_N)](
-        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **shipped._asdict(), **FUSED
+        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **_options(shipped)
     )
     return dq, dk, dv
