@@ -25,7 +25,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.hooks import computes_as, hooked, hooked_within
 from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
-from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
+from armhubert.kernels.runtime import autocast, frame_mask, needs_gradient, tracing
 from armhubert.settings import documented
 from armhubert.weights import Weights
 
@@ -242,8 +242,9 @@ class EncoderLayer(nn.Module):
 class PositionalConv(nn.Module):
     """Convolutional positional embedding: grouped convolution over time, weight-normed along it, then GELU."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
         super().__init__()
+        self.impl = impl
         kernel = config.position_kernel
         conv = nn.Conv1d(config.width, config.width, kernel, padding=kernel // 2, groups=config.position_groups)
         shape, meta = conv.weight.shape, conv.weight.is_meta
@@ -262,9 +263,13 @@ class PositionalConv(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         convolve: Callable[[Tensor], Tensor] = self.conv
         if computes_as(self.conv, nn.Conv1d) and not hooked((self.conv,)):
-            if positional_convolution.serves(x, self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())):
-                assert self.conv.bias is not None
+            taps, learns = self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())
+            assert self.conv.bias is not None
+            if positional_convolution.serves(x, taps, learns):
                 return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
+            if positional_convolution.fuses(x, taps, learns, self.impl):
+                y: Tensor = positional_convolution.fused(*autocast(x, self.conv.weight, self.conv.bias))
+                return y
             convolve = self._convolve
         return F.gelu(convolve(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
 
@@ -338,7 +343,7 @@ class SpeechEncoder(nn.Module):
         self.feature_norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_projection = Linear(channels, config.width) if config.feature_projection else nn.Identity()
         self.mask_embedding = nn.Parameter(torch.rand(config.width)) if config.mask_embedding else None
-        self.position = PositionalConv(config)
+        self.position = PositionalConv(config, impl=impl)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.relative_positions = RelativePositions(config) if config.position_buckets else None
         self.layers = nn.ModuleList(EncoderLayer(config, index, impl) for index in range(config.layers))

@@ -38,6 +38,7 @@ from triton.runtime import JITFunction, driver
 from armhubert.files import write_atomic
 from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
+from armhubert.kernels import triton_positional_convolution as positional
 from armhubert.kernels import triton_reuse_attention as attention
 from armhubert.kernels.runtime import FUSED, frame_counts
 
@@ -95,7 +96,7 @@ class Case:
 
 @cache
 def source(kernel: JITFunction) -> str:
-    """A kernel's code, and the functions and constants of its module that it uses, however they are laid out."""
+    """A kernel's code, and our functions and constants that it uses, however they are laid out."""
     found: dict[str, str] = {}
 
     def visit(function: Any) -> None:
@@ -108,7 +109,8 @@ def source(kernel: JITFunction) -> str:
             if isinstance(value, triton.language.constexpr):
                 found[node.id] = repr(value.value)  # type: ignore[attr-defined]
             inner = getattr(value, "fn", value)
-            if inspect.isfunction(inner) and inner.__module__ == function.__module__ and inner.__name__ not in found:
+            ours = inspect.isfunction(inner) and inner.__module__.startswith("armhubert.kernels")
+            if ours and inner.__name__ not in found:
                 visit(inner)
 
     visit(kernel.fn)
@@ -236,13 +238,20 @@ def _frontend_launches(dtype: torch.dtype) -> Iterator[Launch]:
         yield f"front end {name} backward", partial(frontend.backward, g, *common, kept[1:], strides, 1e-5, False)
 
 
+def _positional_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """The default student's convolution and HuBERT's, which are made in 16 bits only."""
+    for C in (480, 768) if dtype != torch.float32 else ():
+        x, weight, bias = (torch.zeros(s, dtype=dtype) for s in ((2, 50, C), (C, C // 16, 128), (C,)))
+        yield f"positional convolution {C}", partial(positional.forward, x, weight, bias)
+
+
 @cache
 def cases() -> tuple[Case, ...]:
     """Every kernel in every shipped configuration, by dtype and target; what is the same in another is left out."""
     found: dict[str, Case] = {}
     for dtype, kind in DTYPES.items():
         for target, gpu in TARGETS.items():
-            for makers in (_attention_launches, _distillation_launches, _frontend_launches):
+            for makers in (_attention_launches, _distillation_launches, _frontend_launches, _positional_launches):
                 for name, launch in makers(kind):
                     with recording(gpu) as launches, _products_in("tf32" if dtype == "tf32" else "ieee"):
                         launch()

@@ -1,29 +1,38 @@
-"""The convolutional positional embedding on a CPU: a grouped convolution with a long kernel, in the frequency domain.
+"""The convolutional positional embedding: a grouped convolution over time with a long kernel, then GELU.
 
-    y_t = bias + sum_k W_k x_{t + k - K/2},   zeros outside, t = 0 .. T - 1
+    y_t = GELU(bias + sum_k W_k x_{t + k - K/2}),   zeros outside, t = 0 .. T - 1
 
 128 taps over 30 channels a group are 0.9 G multiply-accumulates for 10 s of the default student, in products too narrow
-for a matrix unit. By overlap-save, blocks of N = 2 K frames overlapping by K - 1 go through a Fourier transform, are
-multiplied with the kernel's, group by group, and come back: a fiftieth of the operations, and closer to float64 than
-the direct sum. Inference only: the kernel's transform takes as long as a short utterance's convolution, so it is made
-once; in training it would be made, and go through backward, in every step.
+for a matrix unit; in training, and wherever neither way below serves, they are PyTorch's convolution. Without gradients:
+
+- on a CPU, in the frequency domain. By overlap-save, blocks of N = 2 K frames overlapping by K - 1 go through a Fourier
+  transform, are multiplied with the kernel's, group by group, and come back: a fiftieth of the operations, and closer
+  to float64 than the direct sum. The kernel's transform takes as long as a short utterance's convolution, so it is made
+  once; in training it would be made, and go through backward, in every step.
+- on a GPU, in 16 bits, by a Triton kernel: several frames side by side make a product wide enough for the matrix unit
+  (triton_positional_convolution.py), and bias and GELU are its epilogue.
+
 Sources: Baevski et al., wav2vec 2.0 (arXiv 2006.11477), for the embedding; overlap-save is textbook.
 
 Legend: B utterances, T frames, C channels, G groups, K taps, F = N/2 + 1 frequencies.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armhubert.kernels.runtime import tracing
+from armhubert.kernels.runtime import Impl, autocast, register, resolve_impl, tracing
 
 SHORTEST = 40
 """Fewest frames of a batch for which the transform pays."""
 FEWEST_TAPS = 32
-"""Fewest kernel taps for which the transform pays."""
+"""Fewest kernel taps for which PyTorch's convolution is left."""
 CHUNK = 8
 """Blocks that are worked on together, so that their transforms stay in a cache."""
+
+# ---- on a CPU ---------------------------------------------------------------
 
 
 def serves(x: Tensor, taps: int, needs_gradient: bool) -> bool:
@@ -66,3 +75,34 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
             rows = out[b, first * step : (first + n) * step]
             torch.add(waves.transpose(1, 2).reshape(-1, C), bias, out=rows)
     return out[:, :T]
+
+
+# ---- on a GPU ---------------------------------------------------------------
+
+
+def fuses(x: Tensor, taps: int, needs_gradient: bool, impl: Impl) -> bool:
+    """Whether the Triton kernel serves x [B, T, C] and K taps: in 16 bits, also autocast's, without gradients."""
+    if needs_gradient or taps < FEWEST_TAPS:
+        return False
+    (sample,) = autocast(x.new_empty(0))
+    return sample.dtype in (torch.float16, torch.bfloat16) and resolve_impl(impl, sample) == "triton"
+
+
+def _fused_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    C, width, taps = weight.shape
+    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps // 2, groups=C // width)[..., : x.shape[1]]
+    return F.gelu(y).transpose(1, 2).contiguous()
+
+
+def _fused_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+fused: Any = register(
+    "positional_convolution",
+    "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    triton_fn="triton_positional_convolution:forward",
+    torch_fn=_fused_torch,
+    fake_fn=_fused_fake,
+)
+"""GELU of the convolution of x [B, T, C] with weight [C, C/G, K] and bias [C], all of one dtype -> [B, T, C]."""

@@ -22,34 +22,9 @@ from torch import Tensor
 from armhubert.kernels.conv_frontend import padded_counts
 from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts
 from armhubert.kernels.torch_conv_frontend import waveform_gradient
+from armhubert.kernels.triton_gelu import gelu, normal_tail
 
 # ---- tiles ------------------------------------------------------------------
-
-
-@triton.jit
-def _tail(x):
-    """Phi(-|x|), the normal distribution's smaller part, as the 32nd power of 1 over a polynomial.
-
-    Within 4.5 its error is 4.3e-5 of it, a tenth of float16's rounding; erf takes four times as many instructions, which
-    was more than the matrix units need for a tile.
-    """
-    t = tl.abs(x)
-    series = 2.047860773585299e-05 * t - 8.480336017387889e-05
-    series = series * t + 0.0014346416879836448
-    series = series * t + 0.010460311543128768
-    series = series * t + 0.02549198992015248
-    root = tl.rsqrt(series * t + 1.0218960687146046)
-    for _ in tl.static_range(6):
-        root *= root
-    return root
-
-
-@triton.jit
-def _gelu(x, dtype: tl.constexpr):
-    """GELU of float32, exact to the rounding of `dtype`."""
-    if dtype == tl.float32:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return tl.maximum(x, 0.0) - tl.abs(x) * _tail(x)
 
 
 @triton.jit
@@ -132,7 +107,7 @@ def wave_kernel(
     windows = _windows(x_ptr, shift_ptr, b, x_b, m0, T, w_ptr.dtype.element_ty, K, STRIDE, TAPS, BLOCK_M)
     z = _first(windows, w_ptr, bias_ptr, n0, w_b, b, N, K, TAPS, BLOCK_N, PRECISION)
     if ACTIVATE:
-        z = _gelu(z, out_ptr.dtype.element_ty)
+        z = gelu(z, out_ptr.dtype.element_ty)
     m = m0 + tl.arange(0, BLOCK_M)
     z = tl.where((m < T)[:, None], z, 0.0)
     _put(out_ptr, b * P + m, n0 + tl.arange(0, BLOCK_N), z, m < P, N)
@@ -156,7 +131,7 @@ def wave_pointwise_kernel(
         c = c0 + tl.arange(0, BLOCK_K)
         z = _first(windows, w0_ptr, bias0_ptr, c0, w_b, b, C, K, TAPS, BLOCK_K, PRECISION)
         w = tl.load(w_ptr + (n * C)[:, None] + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(_gelu(z, w.dtype).to(w.dtype), tl.trans(w), acc, input_precision=PRECISION)  # [BM, BK] @ [BK, BN]
+        acc = tl.dot(gelu(z, w.dtype).to(w.dtype), tl.trans(w), acc, input_precision=PRECISION)  # [BM, BK] @ [BK, BN]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     m = m0 + tl.arange(0, BLOCK_M)
@@ -164,7 +139,7 @@ def wave_pointwise_kernel(
         acc = tl.where((m < T)[:, None], acc, 0.0)
     if z_ptr is not None:
         _put(z_ptr, b * P + m, n, acc, m < P, N)
-    _put(out_ptr, b * out_P + m, n, _gelu(acc, out_ptr.dtype.element_ty), m < out_P, N)
+    _put(out_ptr, b * out_P + m, n, gelu(acc, out_ptr.dtype.element_ty), m < out_P, N)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_in", "T", "P", "out_P"])
@@ -202,7 +177,7 @@ def conv_kernel(
     if z_ptr is not None:
         _put(z_ptr, row, n, acc, m < rows, N)
     if out_ptr is not None:
-        a = _gelu(acc, out_ptr.dtype.element_ty)
+        a = gelu(acc, out_ptr.dtype.element_ty)
         _put(out_ptr, b.to(tl.int64) * out_P + t, n, a, (m < rows) & (t < out_P), N)
 
 
@@ -222,7 +197,7 @@ def norm_kernel(
     rstd = tl.rsqrt(tl.sum(z * z, 1) / N + eps)
     weight = tl.load(weight_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    a = _gelu(z * rstd[:, None] * weight[None, :] + bias[None, :], out_ptr.dtype.element_ty)
+    a = gelu(z * rstd[:, None] * weight[None, :] + bias[None, :], out_ptr.dtype.element_ty)
     a = tl.where((t < T)[:, None], a, 0.0)
     _put(out_ptr, (m // P).to(tl.int64) * out_P + t, n, a, (m < rows) & (t < out_P), N)
 
@@ -246,7 +221,7 @@ def gelu_backward_kernel(
     if z_ptr.dtype.element_ty == tl.float32:
         phi = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
     else:
-        tail = _tail(z)
+        tail = normal_tail(z)
         phi = tl.where(z > 0, 1.0 - tail, tail)
     slope = phi + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     _put(gz_ptr, row, n, g * slope, m < rows, N)

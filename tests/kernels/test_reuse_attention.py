@@ -404,6 +404,42 @@ def test_large_logits():
 
 
 @pytest.mark.needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_where_all_logits_are_low(dtype):
+    """exp(0 - lse), of the keys that are loaded as 0, is then more than any number: it must reach no gradient."""
+    T, valid = 24, 17
+    q = 25 + draw(1, T, 1, 40, dtype=dtype)
+    inputs = [q, -q, draw(1, T, 1, 40, dtype=dtype, seed=1)]
+
+    def gradients(frames, lengths):
+        leaves = [t[:, :frames].clone().requires_grad_() for t in inputs]
+        out = attend(*leaves, lengths, impl="triton")[0]
+        g = torch.ones_like(out) if lengths is None else torch.ones_like(out) * valid_frames(lengths, T)
+        return [out, *torch.autograd.grad(out, leaves, g)]
+
+    alone, padded = gradients(valid, None), gradients(T, torch.tensor([valid], device=DEVICE))
+    for a, b in zip(alone, padded, strict=True):
+        assert torch.equal(a, b[:, :valid]) and not b[:, valid:].any()
+
+
+@pytest.mark.needs_triton
+def test_dropout_draws_each_entry_for_itself():
+    """Entries 8 apart take words of one draw, heads and utterances draws of their own: all as if by chance."""
+    B, T, H, dropout = 2, 64, 2, 0.3
+    q = draw(B, T, H, T, dtype=torch.float32) * 0
+    eye = torch.eye(T, device=DEVICE)[None, :, None].expand(B, T, H, T)
+    out, _ = attend(q, q, eye, dropout=dropout, seed=11, impl="triton")
+    keep = (out.view(B, T, H, T).transpose(1, 2) > 0).double()  # [B, H, T, T]
+    spread = (dropout * (1 - dropout)) ** 0.5
+    assert abs(keep.mean() - (1 - dropout)) < 4 * spread / keep.numel() ** 0.5
+    keep -= keep.mean()
+    shifted = [keep.roll(shift, axis) for shift in (1, 8, 16) for axis in (-1, -2)]
+    for other in (*shifted, keep.roll((8, 8), (-2, -1)), keep.flip(0), keep.flip(1), keep.transpose(-1, -2).triu(1)):
+        assert abs((keep * other).mean()) < 4 * spread**2 / keep.numel() ** 0.5
+
+
+@pytest.mark.needs_triton
 def test_dropout_is_one_mask_forward_and_backward():
     """v = identity shows which entries of the map were dropped; with that mask float64 autograd gives the gradients."""
     B, T, H, d, dropout = 2, 24, 2, 24, 0.4
