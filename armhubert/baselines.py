@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from armhubert.config import EncoderConfig
-from armhubert.encoder import ComputingAttention, EncoderLayer, ReusingAttention, SpeechEncoder
+from armhubert.encoder import ComputingAttention, EncoderLayer, PositionalConv, ReusingAttention, SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import FrontEnd, normalize_waveform
 from armhubert.packages import import_torchaudio
@@ -47,6 +47,11 @@ def released_front_end(front_end: FrontEnd, waveforms: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+def released_position(position: PositionalConv, x: Tensor) -> Tensor:
+    """[B, T, D] -> [B, T, D]: PyTorch's convolution, then GELU."""
+    return F.gelu(position.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+
 class ReleasedWay(nn.Module):
     """A student computed as the authors' released code does, with the student's own weights.
 
@@ -71,7 +76,7 @@ class ReleasedWay(nn.Module):
         x = model.feature_norm(released_front_end(model.front_end, waveforms))
         if isinstance(model.feature_projection, nn.Linear):
             x = _linear(model.feature_projection, x)
-        x = x + F.gelu(model.position.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        x = x + released_position(model.position, x)
         x = x if model.config.norm_first else model.norm(x)
         probabilities = x.new_empty(0)
         for layer in model.layers:

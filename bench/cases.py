@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from armhubert.baselines import HUBERT_BASE, released_front_end
+from armhubert.baselines import HUBERT_BASE, released_front_end, released_position
 from armhubert.bench import costs
 from armhubert.config import armhubert
+from armhubert.encoder import PositionalConv
 from armhubert.frontend import FrontEnd
 from armhubert.kernels import AttentionMap, AttentionMode, Distance, Impl, attend, distillation_loss, reattend
 from armhubert.kernels.costs import Cost, Gpu
@@ -37,7 +38,8 @@ class Cell(NamedTuple):
     """One benchmark case. Widths default to the preset `armhubert`."""
 
     op: str
-    """attend, reattend, pair (a computing and a reusing layer), loss or conv (the waveform stack)."""
+    """attend, reattend, pair (a computing and a reusing layer), loss, conv (the waveform stack) or position (the
+    convolutional positional embedding, whose gradients are PyTorch's: it is timed forward only)."""
     B: int
     T: int
     H: int = 12
@@ -49,7 +51,7 @@ class Cell(NamedTuple):
     Dt: int = 768
     distance: Distance = "mse"
     stack: str = "student"
-    """Convolutions of the front end: those of the preset `armhubert` or, for "teacher", of HuBERT Base."""
+    """Whose convolutions: those of the preset `armhubert` or, for "teacher", of HuBERT Base."""
     slow: bool = False
     """Also against baselines that must be compiled first."""
 
@@ -61,8 +63,10 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """What tables call it."""
-        detail = {"loss": self.distance, "attend": "", "conv": self.stack}.get(self.op, self.mode)
-        widths = {"loss": f"L{self.L} {self.D}-{self.Dt}", "conv": ""}.get(self.op, f"H{self.H} d{self.d}")
+        own = {"loss": self.distance, "attend": "", "conv": self.stack, "position": self.stack}
+        detail = own.get(self.op, self.mode)
+        heads = f"H{self.H} d{self.d}"
+        widths = {"loss": f"L{self.L} {self.D}-{self.Dt}", "conv": "", "position": ""}.get(self.op, heads)
         return " ".join(p for p in (self.op, detail, f"B{self.B} T{self.T}", widths, "ragged" * self.ragged) if p)
 
     @property
@@ -71,7 +75,11 @@ class Cell(NamedTuple):
         if not self.slow:
             return ()
         exact = self.mode == "exact" or self.op == "attend"
-        of_op = {"loss": ("compiled released", "compiled"), "conv": ("compiled released",)}
+        of_op = {
+            "loss": ("compiled released", "compiled"),
+            "conv": ("compiled released",),
+            "position": ("compiled released",),
+        }
         return of_op.get(self.op, ("flex", "compiled") if exact else ("compiled",))
 
     @property
@@ -98,6 +106,10 @@ class Cell(NamedTuple):
             if self.op == "conv":
                 layers = STACKS[self.stack].conv_layers
                 parts.append(costs.conv_frontend(B, self.samples, layers, backward=back))
+            if self.op == "position":
+                config = STACKS[self.stack]
+                sizes = config.width, config.position_groups, config.position_kernel
+                parts.append(costs.positional_convolution(B, T, *sizes, backward=back))
             if self.op == "loss":
                 parts.append(costs.distillation(self.L, B, T, self.D, self.Dt, backward=back))
             if self.op in ("attend", "pair"):
@@ -267,7 +279,8 @@ def build(cell: Cell, device: torch.device, dtype: torch.dtype, *, impl: Impl = 
 
     Candidates have leaves of their own, with one set of values.
     """
-    return {"loss": _loss, "conv": _conv}.get(cell.op, _attention)(cell, device, dtype, impl, grad)
+    of_op = {"loss": _loss, "conv": _conv, "position": _position}
+    return of_op.get(cell.op, _attention)(cell, device, dtype, impl, grad)
 
 
 def lengths_of(cell: Cell, device: torch.device) -> Tensor | None:
@@ -380,6 +393,24 @@ def _conv(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad
     return makers
 
 
+def _position(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
+    config = STACKS[cell.stack]
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        position = PositionalConv(config, impl=impl).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(cell.B, cell.T, config.width, generator=generator, device=device).to(dtype)
+
+    def by(run: Callable[..., Tensor]) -> Candidate:
+        own = copy.deepcopy(position).requires_grad_(grad)
+        return Candidate(lambda: run(own, x), list(own.parameters()))
+
+    makers: Makers = {"ours": lambda: by(PositionalConv.forward), "released": lambda: by(released_position)}
+    for name in cell.slow_baselines:
+        makers[name] = lambda: by(torch.compile(released_position, **_COMPILED))
+    return makers
+
+
 # ---- the cells --------------------------------------------------------------
 
 
@@ -390,6 +421,7 @@ def gpu_cells() -> Iterator[Cell]:
     yield Cell("pair", 16, 499, slow=True)
     yield Cell("attend", 16, 499, slow=True)
     yield Cell("conv", 16, 499, slow=True)
+    yield Cell("position", 16, 499, slow=True)
     yield Cell("reattend", 16, 499, mode="resoftmax", slow=True)
     yield Cell("reattend", 16, 499, ragged=True, slow=True)
     for B, T in ((1, 499), (64, 250), (1, 50), (4, 1499), (64, 499), (1, 3000), (16, 100), (64, 50), (4, 200)):
@@ -406,6 +438,9 @@ def gpu_cells() -> Iterator[Cell]:
     for B, T in ((1, 499), (64, 249), (16, 1499)):
         yield Cell("conv", B, T)
     yield Cell("conv", 16, 499, stack="teacher")
+    for B, T in ((1, 499), (64, 250), (4, 1499)):
+        yield Cell("position", B, T)
+    yield Cell("position", 16, 499, stack="teacher")
     yield Cell("attend", 16, 499, d=36)
     yield Cell("reattend", 16, 499, d=36)
     yield Cell("pair", 16, 499, mode="resoftmax")
@@ -438,4 +473,5 @@ def rehearsal_cells() -> Iterator[Cell]:
     yield Cell("reattend", **small, ragged=True)
     yield Cell("loss", **small, L=2, Dt=24)
     yield Cell("conv", 1, 9, ragged=True)
+    yield Cell("position", 1, 60)
     yield Cell("loss", **small, L=2, Dt=24, distance="l1", ragged=True)

@@ -35,6 +35,15 @@ def distillation(L: int, B: int, T: int, D: int, Dt: int, itemsize: int = 2, bac
     return Cost(frames * (D + Dt) * itemsize + weight, product)
 
 
+def positional_convolution(
+    B: int, T: int, C: int, groups: int, taps: int, itemsize: int = 2, backward: bool = False
+) -> Cost:
+    """The grouped convolution over time: x and weight in, out out; backward, two products and twice the traffic."""
+    rows, weight = B * T * C, C * C // groups * taps
+    cost = Cost((2 * rows + weight) * itemsize, 2 * rows * C // groups * taps)
+    return Cost(2 * cost.bytes, 2 * cost.operations) if backward else cost
+
+
 def conv_frontend(
     B: int, samples: int, layers: Sequence[tuple[int, int, int]], itemsize: int = 2, backward: bool = False
 ) -> Cost:

@@ -24,7 +24,7 @@ from armhubert.bench.gpu_clock import captured
 from armhubert.bench.poison import poisoned_memory
 from armhubert.config import EncoderConfig, preset
 from armhubert.frontend import FrontEnd
-from armhubert.kernels import Impl, attend, distillation_loss, reattend
+from armhubert.kernels import Impl, attend, distillation_loss, positional_convolution, reattend
 from armhubert.kernels import reuse_attention as attention_module
 from armhubert.kernels.runtime import INTERPRET, frame_mask
 from armhubert.student import ARMHuBERT
@@ -610,11 +610,28 @@ def check_conv(device: str, dtype: str, stack: str, B: int, seconds: float) -> d
     return judge(inputs.names, got, low, inputs.run("torch", torch.float64))
 
 
+# ---- positional convolution -------------------------------------------------
+
+
+def check_position(device: str, dtype: str, B: int, T: int, C: int, groups: int, taps: int) -> dict[str, Any]:
+    """GELU of the grouped convolution over time, forward: it serves inference, in 16 bits."""
+    kind = DTYPES[dtype]
+    x, bias = draw(device, B, T, C, dtype=kind, seed=1), draw(device, C, dtype=kind, seed=3)
+    weight = (draw(device, C, C // groups, taps, seed=2) / (C // groups * taps) ** 0.5).to(kind)
+
+    def direct(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.conv1d(x.transpose(1, 2), weight, bias, padding=taps // 2, groups=groups)[..., :T])
+
+    got = positional_convolution.fused(x, weight, bias).transpose(1, 2)
+    high = direct(x.double(), weight.double(), bias.double())
+    return judge(["out"], [got], [direct(x, weight, bias)], [high])
+
+
 # ---- the student ------------------------------------------------------------
 
 
 def check_student(device: str, name: str, mode: str, dtype: str, seconds: float) -> dict[str, Any]:
-    """Whole student, forward and backward through the heads: kernels against twins and float64, ragged batch."""
+    """Whole student, inference, then forward and backward through the heads: kernels, twins, float64; ragged batch."""
     zero: dict[str, Any] = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
     config = dataclasses.replace(preset(name), **zero, attention_mode=mode)  # type: ignore[arg-type]
     samples = int(16000 * seconds)
@@ -639,10 +656,13 @@ def check_student(device: str, name: str, mode: str, dtype: str, seconds: float)
         ]
         loss = torch.stack([(p * valid).double().square().mean() for p in output.projections or ()]).sum()
         loss = loss * 2**12  # or gradients would underflow in float16
-        results.append([last.detach(), *torch.autograd.grad(loss, watched)])
+        with torch.inference_mode():
+            inferred = model.eval()(waveforms.to(DTYPES[dtype]).to(kind), lengths).last_hidden_state * valid
+        results.append([inferred, last.detach(), *torch.autograd.grad(loss, watched)])
         del model, output
     got, low, high = results
-    return judge(["last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"], got, low, high)
+    names = ["inference", "last_hidden_state", "d_qkv of layer 0", "d_value of layer 1", "d_heads"]
+    return judge(names, got, low, high)
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -658,6 +678,7 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "large": check_large,
     "loss": check_loss,
     "conv": check_conv,
+    "position": check_position,
     "student": check_student,
 }
 
@@ -695,6 +716,8 @@ def _quick_jobs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "conv", {"dtype": "fp32", "stack": stack, "B": 2, "seconds": 0.06}
     yield "rerun", {"dtype": "fp32", "op": "conv"}
     yield "graph", {"dtype": "fp32", "op": "conv"}
+    for dtype in ("bf16", "fp16"):
+        yield "position", {"dtype": dtype, "B": 2, "T": 9, "C": 24, "groups": 2, "taps": 32}
     yield "student", {"name": "mini", "mode": "exact", "dtype": "fp32", "seconds": 0.2}
 
 
@@ -715,6 +738,8 @@ def _jobs() -> Iterator[tuple[str, dict[str, Any]]]:
     for op in ("exact", "resoftmax", "loss", "conv"):
         yield "compile", {"op": op}
     for dtype in ("bf16", "fp16"):
+        for B, T, C, groups, taps in ((3, 499, 480, 16, 128), (2, 130, 768, 16, 128), (2, 7, 96, 16, 33)):
+            yield "position", {"dtype": dtype, "B": B, "T": T, "C": C, "groups": groups, "taps": taps}
         yield "autocast", {"dtype": dtype}
     yield "checkpointing", {}
     yield "tf32", {}

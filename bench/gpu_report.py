@@ -302,7 +302,7 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     rows = measured(content)
     if not rows:
         return
-    colours = {"attend": "C0", "reattend": "C1", "pair": "C2", "loss": "C3", "conv": "C4"}
+    colours = {"attend": "C0", "reattend": "C1", "pair": "C2", "loss": "C3", "conv": "C4", "position": "C5"}
     title = content["conditions"]["device"] + ("" if content["conditions"]["real"] else " (rehearsal)")
 
     def picture(name: str) -> Path:

@@ -82,6 +82,14 @@ class Case:
     num_stages: int
     maxnreg: int | None
 
+    @classmethod
+    def of(cls, name: str, target: str, dtype: str, kernel: Any, spec: dict[str, Any]) -> "Case":
+        """From what the compiler would be given for a launch."""
+        aligned = {path: value for path, value in spec["configs"][0].items() if value}
+        limit = json.loads(spec["specialization_data"])["options"].get("maxnreg")
+        scheduled = spec["num_warps"], spec["num_stages"], limit
+        return cls(name, target, dtype, kernel, spec["signature"], spec["constants"], aligned, *scheduled)
+
     @property
     def matrix(self) -> bool:
         """Whether a matrix product is in it."""
@@ -90,7 +98,8 @@ class Case:
     @property
     def key(self) -> str:
         """Digest of the kernel's source and of all that it is compiled with: a row of another key is out of date."""
-        parts = (self.target, self.signature, self.constants, self.attributes, self.num_warps, self.num_stages, self.maxnreg)
+        scheduled = (self.num_warps, self.num_stages, self.maxnreg)
+        parts = (self.target, self.signature, self.constants, self.attributes, *scheduled)
         return hashlib.sha256(f"{source(self.kernel)}{parts}".encode()).hexdigest()[:16]
 
 
@@ -256,12 +265,7 @@ def cases() -> tuple[Case, ...]:
                     with recording(gpu) as launches, _products_in("tf32" if dtype == "tf32" else "ieee"):
                         launch()
                     for kernel, spec in launches:
-                        aligned = {path: value for path, value in spec["configs"][0].items() if value}
-                        case = Case(
-                            f"{name}: {_label(kernel, spec)}", target, dtype, kernel, spec["signature"],
-                            spec["constants"], aligned, spec["num_warps"], spec["num_stages"],
-                            json.loads(spec["specialization_data"])["options"].get("maxnreg"),
-                        )  # fmt: skip
+                        case = Case.of(f"{name}: {_label(kernel, spec)}", target, dtype, kernel, spec)
                         found.setdefault(case.key, case)
     return tuple(found.values())
 
@@ -279,7 +283,7 @@ def _label(kernel: Any, spec: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of a case: registers a thread, spills, bytes of shared memory."""
+    """What the compiler made of a case: registers a thread, spills, bytes of shared memory, instructions of a loop."""
 
     kernel: str
     target: str
@@ -287,6 +291,9 @@ class Row:
     registers: int
     spilled: int  # bytes of stack on NVIDIA, registers on AMD
     shared: int
+    loop: (
+        int | None
+    )  # of the longest innermost loop, what only its last round does counted in; 0: unrolled; None: AMD's
     matrix: str
     triton: str
     key: str
@@ -306,16 +313,18 @@ def measure(case: Case) -> Row:
     binary = compile_case(case)
     if "cubin" in binary.asm:
         text = binary.asm["ptx"]
-        usage = _resource_usage(binary.asm["cubin"])
+        usage = _tool(binary.asm["cubin"], "cuobjdump", "-res-usage")
         # Triton's kernels have no use for a stack but spills
         registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+        loop: int | None = _longest_loop(_tool(binary.asm["cubin"], "nvdisasm", "-c"))
     else:
         text = binary.asm["amdgcn"]
         registers, spilled = (_number(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count"))
+        loop = None
     matrix = next((name for name in MATRIX_INSTRUCTIONS[case.target] if name in text), "none")
     return Row(
-        case.name, case.target, case.dtype, registers, spilled, binary.metadata.shared, matrix, triton.__version__,
-        case.key,
+        case.name, case.target, case.dtype, registers, spilled, binary.metadata.shared, loop, matrix,
+        triton.__version__, case.key,
     )  # fmt: skip
 
 
@@ -323,12 +332,30 @@ def _number(pattern: str, text: str) -> int:
     return int(re.findall(pattern, text)[0])
 
 
-def _resource_usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _tool(cubin: bytes, name: str, option: str) -> str:
+    """What one of the tools that Triton brings says of machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _longest_loop(assembly: str) -> int:
+    """Instructions of the longest loop that has no other inside: from a label to the branch back to it."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    count = 0
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s", line):
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if branch and labels.get(branch[1], count) < count:
+                loops.append((labels[branch[1]], count))
+            count += 1
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return max((last + 1 - first for first, last in inner), default=0)
 
 
 # ---- the table --------------------------------------------------------------
@@ -337,7 +364,7 @@ def _resource_usage(cubin: bytes) -> str:
 def read(path: Path = RESULTS) -> dict[str, Row]:
     """Rows by their key."""
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    return {row["key"]: Row(**row) for row in rows if "key" in row}
+    return {row["key"]: Row(**row) for row in rows if "loop" in row}
 
 
 def write(rows: dict[str, Row], path: Path = RESULTS) -> None:
@@ -373,9 +400,11 @@ def main() -> None:
             if number % 20 == 19:
                 write(rows)
     write(rows)
-    shown = Table("kernel", "target", "dtype", "registers", "spilled", "shared", "matrix", title="lowers; not run")
+    shown = Table(
+        "kernel", "target", "dtype", "registers", "spilled", "shared", "loop", "matrix", title="lowers; not run"
+    )
     for row in (rows[case.key] for case in cases() if case.key in rows):
-        shown.add_row(*(str(value) for value in list(asdict(row).values())[:7]))
+        shown.add_row(*(str(value) for value in list(asdict(row).values())[:8]))
     Console(width=130).print(shown)
     print(f"{len(cases()) - len(failed)} rows, {len(missing) - len(failed)} of them new -> {RESULTS}")
     if failed:

@@ -3,7 +3,7 @@
     y_t = GELU(bias + sum_k W_k x_{t + k - K/2}),   zeros outside, t = 0 .. T - 1
 
 128 taps over 30 channels a group are 0.9 G multiply-accumulates for 10 s of the default student, in products too narrow
-for a matrix unit; in training, and wherever neither way below serves, they are PyTorch's convolution. Without gradients:
+for a matrix unit. In training, and wherever neither way below serves, PyTorch's convolution does; without gradients:
 
 - on a CPU, in the frequency domain. By overlap-save, blocks of N = 2 K frames overlapping by K - 1 go through a Fourier
   transform, are multiplied with the kernel's, group by group, and come back: a fiftieth of the operations, and closer

@@ -164,9 +164,9 @@ def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Ten
     logits = torch.matmul(q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
     logits = logits.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid[:, None, None], -torch.inf)
     p = logits.softmax(-1)
-    norm = p.exp().masked_fill(~valid[:, None, None], 0).sum(-1)
+    lse, norm = logits.logsumexp(-1) / math.log(2), p.exp().masked_fill(~valid[:, None, None], 0).sum(-1)
     row = valid[:, None]
-    return torch.where(row, logits.logsumexp(-1) / math.log(2), 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
+    return torch.where(row, lse, 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
 
 
 def _attend_fwd_fake(

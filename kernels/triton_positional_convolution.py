@@ -11,7 +11,6 @@ in the row.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,10 +42,11 @@ def positional_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         acc = tl.dot(tl.load(x_ptr + k[None, :]), tl.trans(tl.load(w_ptr + k[None, :])), acc)  # [BM, BK] @ [BK, BN]
     channel = g * WIDTH + lane
-    y = gelu(acc + tl.load(bias_ptr + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)[None, :], out_ptr.dtype.element_ty)
+    acc += tl.load(bias_ptr + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)[None, :]
+    low = out_ptr.dtype.element_ty
     t = m[:, None] * J + frame[None, :]
     at = out_ptr + (b * T + t) * (G * WIDTH) + channel[None, :]
-    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(t < T) & (lane < WIDTH)[None, :])
+    tl.store(at, gelu(acc, low).to(low), mask=(t < T) & (lane < WIDTH)[None, :])
 
 
 class Config(NamedTuple):

@@ -163,9 +163,9 @@ def _philox(seed, c0, c1, c2, c3):
 def _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep):
     """Dropout's factors of map entries (m0 + i, n0 + j) of one utterance and head: the same in every kernel.
 
-    Entries (m, n), (m, n + 8), (m + 8, n) and (m + 8, n + 8) take the four words of one draw from a counter. In a matrix
-    unit's tiles, also transposed ones, they are one thread's, and the compiler makes one draw of the four written here;
-    it sees that by indices inside a tile only, which is why they come apart from its start, a multiple of 16.
+    Entries (m, n), (m, n + 8), (m + 8, n) and (m + 8, n + 8) take the four words of one draw from a counter. In a
+    matrix unit's tiles, also transposed ones, they are one thread's, and the compiler makes one draw of the four that
+    are written here; it sees so by indices inside a tile only, hence they are apart from its start, a multiple of 16.
     """
     row = (m0 // 2 + (i // 16 * 8 + i % 8)).to(tl.uint32, bitcast=True)
     column = (n0 // 2 + (j // 16 * 8 + j % 8)).to(tl.uint32, bitcast=True)
@@ -517,7 +517,6 @@ def backward_kv_kernel(
     """dk and dv of a block of keys; tiles of the map are transposed, [N, M]."""
     b, h, n0, valid = _place(T, H, lengths_ptr, BLOCK_N)
     pair = b * H + h
-    n = n0 + tl.arange(0, BLOCK_N)
     DROPOUT: tl.constexpr = seed_ptr is not None
     k, k_tail = _load(_head(k_ptr, b, h, k_b, k_h, ALIGN), n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
     v, v_tail = _load(_head(v_ptr, b, h, v_b, v_h, ALIGN), n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
