@@ -27,6 +27,20 @@ FUSED = {"enable_fp_fusion": True}
 """Option of every launch: a product and a sum as one instruction, which Triton 3.10 is to do only where asked."""
 
 
+def launch_options(shipped: Any) -> dict[str, Any]:
+    """What a launch is given of a shipped configuration: a limit of registers holds on sm_90, where it was chosen."""
+    options: dict[str, Any] = {**shipped._asdict(), **FUSED}
+    if options.get("maxnreg") is None or INTERPRET or _architecture() != 90:
+        options.pop("maxnreg", None)
+    return options
+
+
+def _architecture() -> Any:
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch
+
+
 def register(
     name: str, schema: str, *, triton_fn: str, torch_fn: Callable[..., Any], fake_fn: Callable[..., Any]
 ) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armhubert.kernels.conv_frontend import padded_counts
-from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts
+from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts, launch_options
 from armhubert.kernels.torch_conv_frontend import waveform_gradient
 from armhubert.kernels.triton_gelu import gelu, normal_tail
 
@@ -343,7 +343,7 @@ def forward(
         wave_pointwise_kernel[grid](
             x, shift, w0, b0, weights[0].flatten(1).contiguous(), biases[0].contiguous() if biases else None, a, z,
             x.stride(0), w0.stride(0), counts[0], padded[0], rows,
-            K=K, STRIDE=strides[0], TAPS=_taps(K), C=C, N=N, **common, **shipped._asdict(), **FUSED,
+            K=K, STRIDE=strides[0], TAPS=_taps(K), C=C, N=N, **common, **launch_options(shipped),
         )  # fmt: skip
         kept += [] if z is None else [z]
         start = 2
@@ -361,7 +361,7 @@ def forward(
         conv_kernel[(triton.cdiv(B * P, shipped.BLOCK_M) * triton.cdiv(N, shipped.BLOCK_N),)](
             a, _matrix(weight), biases[layer - 1].contiguous() if biases else None, out, z,
             B * P, B * padded[layer - 1], T, P, rows,
-            C=C, N=N, TAPS=taps, STRIDE=strides[layer], **common, **shipped._asdict(), **FUSED,
+            C=C, N=N, TAPS=taps, STRIDE=strides[layer], **common, **launch_options(shipped),
         )  # fmt: skip
         if z is not None and keep:
             kept.append(z)

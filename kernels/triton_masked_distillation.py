@@ -3,8 +3,8 @@
 """Triton kernel of the masked distillation loss; formula and public function are in masked_distillation.py.
 
 Legend: L layers, N = B T frames, C student width, E teacher width. One program holds a tile [BLOCK_N, BLOCK_E] of one
-layer's prediction in registers: it is compared with the one view each frame needs, and summed, before it could be
-stored. Partial sums are added in a fixed order afterwards: reruns are bitwise equal.
+layer's residual in registers: it starts from the bias less the one view each frame needs, the product is added, and it
+is summed before it could be stored. Partial sums are added in a fixed order afterwards: reruns are bitwise equal.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import FUSED, contiguous, float32_precision
+from armhubert.kernels.runtime import contiguous, float32_precision, launch_options
 
 # ---- kernel -----------------------------------------------------------------
 
@@ -43,17 +43,32 @@ def forward_kernel(
     e0 = tl.program_id(0) % blocks_e * BLOCK_E
     n0 = tl.program_id(0) // blocks_e % blocks_n * BLOCK_N
     layer = tl.program_id(0) // (blocks_e * blocks_n)
-    n = n0 + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_N)
+    n = n0 + row
     e = e0 + tl.arange(0, BLOCK_E)
     valid = n < N
     if lengths_ptr is not None:
         valid = valid & (n % T < tl.load(lengths_ptr + n // T, mask=valid, other=0))
-    frame = n.to(tl.int64)
+    # the block's start is added in 64 bits, so that only offsets inside the block are 32 bits wide
+    start = tl.cast(n0, tl.int64)
     column = e < E
 
-    h_ptr = _pick(hidden, layer, L) + (frame * h_n)[:, None]
+    tile = valid[:, None] & column[None, :]
+    target_ptr = _pick(clean, layer, L) + start * clean_n + (row * clean_n)[:, None] + e[None, :]
+    if masked is None:
+        target = tl.load(target_ptr, mask=tile, other=0.0).to(tl.float32)
+    else:
+        # one view per frame: the other is never fetched
+        seen = (tl.load(mask_ptr + n, mask=valid, other=0) != 0)[:, None]
+        other_ptr = _pick(masked, layer, L) + start * masked_n + (row * masked_n)[:, None] + e[None, :]
+        target = tl.load(target_ptr, mask=tile & seen, other=0.0).to(tl.float32)
+        target += tl.load(other_ptr, mask=tile & ~seen, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + layer * E + e, mask=column, other=0.0).to(tl.float32)
+    # the sum starts from what else is in it, so that nothing is left to be read when the product is there
+    residual = tl.where(tile, bias[None, :] - target, 0.0)
+
+    h_ptr = _pick(hidden, layer, L) + start * h_n + (row * h_n)[:, None]
     weight_ptr += (tl.cast(layer, tl.int64) * E + e)[:, None] * C
-    acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     # a tile of padding costs no product
     for c0 in range(0, tl.where(tl.max(valid.to(tl.int32), 0) > 0, C, 0), BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -64,26 +79,13 @@ def forward_kernel(
             w_mask = w_mask & (c < C)[None, :]
         h = tl.load(h_ptr + c[None, :], mask=h_mask, other=0.0)
         w = tl.load(weight_ptr + c[None, :], mask=w_mask, other=0.0)
-        acc = tl.dot(h, tl.trans(w), acc, input_precision=PRECISION)  # [BN, BC] @ [BC, BE]
-    bias = tl.load(bias_ptr + layer * E + e, mask=column, other=0.0).to(tl.float32)
-
-    tile = valid[:, None] & column[None, :]
-    target_ptr = _pick(clean, layer, L) + (frame * clean_n)[:, None] + e[None, :]
-    if masked is None:
-        target = tl.load(target_ptr, mask=tile, other=0.0)
-    else:
-        # one view per frame: the other is never fetched
-        seen = (tl.load(mask_ptr + n, mask=valid, other=0) != 0)[:, None]
-        other_ptr = _pick(masked, layer, L) + (frame * masked_n)[:, None] + e[None, :]
-        other = tl.load(other_ptr, mask=tile & ~seen, other=0.0)
-        target = tl.where(seen, tl.load(target_ptr, mask=tile & seen, other=0.0), other)
-    residual = tl.where(tile, acc + bias[None, :] - target.to(tl.float32), 0.0)
+        residual = tl.dot(h, tl.trans(w), residual, input_precision=PRECISION)  # [BN, BC] @ [BC, BE]
     distance = tl.abs(residual) if L1 else residual * residual
     tl.store(partial_ptr + tl.program_id(0), tl.sum(distance))
     if KEEP:
         if L1:
             residual = tl.where(residual > 0, 1.0, tl.where(residual < 0, -1.0, 0.0))
-        at = residual_ptr + ((tl.cast(layer, tl.int64) * N + frame) * E)[:, None] + e[None, :]
+        at = residual_ptr + (tl.cast(layer, tl.int64) * N + start) * E + (row * E)[:, None] + e[None, :]
         tl.store(at, residual.to(residual_ptr.dtype.element_ty), mask=(n < N)[:, None] & column[None, :])
 
 
@@ -98,13 +100,15 @@ class Config(NamedTuple):
     BLOCK_C: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """Most registers of a thread (sm_90): two programs are resident then, one adding up while the other multiplies."""
 
 
 def config(dtype: torch.dtype) -> Config:
     """The configuration shipped: fixed, so that no call pays for autotuning and reruns are equal."""
     if dtype == torch.float32:
         return Config(64, 64, 32, 8, 2)
-    return Config(128, 128, 64, 8, 3)
+    return Config(128, 128, 64, 8, 3, 128)
 
 
 def _frames(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -146,6 +150,6 @@ def forward(
         _pointers(hidden), weight.contiguous(), bias.contiguous(), *views, contiguous(mask), contiguous(lengths),
         residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
-        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **shipped._asdict(), **FUSED,
+        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **launch_options(shipped),
     )  # fmt: skip
     return partial.sum(1) / E, residual

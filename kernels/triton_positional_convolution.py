@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import FUSED
+from armhubert.kernels.runtime import launch_options
 from armhubert.kernels.triton_gelu import gelu
 
 
@@ -77,6 +77,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     grid = (B * groups * triton.cdiv(T, J * shipped.BLOCK_M) * triton.cdiv(J * lanes, shipped.BLOCK_N),)
     positional_kernel[grid](
         padded, matrix, bias.contiguous(), out, B, T, frames,
-        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, **shipped._asdict(), **FUSED,
+        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, **launch_options(shipped),
     )  # fmt: skip
     return out

@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from armhubert.kernels.reuse_attention import PITCH as _PITCH
 from armhubert.kernels.reuse_attention import pitched
-from armhubert.kernels.runtime import FUSED, INTERPRET, contiguous, float32_precision
+from armhubert.kernels.runtime import contiguous, float32_precision, launch_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # 7 rounds of Philox 4x32 pass BigCrush; its authors' default of 10 is a safety margin
@@ -576,7 +575,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    """On sm_90: most registers of a thread, fewer than the compiler would take, so that more programs are resident."""
+    """Most registers of a thread (sm_90), fewer than the compiler would take, so that more programs are resident."""
 
 
 def head_tiles(d: int) -> tuple[int, int]:
@@ -656,14 +655,6 @@ def inner_block(d: int, dtype: torch.dtype) -> int:
 # ---- launchers --------------------------------------------------------------
 
 
-def _options(shipped: Config) -> dict[str, Any]:
-    """What a launch is given of a configuration: a limit of registers means what it says on one architecture."""
-    options = shipped._asdict()
-    if shipped.maxnreg is None or INTERPRET or driver.active.get_current_target().arch != 90:
-        del options["maxnreg"]
-    return {**options, **FUSED}
-
-
 def _rows_dense(*tensors: Tensor) -> list[Tensor]:
     """The tensors with adjacent columns, as wide loads need them; every other stride is free."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
@@ -709,7 +700,8 @@ def attend_forward(
     shipped = config("attend", D, q.dtype, dropout=seed is not None)
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, contiguous(lengths), seed, out, lse, kept if keep else None, *strides, T, H, D**-0.5,
-        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), **_options(shipped),
+        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
+        **launch_options(shipped),
     )  # fmt: skip
     return out, lse, kept
 
@@ -723,7 +715,8 @@ def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resof
     shipped = config("reattend_kept", D, v.dtype, resoftmax=resoftmax)
     reattend_kept_kernel[_grid(v.shape, shipped.BLOCK_M)](
         kept.contiguous(), v, contiguous(lengths), out, *strides, T, H,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **_options(shipped),
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax,
+        **launch_options(shipped),
     )  # fmt: skip
     return out
 
@@ -740,7 +733,8 @@ def reattend_forward(
     shipped = config("reattend", D, q.dtype, resoftmax=resoftmax)
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lse.contiguous(), contiguous(lengths), out, norm, *strides, T, H, D**-0.5,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax, **_options(shipped),
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax,
+        **launch_options(shipped),
     )  # fmt: skip
     return out, norm
 
@@ -765,7 +759,7 @@ def reattend_fused_forward(
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, x, weight.contiguous(), contiguous(bias), lse.contiguous(), contiguous(lengths), out, norm, *strides,
         T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
-        RESOFTMAX=resoftmax, BLOCK_C=inner_block(D, q.dtype), **_options(shipped),
+        RESOFTMAX=resoftmax, BLOCK_C=inner_block(D, q.dtype), **launch_options(shipped),
     )  # fmt: skip
     return out, norm
 
@@ -799,10 +793,10 @@ def attention_backward(
     crowds: dict[str, bool] = {"dropout": seed is not None, "resoftmax": resoftmax}
     shipped = config("backward_q", D, q.dtype, **crowds)
     backward_q_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **_options(shipped)
+        g, q, k, v, out, lse, norm, lengths, seed, dq, delta, shift, *scalars, **common, **launch_options(shipped)
     )
     shipped = config("backward_kv", D, q.dtype, **crowds)
     backward_kv_kernel[_grid(q.shape, shipped.BLOCK_N)](
-        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **_options(shipped)
+        g, q, k, v, lse, norm, delta, shift, lengths, seed, dk, dv, *scalars, **common, **launch_options(shipped)
     )
     return dq, dk, dv
