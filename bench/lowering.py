@@ -118,7 +118,7 @@ def source(kernel: JITFunction) -> str:
             if isinstance(value, triton.language.constexpr):
                 found[node.id] = repr(value.value)  # type: ignore[attr-defined]
             inner = getattr(value, "fn", value)
-            ours = inspect.isfunction(inner) and inner.__module__.startswith("armhubert.kernels")
+            ours = inspect.isfunction(inner) and str(inner.__module__).startswith("armhubert.kernels")
             if ours and inner.__name__ not in found:
                 visit(inner)
 
