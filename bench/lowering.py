@@ -109,6 +109,8 @@ def source(kernel: JITFunction) -> str:
     found: dict[str, str] = {}
 
     def visit(function: Any) -> None:
+        if function.__name__ in found:
+            return
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         assert isinstance(tree, ast.FunctionDef)
         tree.body = tree.body[ast.get_docstring(tree) is not None :]
@@ -118,8 +120,7 @@ def source(kernel: JITFunction) -> str:
             if isinstance(value, triton.language.constexpr):
                 found[node.id] = repr(value.value)  # type: ignore[attr-defined]
             inner = getattr(value, "fn", value)
-            ours = inspect.isfunction(inner) and str(inner.__module__).startswith("armhubert.kernels")
-            if ours and inner.__name__ not in found:
+            if inspect.isfunction(inner) and inner.__module__.startswith("armhubert.kernels"):
                 visit(inner)
 
     visit(kernel.fn)
