@@ -262,9 +262,8 @@ class PositionalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         convolve: Callable[[Tensor], Tensor] = self.conv
-        if computes_as(self.conv, nn.Conv1d) and not hooked((self.conv,)):
+        if computes_as(self.conv, nn.Conv1d) and self.conv.bias is not None and not hooked((self.conv,)):
             taps, learns = self.conv.kernel_size[0], needs_gradient(x, *self.conv.parameters())
-            assert self.conv.bias is not None
             if positional_convolution.serves(x, taps, learns):
                 return F.gelu(positional_convolution.convolve(x, self._kernel(), self.conv.bias))
             if positional_convolution.fuses(x, taps, learns, self.impl):
@@ -331,7 +330,8 @@ class SpeechEncoder(nn.Module):
     Args:
         config: what to build.
         impl: implementation of the attention and waveform convolution ops: `auto` (Triton on a GPU, PyTorch elsewhere),
-            `triton` or `torch`.
+            `triton` or `torch`. The positional convolution follows it in 16 bits without gradients, and is PyTorch's
+            otherwise.
     """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:

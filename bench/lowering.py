@@ -251,8 +251,9 @@ def _frontend_launches(dtype: torch.dtype) -> Iterator[Launch]:
 def _positional_launches(dtype: torch.dtype) -> Iterator[Launch]:
     """The default student's convolution and HuBERT's, which are made in 16 bits only."""
     for C in (480, 768) if dtype != torch.float32 else ():
-        x, weight, bias = (torch.zeros(s, dtype=dtype) for s in ((2, 50, C), (C, C // 16, 128), (C,)))
-        yield f"positional convolution {C}", partial(positional.forward, x, weight, bias)
+        for T in (50, 600):
+            x, weight, bias = (torch.zeros(s, dtype=dtype) for s in ((2, T, C), (C, C // 16, 128), (C,)))
+            yield f"positional convolution {C} T={T}", partial(positional.forward, x, weight, bias)
 
 
 @cache
@@ -292,9 +293,8 @@ class Row:
     registers: int
     spilled: int  # bytes of stack on NVIDIA, registers on AMD
     shared: int
-    loop: (
-        int | None
-    )  # of the longest innermost loop, what only its last round does counted in; 0: unrolled; None: AMD's
+    # of the longest innermost loop, with what only its last round does; 0: all are unrolled; None: AMD's
+    loop: int | None
     matrix: str
     triton: str
     key: str
@@ -345,7 +345,7 @@ def _tool(cubin: bytes, name: str, option: str) -> str:
 def _longest_loop(assembly: str) -> int:
     """Instructions of the longest loop that has no other inside: from a label to the branch back to it."""
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    loops: dict[int, int] = {}  # first and last instruction
     count = 0
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -353,9 +353,9 @@ def _longest_loop(assembly: str) -> int:
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s", line):
             branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
             if branch and labels.get(branch[1], count) < count:
-                loops.append((labels[branch[1]], count))
+                loops[labels[branch[1]]] = count
             count += 1
-    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    inner = [(a, b) for a, b in loops.items() if not any(a < c and d <= b for c, d in loops.items())]
     return max((last + 1 - first for first, last in inner), default=0)
 
 

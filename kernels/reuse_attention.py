@@ -4,11 +4,11 @@
     reusing layer:    out = concat_h(A_h V_h),   V = X W^T + b                              ("exact")
                       out = concat_h(softmax_j(A_h) V_h)                                    ("resoftmax")
 
-The map is a handle (q, k, log-sum-exp, lengths), not a tensor: a reusing layer recomputes p_ij = exp(s_ij - lse_i) tile
-by tile, in memory linear in T; where that pays, the computing layer stores it besides (`variants.py`; with gradients
-only on a CPU, `torch_reuse_attention.KEPT_FOR_BACKWARD`). "resoftmax" is what the released ARMHuBERT weights were
-trained with: the map went through the softmax twice. Its second softmax needs no maximum, since probabilities lie in
-[0, 1]: with e = exp(A) - 1,
+The map is a handle (q, k, log-sum-exp, lengths), not a tensor: a reusing layer recomputes p_ij = exp(s_ij - lse_i), in
+powers of 2, tile by tile, in memory linear in T; where that pays, the computing layer stores it besides (`variants.py`;
+with gradients only on a CPU, `torch_reuse_attention.KEPT_FOR_BACKWARD`). "resoftmax" is what the released ARMHuBERT
+weights were trained with: the map went through the softmax twice. Its second softmax needs no maximum, since
+probabilities lie in [0, 1]: with e = exp(A) - 1,
 
     softmax(A) V = (sum_valid V + e V) / (T_valid + sum e).
 

@@ -36,6 +36,7 @@ def launch_options(shipped: Any) -> dict[str, Any]:
 
 
 def _architecture() -> Any:
+    """Of what Triton compiles for, which need not be in the machine (`armhubert.bench lowering`)."""
     from triton.runtime import driver
 
     return driver.active.get_current_target().arch

@@ -22,7 +22,7 @@ from torch import Tensor
 from armhubert.kernels.conv_frontend import padded_counts
 from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts, launch_options
 from armhubert.kernels.torch_conv_frontend import waveform_gradient
-from armhubert.kernels.triton_gelu import gelu, normal_tail
+from armhubert.kernels.triton_gelu import gelu, normal_cdf
 
 # ---- tiles ------------------------------------------------------------------
 
@@ -218,11 +218,7 @@ def gelu_backward_kernel(
     z = tl.load(z_ptr + (row * N)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
     g_row = (m // P).to(tl.int64) * g_P + t
     g = tl.load(g_ptr + (g_row * N)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
-    if z_ptr.dtype.element_ty == tl.float32:
-        phi = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-    else:
-        tail = normal_tail(z)
-        phi = tl.where(z > 0, 1.0 - tail, tail)
+    phi = normal_cdf(z, z_ptr.dtype.element_ty)
     slope = phi + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     _put(gz_ptr, row, n, g * slope, m < rows, N)
     if a_ptr is not None:

@@ -25,8 +25,17 @@ def normal_tail(x):
 
 
 @triton.jit
-def gelu(x, dtype: tl.constexpr):
-    """GELU of a float32 tile, exact to the rounding of `dtype`."""
+def normal_cdf(x, dtype: tl.constexpr):
+    """Phi(x) of a float32 tile, to the rounding of `dtype`."""
     if dtype == tl.float32:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    tail = normal_tail(x)
+    return tl.where(x > 0, 1.0 - tail, tail)
+
+
+@triton.jit
+def gelu(x, dtype: tl.constexpr):
+    """x Phi(x) of a float32 tile, to the rounding of `dtype`, or below -4.5 to 2e-9."""
+    if dtype == tl.float32:
+        return x * normal_cdf(x, dtype)
     return tl.maximum(x, 0.0) - tl.abs(x) * normal_tail(x)

@@ -3,8 +3,8 @@
 """Triton kernel of the masked distillation loss; formula and public function are in masked_distillation.py.
 
 Legend: L layers, N = B T frames, C student width, E teacher width. One program holds a tile [BLOCK_N, BLOCK_E] of one
-layer's residual in registers: it starts from the bias less the one view each frame needs, the product is added, and it
-is summed before it could be stored. Partial sums are added in a fixed order afterwards: reruns are bitwise equal.
+layer's residual in registers, bias less the one view each frame needs plus the product, and sums it before it could be
+stored. Partial sums are added in a fixed order afterwards: reruns are bitwise equal.
 """
 
 from collections.abc import Sequence
@@ -64,8 +64,11 @@ def forward_kernel(
         target = tl.load(target_ptr, mask=tile & seen, other=0.0).to(tl.float32)
         target += tl.load(other_ptr, mask=tile & ~seen, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + layer * E + e, mask=column, other=0.0).to(tl.float32)
-    # the sum starts from what else is in it, so that nothing is left to be read when the product is there
-    residual = tl.where(tile, bias[None, :] - target, 0.0)
+    rest = tl.where(tile, bias[None, :] - target, 0.0)
+    # In 16 bits the sum starts from the rest, so that nothing is left to be read when the product is there. A small
+    # prediction of a large target would lose digits by that, which float32 has.
+    LAST: tl.constexpr = weight_ptr.dtype.element_ty == tl.float32
+    residual = tl.zeros([BLOCK_N, BLOCK_E], tl.float32) if LAST else rest
 
     h_ptr = _pick(hidden, layer, L) + start * h_n + (row * h_n)[:, None]
     weight_ptr += (tl.cast(layer, tl.int64) * E + e)[:, None] * C
@@ -80,6 +83,8 @@ def forward_kernel(
         h = tl.load(h_ptr + c[None, :], mask=h_mask, other=0.0)
         w = tl.load(weight_ptr + c[None, :], mask=w_mask, other=0.0)
         residual = tl.dot(h, tl.trans(w), residual, input_precision=PRECISION)  # [BN, BC] @ [BC, BE]
+    if LAST:
+        residual += rest
     distance = tl.abs(residual) if L1 else residual * residual
     tl.store(partial_ptr + tl.program_id(0), tl.sum(distance))
     if KEEP:

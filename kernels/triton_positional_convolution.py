@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import launch_options
+from armhubert.kernels.runtime import float32_precision, launch_options
 from armhubert.kernels.triton_gelu import gelu
 
 
@@ -23,7 +23,7 @@ from armhubert.kernels.triton_gelu import gelu
 def positional_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, B, T, P,
     G: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, J: tl.constexpr, INNER: tl.constexpr, ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows and BLOCK_N columns of one utterance and group. What is read is padded and needs no mask."""
     blocks_n: tl.constexpr = J * LANES // BLOCK_N
@@ -40,7 +40,8 @@ def positional_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, INNER, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        acc = tl.dot(tl.load(x_ptr + k[None, :]), tl.trans(tl.load(w_ptr + k[None, :])), acc)  # [BM, BK] @ [BK, BN]
+        x, w = tl.load(x_ptr + k[None, :]), tl.load(w_ptr + k[None, :])
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)  # [BM, BK] @ [BK, BN]
     channel = g * WIDTH + lane
     acc += tl.load(bias_ptr + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)[None, :]
     low = out_ptr.dtype.element_ty
@@ -49,23 +50,32 @@ def positional_kernel(
     tl.store(at, gelu(acc, low).to(low), mask=(t < T) & (lane < WIDTH)[None, :])
 
 
+COLUMNS = 128
+"""Fewest columns of a group's product: J frames of LANES channels."""
+
+
 class Config(NamedTuple):
     """Tile of a group's product, step along its inner dimension, and how the compiler schedules it."""
 
-    BLOCK_M: int = 128
-    BLOCK_N: int = 128
-    BLOCK_K: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def config(rows: int) -> Config:
+    """The configuration shipped for so many rows of an utterance."""
+    return Config(64, 128, 64, 4, 3) if rows <= 64 else Config(128, 128, 64, 8, 3)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of the convolution of x [B, T, C] with weight [C, C/G, K], bias [C] -> [B, T, C], contiguous."""
     B, T, C = x.shape
     width, taps = weight.shape[1:]
-    groups, shipped = C // width, Config()
-    lanes = max(16, triton.next_power_of_2(width))
-    J = max(1, shipped.BLOCK_N // lanes)
+    groups, lanes = C // width, max(16, triton.next_power_of_2(width))
+    J = max(1, COLUMNS // lanes)
+    shipped = config(triton.cdiv(T, J))
     inner = triton.cdiv((taps + J - 1) * lanes, shipped.BLOCK_K) * shipped.BLOCK_K
     row = (J - 1) * lanes + inner
     frames = triton.cdiv(T, J * shipped.BLOCK_M) * J * shipped.BLOCK_M + inner // lanes
@@ -74,9 +84,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     matrix = weight.new_zeros(groups, lanes, row // lanes, lanes)
     matrix[:, :width, J - 1 : J - 1 + taps, :width] = weight.unflatten(0, (groups, width)).transpose(2, 3)
     out = x.new_empty(B, T, C)
-    grid = (B * groups * triton.cdiv(T, J * shipped.BLOCK_M) * triton.cdiv(J * lanes, shipped.BLOCK_N),)
+    grid = (B * groups * triton.cdiv(T, J * shipped.BLOCK_M) * (J * lanes // shipped.BLOCK_N),)
     positional_kernel[grid](
         padded, matrix, bias.contiguous(), out, B, T, frames,
-        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, **launch_options(shipped),
+        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, PRECISION=float32_precision(),
+        **launch_options(shipped),
     )  # fmt: skip
     return out

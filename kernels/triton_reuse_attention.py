@@ -164,12 +164,11 @@ def _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep):
 
     Entries (m, n), (m, n + 8), (m + 8, n) and (m + 8, n + 8) take the four words of one draw from a counter. In a
     matrix unit's tiles, also transposed ones, they are one thread's, and the compiler makes one draw of the four that
-    are written here; it sees so by indices inside a tile only, hence they are apart from its start, a multiple of 16.
+    are written here. It sees that by indices inside a tile, so the tile's start, a multiple of 16, is added afterwards.
     """
     row = (m0 // 2 + (i // 16 * 8 + i % 8)).to(tl.uint32, bitcast=True)
     column = (n0 // 2 + (j // 16 * 8 + j % 8)).to(tl.uint32, bitcast=True)
-    zero = (row ^ column) * 0
-    a, b, c, d = _philox(tl.load(seed_ptr), zero + row, zero + column, zero + pair.to(tl.uint32), zero)
+    a, b, c, d = _philox(tl.load(seed_ptr), row, column, pair.to(tl.uint32), tl.full([], 0, tl.uint32))
     word = tl.where(i % 16 < 8, tl.where(j % 16 < 8, a, b), tl.where(j % 16 < 8, c, d))
     return tl.where(word.to(tl.int32, bitcast=True) >= threshold, inverse_keep, 0.0)
 
@@ -473,7 +472,7 @@ def backward_q_kernel(
     delta = tl.sum(u.to(tl.float32) * o.to(tl.float32), 1)
     if TAIL > 0:
         delta += tl.sum(u_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
-    factor, shift = delta, delta
+    factor, shift = delta, delta  # for the second softmax alone
     keys = tl.where(m0 < valid, valid, 0)
     divisor = _divisor(valid, RESOFTMAX)
     if RESOFTMAX:
@@ -533,12 +532,12 @@ def backward_kv_kernel(
         u, u_tail = _load(g_ptr + dense, m0, H * D, valid, D, HEAD, TAIL, _dense_align(D), BLOCK_M)
         lse = tl.load(lse_ptr + rows, mask=row, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=row, other=0.0)
-        factor, shift = delta, delta
+        factor, shift = delta, delta  # for the second softmax alone
         # rows of invalid keys are not cleared: they reach nothing but their own gradients, which are cleared at the end
         p = tl.exp2(_inner(k, k_tail, q, q_tail, TAIL, PRECISION) * (scale * LOG2E) - lse[None, :])  # [N, M]
         weights = _weigh(p, q.dtype, RESOFTMAX)
         if RESOFTMAX:
-            factor = divisor / tl.load(norm_ptr + rows, mask=row, other=1.0)
+            factor = divisor / tl.load(norm_ptr + rows, mask=row, other=divisor)  # 1 in padding: T leaves float16
             shift = tl.load(shift_ptr + rows, mask=row, other=0.0)
             weights *= factor[None, :]
             u_sum += u.to(tl.float32) * factor[:, None]

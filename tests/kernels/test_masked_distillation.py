@@ -78,6 +78,24 @@ def test_matches(shape, dtype, distance):
 
 
 @pytest.mark.needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_small_prediction_of_a_large_target(dtype):
+    """The kept residual, which gradients are made of, loses no digits of the prediction beside the target."""
+    from armhubert.kernels import triton_masked_distillation as kernels
+
+    def draw(*shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+    hidden, target = draw(1, 1, 64, 480, seed=0), 5 * draw(1, 1, 64, 64, seed=1)
+    weight, bias = draw(1, 64, 480, seed=2) * 0.02 / 480**0.5, draw(1, 64, seed=3) * 0.01
+    _, got = kernels.forward([*hidden], weight, bias, [*target], None, None, None, False, True)
+    linear = torch.nn.functional.linear
+    low = linear(hidden[0], weight[0], bias[0]).float() - target[0].float()
+    high = linear(hidden[0].double(), weight[0].double(), bias[0].double()) - target[0].double()
+    assert_no_worse_than_torch("residual", got[0], low.to(dtype), high)
+
+
+@pytest.mark.needs_triton
 def test_clean_everywhere():
     compare(torch.float32, "mse", 2, 2, 9, 16, 12, views=1)
 

@@ -35,7 +35,14 @@ def test_where_it_is_used():
     assert not positional.serves(x.to("meta"), 128, False)
 
 
-SHAPES = [(1, 1, 24, 2, 32), (2, 63, 60, 2, 33), (1, 130, 60, 2, 128), (1, 40, 96, 2, 48), (1, 33, 160, 2, 32)]
+SHAPES = [
+    (1, 1, 24, 2, 32),
+    (2, 63, 60, 2, 33),
+    (1, 130, 60, 2, 128),
+    (1, 40, 96, 2, 48),
+    (1, 300, 60, 2, 32),
+    (1, 33, 160, 2, 32),
+]
 
 
 def gelu_of_convolution(x, weight, bias):
