@@ -9,13 +9,12 @@ frames of LANES channels, wide enough for a matrix unit. A frame's columns are t
 in the row.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from armhubert.kernels.runtime import float32_precision, launch_options
+from armhubert.kernels.triton_conv_frontend import Config
 from armhubert.kernels.triton_gelu import gelu
 
 
@@ -52,16 +51,6 @@ def positional_kernel(
 
 COLUMNS = 128
 """Fewest columns of a group's product: J frames of LANES channels."""
-
-
-class Config(NamedTuple):
-    """Tile of a group's product, step along its inner dimension, and how the compiler schedules it."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
 
 
 def config(rows: int) -> Config:
