@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from armhubert.baselines import HUBERT_BASE, released_front_end, released_position
@@ -375,39 +375,43 @@ def _loss(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad
 
 
 def _conv(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(0)
-        front_end = FrontEnd(STACKS[cell.stack], impl=impl).to(device, dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    waveforms = torch.randn(cell.B, cell.samples, generator=generator, device=device).to(dtype)
+    config = STACKS[cell.stack]
     lengths = lengths_of(cell, device)
-    samples = None if lengths is None else (lengths - 1) * STACKS[cell.stack].hop + STACKS[cell.stack].receptive_field
-
-    def by(run: Callable[..., Tensor], *options: Any) -> Candidate:
-        own = copy.deepcopy(front_end).requires_grad_(grad)
-        return Candidate(lambda: run(own, waveforms, *options), list(own.parameters()))
-
-    makers: Makers = {"ours": lambda: by(FrontEnd.forward, samples), "released": lambda: by(released_front_end)}
-    for name in cell.slow_baselines:
-        makers[name] = lambda: by(torch.compile(released_front_end, **_COMPILED))
-    return makers
+    samples = None if lengths is None else (lengths - 1) * config.hop + config.receptive_field
+    front_end = partial(FrontEnd, config, impl=impl)
+    return _by_module(cell, front_end, released_front_end, (cell.B, cell.samples), device, dtype, grad, samples)
 
 
 def _position(cell: Cell, device: torch.device, dtype: torch.dtype, impl: Impl, grad: bool) -> Makers:
     config = STACKS[cell.stack]
+    position = partial(PositionalConv, config, impl=impl)
+    return _by_module(cell, position, released_position, (cell.B, cell.T, config.width), device, dtype, grad)
+
+
+def _by_module(
+    cell: Cell,
+    make: Callable[[], nn.Module],
+    released: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    grad: bool,
+    *options: Any,
+) -> Makers:
+    """A module of ours, given `options` too, and the released way with its weights."""
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
-        position = PositionalConv(config, impl=impl).to(device, dtype)
+        module = make().to(device, dtype)
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(cell.B, cell.T, config.width, generator=generator, device=device).to(dtype)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    def by(run: Callable[..., Tensor]) -> Candidate:
-        own = copy.deepcopy(position).requires_grad_(grad)
-        return Candidate(lambda: run(own, x), list(own.parameters()))
+    def by(run: Callable[..., Tensor], *options: Any) -> Candidate:
+        own = copy.deepcopy(module).requires_grad_(grad)
+        return Candidate(lambda: run(own, x, *options), list(own.parameters()))
 
-    makers: Makers = {"ours": lambda: by(PositionalConv.forward), "released": lambda: by(released_position)}
+    makers: Makers = {"ours": lambda: by(type(module).forward, *options), "released": lambda: by(released)}
     for name in cell.slow_baselines:
-        makers[name] = lambda: by(torch.compile(released_position, **_COMPILED))
+        makers[name] = lambda: by(torch.compile(released, **_COMPILED))
     return makers
 
 

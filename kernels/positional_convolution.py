@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armhubert.kernels.runtime import Impl, autocast, register, resolve_impl, tracing
+from armhubert.kernels.runtime import Impl, autocast_dtype, register, resolve_impl, tracing
 
 SHORTEST = 40
 """Fewest frames of a batch for which the transform pays."""
@@ -84,8 +84,7 @@ def fuses(x: Tensor, taps: int, needs_gradient: bool, impl: Impl) -> bool:
     """Whether the Triton kernel serves x [B, T, C] and K taps: in 16 bits, also autocast's, without gradients."""
     if needs_gradient or taps < FEWEST_TAPS:
         return False
-    (sample,) = autocast(x.new_empty(0))
-    return sample.dtype in (torch.float16, torch.bfloat16) and resolve_impl(impl, sample) == "triton"
+    return autocast_dtype(x) in (torch.float16, torch.bfloat16) and resolve_impl(impl, x) == "triton"
 
 
 def _fused_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -128,16 +128,18 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as torch.autocast hands them to a matrix product; float64 and None are left alone."""
-    kind = next(t for t in tensors if t is not None).device.type
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch.autocast has x multiplied: its own where that is off, and of integers and float64."""
+    kind = x.device.type
     # is_autocast_available says the same of meta, but PyTorch 2.11 cannot trace it
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+    if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as torch.autocast hands them to a matrix product; None is left alone."""
+    return tuple(None if t is None else t.to(autocast_dtype(t)) for t in tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
