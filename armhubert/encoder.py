@@ -9,8 +9,8 @@ convolutions; past them, padded frames are zeroed before the positional convolut
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,15 @@ from armhubert.config import EncoderConfig
 from armhubert.errors import ArmhubertError
 from armhubert.frontend import ChannelNormConv, ConvLayer, FrontEnd, normalize_waveform
 from armhubert.hooks import computes_as, hooked, hooked_within
-from armhubert.kernels import AttentionMap, Impl, attend, linear, positional_convolution, reattend
+from armhubert.kernels import (
+    AttentionMap,
+    Impl,
+    attend,
+    attention_probabilities,
+    linear,
+    positional_convolution,
+    reattend,
+)
 from armhubert.kernels.runtime import autocast, frame_mask, needs_gradient, tracing
 from armhubert.settings import documented
 from armhubert.weights import Weights
@@ -42,6 +50,10 @@ class EncoderOutput(NamedTuple):
     """Head outputs, L tensors [B, T, D_t]; None where the model has no heads or they were not asked for."""
     lengths: Tensor
     """Valid frames [B], int64."""
+    attentions: tuple[Tensor | None, ...] = ()
+    """The map [B, h, T, T] that each of L layers applies, before dropout, in float32: one row for each query, and h
+    heads. Rows of padded frames are unspecified. None where pruning left a layer no heads; empty where they were not
+    asked for."""
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -159,6 +171,21 @@ class GatedPositionAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None, position_bias: Tensor) -> Tensor:
         """[B, T, D], valid frames [B], bias [H, T, T] -> [B, T, D]."""
+        q, k, v, bias = self._operands(x, lengths, position_bias)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.output(rearrange(out, "b h t d -> b t (h d)"))
+
+    def probabilities(self, x: Tensor, lengths: Tensor | None, position_bias: Tensor) -> Tensor:
+        """The map [B, h, T, T] that `forward` applies, before dropout."""
+        q, k, _, bias = self._operands(x, lengths, position_bias)
+        return (q.float() @ k.float().mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+
+    def _operands(
+        self, x: Tensor, lengths: Tensor | None, position_bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, h, T, d], and what is added to the logits [B, h, T, T]."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=len(self.gate_scale))
         per_head = rearrange(x, "b t (h d) -> b h t d", h=self.all_heads)
         if self.kept is not None:
@@ -167,10 +194,7 @@ class GatedPositionAttention(nn.Module):
         bias = (reset * (update * self.gate_scale[:, None, None] - 1) + 2) * position_bias
         if lengths is not None:
             bias = bias.masked_fill(~frame_mask(lengths, x.shape[1])[:, None, None], float("-inf"))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.output(rearrange(out, "b h t d -> b t (h d)"))
+        return q, k, v, bias
 
 
 # ---- layers ----------------------------------------------------------------
@@ -215,6 +239,21 @@ class EncoderLayer(nn.Module):
         x = self.attention_norm(x)
         update = self._feed_forward(x)
         return self.ffn_norm(x if update is None else x + update), attention_map
+
+    def probabilities(
+        self, x: Tensor, attention_map: AttentionMap | None, lengths: Tensor | None, position_bias: Tensor | None
+    ) -> Tensor | None:
+        """The map [B, h, T, T] of this layer, given its input [B, T, D] and the map that it handed on."""
+        if self.attention is None:
+            return None
+        if isinstance(self.attention, GatedPositionAttention):
+            assert position_bias is not None
+            return self.attention.probabilities(
+                self.attention_norm(x) if self.norm_first else x, lengths, position_bias
+            )
+        assert attention_map is not None
+        mode = self.attention.mode if isinstance(self.attention, ReusingAttention) else "exact"
+        return attention_probabilities(attention_map, mode=mode)
 
     def _attend(
         self, x: Tensor, attention_map: AttentionMap | None, lengths: Tensor | None, position_bias: Tensor | None
@@ -416,21 +455,32 @@ class SpeechEncoder(nn.Module):
             x = self.norm(x)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def layer_outputs(self, x: Tensor, lengths: Tensor | None, *, through_heads: bool = False) -> Iterator[Tensor]:
+    def layer_outputs(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        *,
+        through_heads: bool = False,
+        attentions: list[Tensor | None] | None = None,
+    ) -> Iterator[Tensor]:
         """Each layer's output [B, T, D] as soon as it is there; a caller that needs no more may stop.
 
         `through_heads`: gradients come through distillation heads too, and are scaled as the configuration says.
+        `attentions`: a list that receives each layer's map, as in `EncoderOutput`.
         """
         attention_map: AttentionMap | None = None
         bias = self.relative_positions(x.shape[1]) if self.relative_positions is not None else None
         keep_nothing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(Iterable[EncoderLayer], self.layers)):
+            before = x
             if keep_nothing:
                 x, attention_map = checkpoint(layer, x, attention_map, lengths, bias, use_reentrant=False)
                 if attention_map is not None:  # later layers make the map again, as backward does
                     attention_map = attention_map._replace(probabilities=None)
             else:
                 x, attention_map = layer(x, attention_map, lengths, bias)
+            if attentions is not None:
+                attentions.append(layer.probabilities(before, attention_map, lengths, bias))
             if through_heads and self.config.scale_layer_gradients:
                 x = scale_gradient(x, self._stream_factor(i))
             yield x
@@ -442,6 +492,7 @@ class SpeechEncoder(nn.Module):
         mask: Tensor | None = None,
         *,
         hidden_states: bool = True,
+        attentions: bool = False,
     ) -> EncoderOutput:
         """Features of a batch of waveforms.
 
@@ -450,6 +501,7 @@ class SpeechEncoder(nn.Module):
             lengths: valid samples of each utterance [B], integer; None: all S.
             mask: [B, T] bool, frames to replace by the mask embedding; None: none.
             hidden_states: False leaves them out of the output, which takes less memory.
+            attentions: True adds each layer's map, which takes memory for B h T^2 numbers a layer.
 
         Returns:
             The features, without projections; those of padded frames are unspecified.
@@ -459,22 +511,29 @@ class SpeechEncoder(nn.Module):
         """
         self.check_inputs(waveforms, lengths, mask)
         lengths = None if lengths is None else lengths.long()
-        if self._works_in_groups(waveforms):
+        if not attentions and self._works_in_groups(waveforms):
             return self._in_groups(waveforms, lengths, mask, hidden_states)
-        return self._at_once(waveforms, lengths, mask, hidden_states)
+        return self._at_once(waveforms, lengths, mask, hidden_states, attentions)
 
     def _at_once(
-        self, waveforms: Tensor, lengths: Tensor | None, mask: Tensor | None, hidden_states: bool
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        hidden_states: bool,
+        attentions: bool = False,
     ) -> EncoderOutput:
         x, frames = self.embed(waveforms, lengths)
         inputs = self.layer_inputs(x, frames, mask)
         kept = [inputs] if hidden_states else []
-        for x in self.layer_outputs(inputs, frames):
+        maps: list[Tensor | None] | None = [] if attentions else None
+        for x in self.layer_outputs(inputs, frames, attentions=maps):
             if hidden_states:
                 kept.append(x)
         if frames is None:
             frames = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
-        return EncoderOutput(self.norm(x) if self.config.norm_first else x, tuple(kept), None, frames)
+        last = self.norm(x) if self.config.norm_first else x
+        return EncoderOutput(last, tuple(kept), None, frames, tuple(maps or ()))
 
     def _works_in_groups(self, waveforms: Tensor) -> bool:
         """Whether to infer a few utterances at a time: on a CPU a large batch is no faster, and leaves the caches."""

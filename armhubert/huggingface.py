@@ -9,7 +9,7 @@ that a script for one runs with the other. Folders go both ways: what transforme
 `ARMHuBERT.from_pretrained` reads.
 
 Where HuBERT differs: features do not depend on padding, layers are never dropped (`layerdrop` must be 0), attention
-maps are not returned, and parts of the model have names of their own.
+maps are returned whatever the implementation and before dropout, and parts of the model have names of their own.
 """
 
 import copy
@@ -252,26 +252,38 @@ class ARMHuBERTPreTrainedModel(PreTrainedModel):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
     ) -> BaseModelOutput:
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ArmhubertError("attention maps are not returned: leave out output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         model = self.armhubert
         lengths = None if attention_mask is None else _lengths(attention_mask, input_values)
         if not self.training and mask_time_indices is None:
-            output = model(input_values, lengths, hidden_states=bool(output_hidden_states), projections=False)
-            return BaseModelOutput(output.last_hidden_state, output.hidden_states or None)
+            output = model(
+                input_values,
+                lengths,
+                hidden_states=bool(output_hidden_states),
+                projections=False,
+                attentions=bool(output_attentions),
+            )
+            return BaseModelOutput(
+                last_hidden_state=output.last_hidden_state,
+                hidden_states=output.hidden_states or None,
+                attentions=output.attentions or None,
+            )
         model.check_inputs(input_values, lengths)
         x, frames = model.embed(input_values, lengths)
         x, mask = self._spec_augment(x, frames, mask_time_indices)
         last = model.layer_inputs(x, frames, mask)
         hidden_states = [last]
-        for last in model.layer_outputs(hidden_states[0], frames):
+        attentions: list[Any] | None = [] if output_attentions else None
+        for last in model.layer_outputs(hidden_states[0], frames, attentions=attentions):
             if output_hidden_states:
                 hidden_states.append(last)
         return BaseModelOutput(
             last_hidden_state=model.norm(last) if model.config.norm_first else last,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if attentions is not None else None,
         )
 
     def _spec_augment(
@@ -333,7 +345,7 @@ class ARMHuBERTModel(ARMHuBERTPreTrainedModel):
             attention_mask: [B, S], 1 on samples and 0 on padding, which must come last; None: no padding.
             mask_time_indices: [B, T], frames to replace by the mask embedding; in training, None draws them
                 (SpecAugment, `mask_time_prob`).
-            output_attentions: must not be set.
+            output_attentions: return the map that each layer applies, L tensors [B, H, T, T].
             output_hidden_states: return the input of layer 0 and every layer's output, L + 1 tensors [B, T, D].
             return_dict: False gives a tuple.
 
@@ -402,7 +414,7 @@ class ARMHuBERTForCTC(_Task):
         )
         logits = self.lm_head(self.dropout(features.last_hidden_state))
         loss = None if labels is None else self._loss(logits, labels, input_values, attention_mask)
-        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=features.hidden_states)
+        output = CausalLMOutput(loss, logits, features.hidden_states, features.attentions)
         return output if _as_dict(self.config, return_dict) else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -486,7 +498,7 @@ class ARMHuBERTForSequenceClassification(_Task):
         logits = self.classifier(x)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels.to(logits.device).flatten())
         hidden_states = features.hidden_states if asked else None
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+        output = SequenceClassifierOutput(loss, logits, hidden_states, features.attentions)
         return output if _as_dict(self.config, return_dict) else output.to_tuple()
 
 

@@ -74,6 +74,7 @@ class ARMHuBERT(SpeechEncoder):
         *,
         hidden_states: bool = True,
         projections: bool = True,
+        attentions: bool = False,
     ) -> EncoderOutput:
         """Features of a batch of waveforms.
 
@@ -83,6 +84,7 @@ class ARMHuBERT(SpeechEncoder):
             mask: [B, T] bool, frames to replace by the mask embedding; None: none.
             hidden_states: False leaves them out of the output, which takes less memory.
             projections: False leaves the heads out.
+            attentions: True adds each layer's map, which takes memory for B h T^2 numbers a layer.
 
         Returns:
             The features; those of padded frames are unspecified. Gradients are plain, also through the heads: the
@@ -92,7 +94,9 @@ class ARMHuBERT(SpeechEncoder):
             ArmhubertError: shapes or lengths that do not fit.
         """
         heads = self.heads if projections else None
-        output = super().forward(waveforms, lengths, mask, hidden_states=hidden_states or heads is not None)
+        output = super().forward(
+            waveforms, lengths, mask, hidden_states=hidden_states or heads is not None, attentions=attentions
+        )
         if heads is None:
             return output
         projected = heads(output.hidden_states[1:])

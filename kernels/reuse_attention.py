@@ -180,11 +180,15 @@ def _attend_fwd_fake(
 def _reattend_kept_fwd_torch(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
     p = kept[..., : v.shape[1]]
     if resoftmax:
-        weights = p.to(torch.promote_types(p.dtype, torch.float32))
-        if lengths is not None:
-            weights = weights.masked_fill(~frame_mask(lengths, v.shape[1])[:, None, None], -torch.inf)
-        p = weights.softmax(-1).to(p.dtype)
+        p = _second_softmax(p, lengths).to(p.dtype)
     return torch.matmul(p, v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def _second_softmax(p: Tensor, lengths: Tensor | None) -> Tensor:
+    weights = p.to(torch.promote_types(p.dtype, torch.float32))
+    if lengths is not None:
+        weights = weights.masked_fill(~frame_mask(lengths, p.shape[-1])[:, None, None], -torch.inf)
+    return weights.softmax(-1)
 
 
 def _reattend_kept_fwd_fake(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
@@ -411,14 +415,12 @@ def reattend(
     Raises:
         ValueError: a map of another batch, width or dtype, or an implementation that cannot run here.
     """
-    if not isinstance(attention_map, AttentionMap):
-        raise ValueError(f"attention_map must be the AttentionMap of attend, got a {type(attention_map).__name__}")
+    _check_map(attention_map)
     check_tensors({"x": x})
     check_tensors({"weight": weight, "bias": bias}, optional=True)
     q, k, lse, lengths, maps = attention_map
     B, T, H, d = q.shape
-    if mode not in ("exact", "resoftmax"):
-        raise ValueError(f"mode must be 'exact' or 'resoftmax', got {mode!r}")
+    _check_mode(mode)
     if x.dim() != 3 or x.shape[:2] != (B, T):
         raise ValueError(f"x must be [{B}, {T}, D] like the map's batch, got {tuple(x.shape)}")
     if weight is None and (x.shape[2] != H * d or bias is not None):
@@ -452,6 +454,42 @@ def reattend(
     if weight is not None and project_inside(q):
         return _Reattend.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
     return _Reattend.apply(q, k, lse, lengths, resoftmax, values(), None, None)
+
+
+def attention_probabilities(attention_map: AttentionMap, *, mode: AttentionMode = "exact") -> Tensor:
+    """The map as a tensor, to look at: what `reattend` in this mode multiplies values with. By PyTorch, on any device.
+
+    Args:
+        attention_map: from `attend`.
+        mode: "exact" is the map that the computing layer applied, too, before dropout.
+
+    Returns:
+        [B, H, T, T] in float32 (float64 of float64): rows of queries, which add up to 1; rows of padded frames and
+        columns of invalid keys are 0. Differentiable.
+
+    Raises:
+        ValueError: no AttentionMap, or no such mode.
+    """
+    _check_map(attention_map)
+    _check_mode(mode)
+    q, k, _, lengths, _ = attention_map
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        p = _row_sums(q.to(wide), k.to(wide), lengths)[2]
+    if mode == "exact":
+        return p
+    p = _second_softmax(p, lengths)
+    return p if lengths is None else torch.where(frame_mask(lengths, p.shape[-1])[:, None, :, None], p, 0)
+
+
+def _check_map(attention_map: AttentionMap) -> None:
+    if not isinstance(attention_map, AttentionMap):
+        raise ValueError(f"attention_map must be the AttentionMap of attend, got a {type(attention_map).__name__}")
+
+
+def _check_mode(mode: AttentionMode) -> None:
+    if mode not in ("exact", "resoftmax"):
+        raise ValueError(f"mode must be 'exact' or 'resoftmax', got {mode!r}")
 
 
 def _each(name: str, *tensors: Tensor | None) -> str:

@@ -60,6 +60,23 @@ def test_every_hidden_state_is_that_of_transformers(kind, settings, tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, LARGE], ids=["base", "large"])
 @pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_attention_maps_are_those_of_transformers(kind, settings, tmp_path):
+    theirs = transformers_model(kind, **settings)
+    theirs.save_pretrained(tmp_path)
+    theirs.set_attn_implementation("eager")
+    ours = SpeechEncoder.from_weights(load_weights(tmp_path).with_config(normalize_input=False))
+    x = torch.randn(2, 4000)
+    with torch.no_grad():
+        got, want = ours(x, attentions=True).attentions, theirs(x, output_attentions=True).attentions
+    for a, b in zip(got, want, strict=True):
+        assert a is not None
+        if kind == "WavLM":  # transformers gives the mean of the heads for each of them
+            a = a.mean(1, keepdim=True).expand_as(b)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
 def test_what_trains_on_drops_as_much_in_the_same_places(kind, settings, tmp_path, monkeypatch):
     dropouts = {"hidden_dropout": 0.1, "activation_dropout": 0.2, "feat_proj_dropout": 0.3, "attention_dropout": 0.4}
     theirs = transformers_model(kind, **settings, **dropouts, layerdrop=0.0, apply_spec_augment=False)

@@ -407,6 +407,33 @@ def test_hidden_states_can_be_left_out(name, gradients):
     assert all(torch.equal(a, b) for a, b in zip(less.projections, whole.projections, strict=True))
 
 
+@pytest.mark.parametrize("name", ["reuse", "resoftmax", "wavlm", "wavlm pre-norm"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_attention_maps_are_what_the_layers_apply_to_their_values(name, gradients):
+    encoder, heads, values, applied = model(name), BASE.heads, [], []
+    for layer in encoder.layers:
+        attention = layer.attention
+        project = attention.qkv if hasattr(attention, "qkv") else attention.value
+        project.register_forward_hook(lambda module, inputs, y: values.append(y[..., -BASE.width :]))
+        attention.output.register_forward_pre_hook(lambda module, inputs: applied.append(inputs[0]))
+    waves, lengths = torch.randn(2, 3000), torch.tensor([3000, 1500])
+    with torch.set_grad_enabled(gradients):
+        output = encoder(waves, lengths, attentions=True)
+    assert len(output.attentions) == len(applied) == BASE.layers
+    if name.startswith("wavlm"):  # queries and keys are made once more for the map
+        values = values[::2]
+    for probabilities, v, out in zip(output.attentions, values, applied, strict=True):
+        assert probabilities.shape == (2, heads, v.shape[1], v.shape[1])
+        mixed = (probabilities @ v.unflatten(2, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        for row, n in enumerate(output.lengths):
+            torch.testing.assert_close(mixed[row, :n], out[row, :n], atol=1e-5, rtol=1e-5)
+            assert not probabilities[row, ..., n:].any()
+    if gradients:
+        output.attentions[1].square().sum().backward()
+        assert encoder.layers[0].attention.qkv.weight.grad.abs().max() > 1e-6
+    assert encoder(waves, lengths).attentions == ()
+
+
 @pytest.mark.parametrize("name", ["reuse", "wavlm pre-norm"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -338,13 +338,29 @@ def test_spec_augment_acts_in_training_only_and_as_configured(folder, batch):
     assert difference(mask_time_prob=0.0, mask_feature_prob=0.3) > 0.01
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model_class", [AutoModel, AutoModelForCTC, AutoModelForAudioClassification])
+def test_attention_maps_are_the_students(folder, batch, model_class, training):
+    model = model_class.from_pretrained(folder, apply_spec_augment=False).train(training)
+    waves, mask = batch
+    with torch.no_grad():
+        got = model(waves, mask, output_attentions=True)
+        want = ARMHuBERT.from_pretrained(folder)(waves, mask.sum(1), attentions=True).attentions
+        assert "attentions" not in model(waves, mask)
+        model.set_attn_implementation("eager")  # transformers' condition for the configuration to ask for maps
+        model.config.output_attentions = True
+        assert len(model(waves, mask).attentions) == len(want) > 0
+    for a, b in zip(got.attentions, want, strict=True):
+        for row, n in enumerate((24, 15)):
+            torch.testing.assert_close(a[row, :, :n], b[row, :, :n])
+
+
 def test_what_does_not_fit_is_one_line(folder, batch):
     model = AutoModel.from_pretrained(folder)
     waves, mask = batch
     for call, message in (
         (lambda: model(waves, mask[:, 1:]), "attention_mask must have the shape of input_values"),
         (lambda: model(waves, mask.flip(1)), "pad right"),
-        (lambda: model(waves, output_attentions=True), "attention maps are not returned"),
         (lambda: model(waves[:, :100]), "at least 400 samples"),
     ):
         with pytest.raises(ArmhubertError, match=message) as caught:

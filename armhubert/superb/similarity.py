@@ -81,8 +81,8 @@ class Similarity(NamedTuple):
     cosine_by: str
     """heads: the student's own; fit: least squares on one half of the utterances, measured on the other."""
     maps: tuple[float | None, ...]
-    """[L]: overlap of the attention maps, averaged over heads: 1 - total variation, from 0 to 1; None: a layer without
-    a map of its own (WavLM's gated attention)."""
+    """[L]: overlap of the attention maps that the layers apply, averaged over heads: 1 - total variation, from 0 to 1;
+    None: pruning left a layer no heads."""
     mapping: tuple[int, ...]
     """The teacher layer of each student layer."""
     frames: int
@@ -102,22 +102,12 @@ class _Sample(NamedTuple):
 @torch.no_grad()
 def look(model: SpeechEncoder, waveform: Tensor) -> _Sample:
     """Hidden states, head outputs and attention maps of one utterance [S]."""
-    x, frames = model.embed(waveform[None], None)
-    x = model.layer_inputs(x, frames, None)
-    bias = model.relative_positions(x.shape[1]) if model.relative_positions is not None else None
-    hidden, kept = [x], None
-    maps: list[Tensor | None] = []
-    for layer in model.layers:
-        x, kept = layer(x, kept, None, bias)
-        hidden.append(x)
-        if kept is None:
-            maps.append(None)
-        else:
-            scaled = kept.queries[0].transpose(0, 1) * kept.queries.shape[-1] ** -0.5  # [H, T, d]
-            maps.append((scaled @ kept.keys[0].permute(1, 2, 0)).softmax(-1).mean(0))
-    heads = model.heads if isinstance(model, ARMHuBERT) else None
-    projections = heads(tuple(hidden[1:])) if heads is not None else ()
-    return _Sample(tuple(h[0] for h in hidden), tuple(p[0] for p in projections), tuple(maps))
+    output = model(waveform[None], attentions=True)
+    return _Sample(
+        tuple(state[0] for state in output.hidden_states),
+        tuple(projection[0] for projection in output.projections or ()),
+        tuple(None if maps is None else maps[0].mean(0) for maps in output.attentions),
+    )
 
 
 def compare(config: SimilarityConfig) -> Iterator[Comparing | Similarity]:

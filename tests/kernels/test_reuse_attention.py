@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import DEVICE, DTYPES, INTERPRET, NEEDS_ONEDNN, assert_no_worse_than_torch, check_op
 from torch import Tensor
 
-from armhubert.kernels import AttentionMap, attend, onednn, reattend
+from armhubert.kernels import AttentionMap, attend, attention_probabilities, onednn, reattend
 from armhubert.kernels import reuse_attention as module
 from armhubert.kernels import torch_reuse_attention as twin
 
@@ -51,6 +51,36 @@ def compare(dtype, mode, **shape):
     high = layer_pair("torch", torch.float64, mode, **shape)
     for name in got:
         assert_no_worse_than_torch(name, got[name], low[name], high[name])
+
+
+# ---- the map as a tensor ----------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_map_is_what_values_are_multiplied_with(impl, mode, autocast):
+    B, T, H, d = 2, 63, 3, 36
+    q, k, v = (draw(B, T, H, d, dtype=torch.float32, seed=s) for s in range(3))
+    lengths = torch.tensor([T, 20], device=DEVICE)
+    kept = attend(q, k, v, lengths, impl=impl)[1]
+    valid = valid_frames(lengths, T)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        p = attention_probabilities(kept, mode=mode)
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p.sum(-1), valid.mT.expand(B, H, T).float())
+    assert not p[1, :, :, 20:].any()
+    want = reattend(kept, v.flatten(2), mode=mode, impl=impl) * valid
+    torch.testing.assert_close((p @ v.transpose(1, 2)).transpose(1, 2).flatten(2), want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_map_has_gradients():
+    lengths = torch.tensor([5, 3], device=DEVICE)
+    inputs = [draw(2, 5, 2, 4, seed=s).requires_grad_() for s in range(2)]
+    for mode in MODES:
+        assert torch.autograd.gradcheck(
+            lambda q, k, mode=mode: attention_probabilities(AttentionMap(q, k, None, lengths), mode=mode), inputs
+        )
 
 
 # ---- the twins --------------------------------------------------------------
