@@ -40,7 +40,7 @@ from armhubert.kernels import triton_conv_frontend as frontend
 from armhubert.kernels import triton_masked_distillation as distillation
 from armhubert.kernels import triton_positional_convolution as positional
 from armhubert.kernels import triton_reuse_attention as attention
-from armhubert.kernels.runtime import FUSED, frame_counts
+from armhubert.kernels.runtime import FP_FUSION, frame_counts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -199,7 +199,7 @@ def _attention_launches(dtype: torch.dtype) -> Iterator[Launch]:
                 ways["attend storing"] = partial(attention.attend_forward, q, k, v, lengths, None, 0.0, True)
             if name != "dropout":
                 ways["reattend"] = partial(attention.reattend_forward, q, k, v, row, lengths, again)
-                ways["reattend stored"] = partial(attention.reattend_kept_forward, kept, v, lengths, again)
+                ways["reattend stored"] = partial(attention.reattend_stored_forward, kept, v, lengths, again)
                 ways["reattend fused"] = partial(
                     attention.reattend_fused_forward, q, k, x, weight, bias, row, lengths, again
                 )
@@ -303,7 +303,7 @@ class Row:
 def compile_case(case: Case) -> Any:
     """Triton's compiled kernel: machine code and the stages before it in `.asm`."""
     spec = ASTSource(case.kernel, case.signature, case.constants, case.attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FP_FUSION}
     if case.maxnreg:
         options["maxnreg"] = case.maxnreg
     return triton.compile(spec, target=TARGETS[case.target], options=options)

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.kernels import torch_conv_frontend as twin
@@ -39,6 +38,7 @@ from armhubert.kernels.runtime import (
     check_tensors,
     frame_counts,
     needs_gradient,
+    once_differentiable,
     register,
     resolve_impl,
     tracing,
@@ -107,43 +107,6 @@ def padded_counts(counts: Sequence[Any], strides: Sequence[int]) -> list[Any]:
     return padded[::-1]
 
 
-def _op_forward_torch(
-    x: Tensor,
-    shift: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    strides: Sequence[int],
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The Triton op's results on a CPU: out, and with `keep` z_1 .. z_{L-1} [B, P_l, C_l] with rows of zeros."""
-    out, maps = twin.composite(x, shift, w0, b0, weights, biases, norms, strides, eps)
-    padded = padded_counts([z.shape[1] for z in maps], strides)
-    kept = [F.pad(z, (0, 0, 0, rows - z.shape[1])) for z, rows in zip(maps, padded, strict=True)]
-    return out.contiguous(), [z.contiguous() for z in kept[1:]] if keep else []
-
-
-def _op_backward_torch(
-    g: Tensor,
-    x: Tensor,
-    shift: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    strides: Sequence[int],
-    eps: float,
-    need_x: bool,
-) -> list[Tensor]:
-    _, chunked = twin.forward(x, shift, w0, b0, weights, biases, norms, strides, eps, True)
-    return twin.backward(g, x, shift, w0, b0, weights, biases, norms, chunked, strides, eps, need_x)
-
-
 def _fake_forward(
     x: Tensor,
     shift: Tensor,
@@ -191,21 +154,18 @@ _forward = register(
     "conv_frontend_fwd",
     f"(Tensor x, {_STACK}, SymInt[] strides, float eps, bool keep) -> (Tensor, Tensor[])",
     triton_fn="triton_conv_frontend:forward",
-    torch_fn=_op_forward_torch,
     fake_fn=_fake_forward,
 )
 _backward = register(
     "conv_frontend_bwd",
     f"(Tensor g, Tensor x, {_STACK}, Tensor[] kept, SymInt[] strides, float eps, bool need_x) -> Tensor[]",
     triton_fn="triton_conv_frontend:backward",
-    torch_fn=_op_backward_torch,
     fake_fn=_fake_backward,
 )
 _sums = register(
     "window_sums",
     "(Tensor x, int kernel, int stride, Tensor? frames) -> (Tensor, Tensor)",
     triton_fn="triton_conv_frontend:window_sums",
-    torch_fn=twin.window_sums,
     fake_fn=_fake_sums,
 )
 
@@ -235,14 +195,14 @@ class _FrontEnd(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         use_op, strides, eps, sizes, count = ctx.settings
         x, shift, w0, b0, *rest = ctx.saved_tensors
         groups, kept = _split(rest[:count], sizes), rest[count:]
         need_x = ctx.needs_input_grad[5]
         run = _backward if use_op else twin.backward
-        d_w0, d_b0, d_x, *d_parameters = run(g.contiguous(), x, shift, w0, b0, *groups, kept, strides, eps, need_x)
+        d_w0, d_b0, d_x, *d_parameters = run(g, x, shift, w0, b0, *groups, kept, strides, eps, need_x)
         return (None, None, None, None, None, d_x if need_x else None, None, d_w0, d_b0, *d_parameters)
 
 
@@ -264,7 +224,7 @@ def window_moments(
         waveforms: [B, S], any floating dtype.
         kernel, stride: of the first convolution.
         lengths: [B] int, valid samples; None: all S. Windows that reach beyond them are left out.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "triton" or "torch"; gradients of waveforms are PyTorch's alone.
 
     Returns:
         Moments, float64, differentiable. Parts of a recording that start at multiples of `stride` and overlap by
@@ -285,7 +245,11 @@ def window_moments(
     T = (waveforms.shape[1] - kernel) // stride + 1
     frames = None if lengths is None else ((lengths - kernel) // stride + 1).clamp(0, T)
     count = waveforms.new_full((waveforms.shape[0],), T, dtype=torch.float64) if frames is None else frames.double()
-    use_op = resolve_impl(impl, waveforms) == "triton" and not waveforms.requires_grad
+    use_op = resolve_impl(impl, waveforms) == "triton"
+    if use_op and needs_gradient(waveforms):
+        if impl == "triton":
+            raise ValueError("impl='triton' has no gradients of waveforms' moments: use impl='auto' or 'torch'")
+        use_op = False
     return Moments(count, *(_sums if use_op else twin.window_sums)(waveforms, kernel, stride, frames))
 
 
@@ -308,6 +272,9 @@ def _check(
             )
         channels = weight.shape[0]
         vectors = {} if bias is None else {"bias": bias}
+        for affine in (norm, channel_norm):
+            if affine is not None and not isinstance(affine, Norm):
+                raise ValueError(f"norms must be Norm(weight, bias, eps), got a {type(affine).__name__}")
         if norm is not None:
             vectors |= {"norm.weight": norm.weight, "norm.bias": norm.bias}
         if index == 0 and channel_norm is not None:
@@ -339,13 +306,16 @@ def _check(
         shapes = tuple(tuple(t.shape) for t in moments)
         if channel_norm is None or shapes != ((B,), (B, K), (B, K, K)):
             raise ValueError(f"moments need a channel_norm and shapes [{B}], [{B}, {K}], [{B}, {K}, {K}], got {shapes}")
+        if any(t.dtype != torch.float64 or t.device != waveforms.device for t in moments):
+            places = [f"{t.dtype} on {t.device}" for t in moments]
+            raise ValueError(f"moments must be float64 on {waveforms.device} like waveforms, got {', '.join(places)}")
 
 
 def _fold(weight: Tensor, norm: Norm, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """First convolution and channel norm as one convolution: m [B, K], weights [B, C, K] and bias [B, C] in float64."""
     mean, covariance = moments.statistics()
     taps = weight[:, 0].double()
-    variance = ((taps @ covariance) * taps).sum(-1)  # [B, C]
+    variance = ((taps @ covariance) * taps).sum(-1).clamp(min=0)  # [B, C]; rounding may leave less than 0
     folded = (norm.weight.double() * (variance + norm.eps).rsqrt())[..., None] * taps
     # Inductor removes a cast to float32 and back, and the rounding with it, where nothing lies between
     shift = (mean.detach().float() * 0.5).double() * 2
@@ -368,8 +338,8 @@ def conv_frontend(
         waveforms: [B, S], any floating dtype; the compute dtype is that of the weights (or autocast's).
         layers: Convolutions of one dtype, the first of one input channel.
         channel_norm: group norm with one group a channel after the first convolution, whose bias then cancels.
-        lengths: [B] int, valid samples of each utterance, S at most and at least one frame's; None: all S. Only the
-            channel norm's statistics ask for them, as no valid frame sees padding otherwise.
+        lengths: [B] int, valid samples of each utterance, from the first convolution's taps to S; None: all S. Only
+            the channel norm's statistics ask for them, as no valid frame sees padding otherwise.
         moments: statistics for the channel norm instead of the waveforms' own, e.g. of the whole recording that
             these are chunks of; from `window_moments`.
         impl: "auto", "triton" or "torch".
@@ -400,7 +370,7 @@ def conv_frontend(
     high = torch.promote_types(dtype, torch.float32)
     if channel_norm is not None:
         if moments is None:
-            inner: Impl = "torch" if chosen == "torch" else "auto"
+            inner: Impl = "torch" if chosen == "torch" else "auto"  # whose gradients, if asked for, are PyTorch's
             moments = window_moments(waveforms, first.shape[2], stride, lengths, impl=inner)
         shift, w0, b0 = _fold(first, channel_norm, moments)
     else:

@@ -29,6 +29,7 @@ from armhubert.kernels.runtime import (
     check_tensors,
     frame_mask,
     needs_gradient,
+    once_differentiable,
     register,
     resolve_impl,
 )
@@ -94,9 +95,11 @@ def distillation_backward(
     """
     L, Dt, D = weight.shape
     d_hidden, d_weight, d_bias = [], torch.empty_like(weight), weight.new_empty(L, Dt)
-    scale = (g * ((1 if l1 else 2) / Dt)).to(residuals.dtype)
+    scale = g * ((1 if l1 else 2) / Dt)
     for layer in range(L):
-        d_pred = residuals[layer].reshape(-1, Dt) * scale[layer]  # [N, Dt]
+        residual = residuals[layer].reshape(-1, Dt)  # [N, Dt]
+        # a factor of one dimension keeps its precision; without any, it would be rounded to 16 bits first
+        d_pred = torch.mul(residual, scale[layer : layer + 1], out=torch.empty_like(residual))
         d_hidden.append((d_pred @ weight[layer]).view(hidden[layer].shape))
         torch.mm(d_pred.t(), hidden[layer].reshape(-1, D), out=d_weight[layer])
         torch.sum(d_pred, 0, out=d_bias[layer])
@@ -134,14 +137,12 @@ _forward = register(
     "(Tensor[] hidden, Tensor weight, Tensor bias, Tensor[] clean, Tensor[]? masked, Tensor? mask, Tensor? lengths, "
     "bool l1, bool keep) -> (Tensor, Tensor)",
     triton_fn="triton_masked_distillation:forward",
-    torch_fn=distillation_forward,
     fake_fn=_fake_forward,
 )
 _backward = register(
     "distillation_bwd",
     "(Tensor g, Tensor residuals, Tensor[] hidden, Tensor weight, bool l1) -> (Tensor[], Tensor, Tensor)",
     triton_fn="masked_distillation:distillation_backward",
-    torch_fn=distillation_backward,
     fake_fn=_fake_backward,
 )
 
@@ -170,11 +171,11 @@ class _Distillation(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         residuals, weight, *hidden = ctx.saved_tensors
         run = _backward if ctx.use_op else distillation_backward
-        d_hidden, d_weight, d_bias = run(g.contiguous(), residuals, hidden, weight, ctx.l1)
+        d_hidden, d_weight, d_bias = run(g, residuals, hidden, weight, ctx.l1)
         return (None, None, None, d_weight, d_bias, None, None, *d_hidden, *[None] * ctx.targets)
 
 
@@ -193,32 +194,36 @@ def _check(
 ) -> None:
     if distance not in ("mse", "l1"):
         raise ValueError(f"distance must be 'mse' or 'l1', got {distance!r}")
-    layers_by_name = (("hidden", hidden), ("clean", clean), ("masked", masked or ()))
+    targets = {"clean": clean} if masked is None else {"clean": clean, "masked": masked}
+    layers_by_name = {"hidden": hidden, **targets}
     check_tensors({"weight": weight, "bias": bias})
     check_tensors({"mask": mask}, optional=True)
-    check_tensors({f"{name}[{index}]": t for name, layers in layers_by_name for index, t in enumerate(layers)})
+    check_tensors({f"{name}[{index}]": t for name, layers in layers_by_name.items() for index, t in enumerate(layers)})
     if weight.dim() != 3 or bias.shape != weight.shape[:2]:
         raise ValueError(
             f"weight must be [L, Dt, D] and bias [L, Dt], got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    if bias.device != weight.device:
+        raise ValueError(f"bias must be on {weight.device} like weight, got {bias.device}")
     L, Dt, D = weight.shape
     if len(hidden) != L or not L:
         raise ValueError(f"hidden must have one [B, T, D] for each of the {L} layers of weight, got {len(hidden)}")
     if hidden[0].dim() != 3:
         raise ValueError(f"hidden layers must be [B, T, {D}], got {tuple(hidden[0].shape)}")
     B, T, _ = hidden[0].shape
-    for name, layers in layers_by_name:
+    for name, layers in layers_by_name.items():
         width = D if name == "hidden" else Dt
-        if layers and len(layers) != L:
+        if len(layers) != L:
             raise ValueError(f"{name} must have {L} layers, got {len(layers)}")
         for index, layer in enumerate(layers):
             if layer.shape != (B, T, width):
                 raise ValueError(f"{name}[{index}] must be [{B}, {T}, {width}], got {tuple(layer.shape)}")
             if layer.device != weight.device:
                 raise ValueError(f"{name}[{index}] must be on {weight.device} like weight, got {layer.device}")
-    if len(kinds := {str(target.dtype) for target in (*clean, *(masked or ()))}) > 1:
+    every = [layer for layers in targets.values() for layer in layers]
+    if len(kinds := {str(layer.dtype) for layer in every}) > 1:
         raise ValueError(f"clean and masked must share one dtype, got {', '.join(sorted(kinds))}")
-    if any(target.requires_grad for target in (*clean, *(masked or ()))):
+    if any(layer.requires_grad for layer in every):
         raise ValueError("the teacher's targets get no gradient: detach clean and masked (requires_grad=True)")
     if masked is not None and mask is None:
         raise ValueError("masked needs mask ([B, T] bool): it says which frames are compared with clean")
@@ -268,10 +273,8 @@ def distillation_loss(
     masked_layers = masked.unbind() if isinstance(masked, Tensor) else None if masked is None else tuple(masked)
     _check(hidden_layers, weight, bias, clean_layers, masked_layers, mask, lengths, distance)
     weight, bias, *hidden_low = autocast(weight, bias, *hidden_layers)
-    if any(t.dtype != weight.dtype for t in (bias, *hidden_low)):
-        raise ValueError(
-            f"hidden, weight and bias must share one dtype, got {hidden_low[0].dtype}, {weight.dtype}, {bias.dtype}"
-        )
+    if len(kinds := {str(t.dtype) for t in (weight, bias, *hidden_low)}) > 1:
+        raise ValueError(f"hidden, weight and bias must share one dtype, got {', '.join(sorted(kinds))}")
     if masked_layers is None:
         mask = None
     keep = needs_gradient(weight, bias, *hidden_low)

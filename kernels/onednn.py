@@ -18,26 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armhubert.kernels.runtime import needs_gradient, tracing
+from armhubert.kernels.runtime import needs_gradient, once_differentiable, tracing
 
 ROWS = 1024
 """Rows that are multiplied at a time where sums are added up in pieces, so that they stay in a cache."""
 
 
-def _fused(name: str) -> Any:
+def _mkldnn_op(name: str) -> Any:
     """One of the ops that PyTorch's compiler uses, or None where this build of PyTorch lacks it."""
     return getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
 
 
-_linear_pointwise = _fused("_linear_pointwise")
-_convolution_pointwise = _fused("_convolution_pointwise")
+_linear_pointwise = _mkldnn_op("_linear_pointwise")
+_convolution_pointwise = _mkldnn_op("_convolution_pointwise")
 
 
 def emulated(dtype: torch.dtype) -> bool:
     """Whether this processor has no instructions for products of `dtype`, which then take many times float32's time."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
-    supported = _fused(f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported")
+    supported = _mkldnn_op(f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported")
     return supported is None or not supported()
 
 
@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
     With `gelu`, the result is its exact GELU.
     """
-    if not _by_onednn(x, weight):
+    if not _by_onednn(x, weight, bias):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
     rows = x.reshape(-1, x.shape[-1])
@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
         return product(x.contiguous(), weight.contiguous(), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -163,9 +163,12 @@ def runs(x: Tensor) -> bool:
     )
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         runs(x)  # first: under a compiler the other conditions would be guards
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]  # what does not fit, or is broadcast, is PyTorch's to judge
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
         and x.dtype == weight.dtype
         and x.dtype in DTYPES
         and type(weight) in (Tensor, nn.Parameter)  # quantised weights are subclasses with a product of their own

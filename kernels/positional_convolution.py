@@ -87,12 +87,6 @@ def fuses(x: Tensor, taps: int, needs_gradient: bool, impl: Impl) -> bool:
     return autocast_dtype(x) in (torch.float16, torch.bfloat16) and resolve_impl(impl, x) == "triton"
 
 
-def _fused_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    C, width, taps = weight.shape
-    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=taps // 2, groups=C // width)[..., : x.shape[1]]
-    return F.gelu(y).transpose(1, 2).contiguous()
-
-
 def _fused_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -101,7 +95,6 @@ fused: Any = register(
     "positional_convolution",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     triton_fn="triton_positional_convolution:forward",
-    torch_fn=_fused_torch,
     fake_fn=_fused_fake,
 )
 """GELU of the convolution of x [B, T, C] with weight [C, C/G, K] and bias [C], all of one dtype -> [B, T, C]."""

@@ -27,11 +27,9 @@ triton_reuse_attention.py compute.
 Legend: B utterances, T frames, H heads, d head width, D model width.
 """
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.kernels import torch_reuse_attention as twin
@@ -44,6 +42,7 @@ from armhubert.kernels.runtime import (
     check_tensors,
     frame_mask,
     needs_gradient,
+    once_differentiable,
     register,
     resolve_impl,
     tracing,
@@ -97,11 +96,11 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, lengths, seed = ctx.saved_tensors
         norm = lse.new_empty(0)  # of a second softmax
-        grads = _attention_bwd(d_out.contiguous(), q, k, v, out, lse, norm, lengths, seed, ctx.dropout, False)
+        grads = _attention_bwd(d_out, q, k, v, out, lse, norm, lengths, seed, ctx.dropout, False)
         return *grads, None, None, None
 
 
@@ -129,11 +128,11 @@ class _Reattend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, lengths, x, weight, bias, out, norm = ctx.saved_tensors
         v = x if weight is None else linear(x, weight, bias).view(q.shape)
-        dq, dk, dv = _attention_bwd(d_out.contiguous(), q, k, v, out, lse, norm, lengths, None, 0.0, ctx.resoftmax)
+        dq, dk, dv = _attention_bwd(d_out, q, k, v, out, lse, norm, lengths, None, 0.0, ctx.resoftmax)
         if weight is None:
             return dq, dk, None, None, None, dv, None, None
         dv = dv.flatten(2)  # [B, T, H d]
@@ -146,61 +145,17 @@ class _Reattend(torch.autograd.Function):
 # ---- registered ops ---------------------------------------------------------
 
 
-def _attend_fwd_torch(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse, _, p = _row_sums(q, k, lengths)
-    kept = F.pad(p, (0, pitched(p.shape[-1]) - p.shape[-1])).to(q.dtype) if keep else q.new_empty(0)
-    return twin.attention_forward(q, k, v, lengths, seed, dropout, False), lse, kept
-
-
-def _row_sums(q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each row, in base 2, and Z of its second softmax, [B, H, T], and the map [B, H, T, T].
-
-    In padded rows they are 0, 1 and 0, as the kernels save them.
-    """
-    T = q.shape[1]
-    valid = frame_mask(q.new_full((len(q),), T, dtype=torch.int64) if lengths is None else lengths, T)
-    logits = torch.matmul(q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
-    logits = logits.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~valid[:, None, None], -torch.inf)
-    p = logits.softmax(-1)
-    lse, norm = logits.logsumexp(-1) / math.log(2), p.exp().masked_fill(~valid[:, None, None], 0).sum(-1)
-    row = valid[:, None]
-    return torch.where(row, lse, 0), torch.where(row, norm, 1), torch.where(row[..., None], p, 0)
-
-
 def _attend_fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, d = q.shape
-    kept = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
-    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T), kept
+    stored = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
+    return q.new_empty(B, T, H * d), _float_rows(q, B, H, T), stored
 
 
-def _reattend_kept_fwd_torch(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
-    p = kept[..., : v.shape[1]]
-    if resoftmax:
-        p = _second_softmax(p, lengths).to(p.dtype)
-    return torch.matmul(p, v.transpose(1, 2)).transpose(1, 2).flatten(2)
-
-
-def _second_softmax(p: Tensor, lengths: Tensor | None) -> Tensor:
-    weights = p.to(torch.promote_types(p.dtype, torch.float32))
-    if lengths is not None:
-        weights = weights.masked_fill(~frame_mask(lengths, p.shape[-1])[:, None, None], -torch.inf)
-    return weights.softmax(-1)
-
-
-def _reattend_kept_fwd_fake(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+def _reattend_stored_fwd_fake(stored: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
     B, T, H, d = v.shape
     return v.new_empty(B, T, H * d)
-
-
-def _reattend_fwd_torch(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
-) -> tuple[Tensor, Tensor]:
-    out = twin.attention_forward(q, k, v, lengths, None, 0.0, resoftmax)
-    return out, _row_sums(q, k, lengths)[1] if resoftmax else lse.new_empty(0)
 
 
 def _reattend_fwd_fake(
@@ -208,19 +163,6 @@ def _reattend_fwd_fake(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, d = q.shape
     return q.new_empty(B, T, H * d), _float_rows(q, B, H, T) if resoftmax else lse.new_empty(0)
-
-
-def _reattend_fused_fwd_torch(
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    lengths: Tensor | None,
-    resoftmax: bool,
-) -> tuple[Tensor, Tensor]:
-    return _reattend_fwd_torch(q, k, linear(x, weight, bias).view(q.shape), lse, lengths, resoftmax)
 
 
 def _reattend_fused_fwd_fake(
@@ -236,23 +178,6 @@ def _reattend_fused_fwd_fake(
     return _reattend_fwd_fake(q, k, x, lse, lengths, resoftmax)
 
 
-def _attention_bwd_torch(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    resoftmax: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = twin.attention_backward(d_out, q, k, v, out, lengths, seed, dropout, resoftmax)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
 def _attention_bwd_fake(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -266,14 +191,12 @@ _attend_fwd = register(
     "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? seed, float dropout, bool keep) "
     "-> (Tensor, Tensor, Tensor)",
     triton_fn="triton_reuse_attention:attend_forward",
-    torch_fn=_attend_fwd_torch,
     fake_fn=_attend_fwd_fake,
 )
 _reattend_fwd = register(
     "reattend_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? lengths, bool resoftmax) -> (Tensor, Tensor)",
     triton_fn="triton_reuse_attention:reattend_forward",
-    torch_fn=_reattend_fwd_torch,
     fake_fn=_reattend_fwd_fake,
 )
 _reattend_fused_fwd = register(
@@ -281,22 +204,19 @@ _reattend_fused_fwd = register(
     "(Tensor q, Tensor k, Tensor x, Tensor weight, Tensor? bias, Tensor lse, Tensor? lengths, bool resoftmax) "
     "-> (Tensor, Tensor)",
     triton_fn="triton_reuse_attention:reattend_fused_forward",
-    torch_fn=_reattend_fused_fwd_torch,
     fake_fn=_reattend_fused_fwd_fake,
 )
-_reattend_kept_fwd = register(
-    "reattend_kept_fwd",
-    "(Tensor kept, Tensor v, Tensor? lengths, bool resoftmax) -> Tensor",
-    triton_fn="triton_reuse_attention:reattend_kept_forward",
-    torch_fn=_reattend_kept_fwd_torch,
-    fake_fn=_reattend_kept_fwd_fake,
+_reattend_stored_fwd = register(
+    "reattend_stored_fwd",
+    "(Tensor stored, Tensor v, Tensor? lengths, bool resoftmax) -> Tensor",
+    triton_fn="triton_reuse_attention:reattend_stored_forward",
+    fake_fn=_reattend_stored_fwd_fake,
 )
 _attention_bwd = register(
     "attention_bwd",
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor norm, Tensor? lengths, Tensor? seed, "
     "float dropout, bool resoftmax) -> (Tensor, Tensor, Tensor)",
     triton_fn="triton_reuse_attention:attention_backward",
-    torch_fn=_attention_bwd_torch,
     fake_fn=_attention_bwd_fake,
 )
 
@@ -368,8 +288,8 @@ def attend(
         out, maps = twin.attend(q, k, v, lengths, keep=bool(reusing_layers), dropout=dropout, seed=key)
         return out, AttentionMap(q, k, None, lengths, maps)
     if not needs_gradient(q, k, v) and store_map(q, reusing_layers):
-        out, lse, kept = _attend_fwd(q, k, v, lengths, key, dropout, True)
-        return out, AttentionMap(q, k, lse, lengths, (kept,))
+        out, lse, stored = _attend_fwd(q, k, v, lengths, key, dropout, True)
+        return out, AttentionMap(q, k, lse, lengths, (stored,))
     out, lse = _Attend.apply(q, k, v, lengths, key, dropout)
     return out, AttentionMap(q, k, lse, lengths)
 
@@ -435,10 +355,14 @@ def reattend(
     if bias is not None and bias.shape != (H * d,):
         raise ValueError(f"bias must be [{H * d}], got {tuple(bias.shape)}")
     if any(t.device != q.device for t in (x, weight, bias) if t is not None):
-        raise ValueError(f"x, weight and bias must be on {q.device} like the map, got {_each('device', x, weight)}")
+        raise ValueError(
+            f"x, weight and bias must be on {q.device} like the map, got {_each('device', x, weight, bias)}"
+        )
     x, weight, bias = autocast(x, weight, bias)
     if any(t.dtype != q.dtype for t in (x, weight, bias) if t is not None):
-        raise ValueError(f"x, weight and bias must have the map's dtype {q.dtype}, got {_each('dtype', x, weight)}")
+        raise ValueError(
+            f"x, weight and bias must have the map's dtype {q.dtype}, got {_each('dtype', x, weight, bias)}"
+        )
     if impl == "triton" and lse is None:
         raise ValueError("impl='triton' needs a map with log_sum_exp: make it with attend(impl='triton')")
     resoftmax = mode == "resoftmax"
@@ -450,7 +374,7 @@ def reattend(
         kept = maps if lse is None else None  # Triton's are of another form
         return twin.reattend(kept, q, k, values(), lengths, resoftmax)
     if maps is not None and not needs_gradient(q, k, x, weight, bias):
-        return _reattend_kept_fwd(maps[0], values(), lengths, resoftmax)
+        return _reattend_stored_fwd(maps[0], values(), lengths, resoftmax)
     if weight is not None and project_inside(q):
         return _Reattend.apply(q, k, lse, lengths, resoftmax, x, weight, bias)
     return _Reattend.apply(q, k, lse, lengths, resoftmax, values(), None, None)
@@ -474,12 +398,16 @@ def attention_probabilities(attention_map: AttentionMap, *, mode: AttentionMode 
     _check_mode(mode)
     q, k, _, lengths, _ = attention_map
     wide = torch.promote_types(q.dtype, torch.float32)
+    valid = None if lengths is None else frame_mask(lengths, q.shape[1])
+
+    def softmax(logits: Tensor) -> Tensor:
+        return (logits if valid is None else logits.masked_fill(~valid[:, None, None], -torch.inf)).softmax(-1)
+
     with torch.autocast(q.device.type, enabled=False):
-        p = _row_sums(q.to(wide), k.to(wide), lengths)[2]
-    if mode == "exact":
-        return p
-    p = _second_softmax(p, lengths)
-    return p if lengths is None else torch.where(frame_mask(lengths, p.shape[-1])[:, None, :, None], p, 0)
+        p = softmax(torch.matmul(q.to(wide).transpose(1, 2) * q.shape[-1] ** -0.5, k.to(wide).permute(0, 2, 3, 1)))
+    if mode == "resoftmax":
+        p = softmax(p)
+    return p if valid is None else torch.where(valid[:, None, :, None], p, 0)
 
 
 def _check_map(attention_map: AttentionMap) -> None:

@@ -1,6 +1,7 @@
 """What every kernel module needs to know about the machine, in one place. Importing it does not import Triton."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -23,33 +25,32 @@ except (ImportError, ValueError):  # an import hook, or a None in sys.modules, f
 
 NAMESPACE = "armhubert"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FUSED = {"enable_fp_fusion": True}
+FP_FUSION = {"enable_fp_fusion": True}
 """Option of every launch: a product and a sum as one instruction, which Triton 3.10 is to do only where asked."""
 
 
 def launch_options(shipped: Any) -> dict[str, Any]:
     """What a launch is given of a shipped configuration: a limit of registers holds on sm_90, where it was chosen."""
-    options: dict[str, Any] = {**shipped._asdict(), **FUSED}
+    options: dict[str, Any] = {**shipped._asdict(), **FP_FUSION}
     if options.get("maxnreg") is None or INTERPRET or _architecture() != 90:
         options.pop("maxnreg", None)
     return options
 
 
 def _architecture() -> Any:
-    """Of what Triton compiles for, which need not be in the machine (`armhubert.bench lowering`)."""
+    """Of what Triton compiles for, which need not be in the machine (`armhubert.bench lowering`): 90, "gfx942"."""
     from triton.runtime import driver
 
     return driver.active.get_current_target().arch
 
 
-def register(
-    name: str, schema: str, *, triton_fn: str, torch_fn: Callable[..., Any], fake_fn: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Register one op with two kernels: Triton on CUDA (and on CPU under the interpreter), PyTorch on CPU.
+def register(name: str, schema: str, *, triton_fn: str, fake_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Register one op that launches Triton's kernels, on CUDA and, under the interpreter, on the CPU.
 
     `triton_fn` names a function as "module:function" inside this package: it is imported at the first launch, so that
     the package works and imports fast where Triton is absent. A schema string and a hand-written fake keep the op
-    opaque to the compiler: tracing never launches anything, and a CPU-only machine can run opcheck and torch.compile.
+    opaque to the compiler: tracing never launches anything. The PyTorch twin is no part of the op: public functions
+    call it instead (`resolve_impl`).
     """
     module, function = triton_fn.split(":")
 
@@ -63,7 +64,8 @@ def register(
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema)
     torch.library.impl(qualname, "CUDA", launch)
-    torch.library.impl(qualname, "CPU", launch if INTERPRET else torch_fn)
+    if INTERPRET:
+        torch.library.impl(qualname, "CPU", launch)
     torch.library.register_fake(qualname, fake_fn)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -117,10 +119,17 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def float32_precision() -> str:
-    """How tl.dot multiplies float32: "tf32" where the caller allows it to PyTorch's own products, else "ieee"."""
+def product_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: "tf32" of float32 where the caller allows it to PyTorch's own products, else "ieee"."""
     # by its new name: allow_tf32 raises once a caller has set that one
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if torch.version.hip is None or _architecture() == "gfx942" else "ieee"
+
+
+def adjacent(t: Tensor) -> Tensor:
+    """The tensor with its last dimension's numbers side by side, for kernels that are told the other strides."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
@@ -143,8 +152,40 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of them."""
+    """Whether autograd will ask for the gradient of any of them; forward mode, which marks no tensor, may."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Underivable(torch.autograd.Function):
+    """The first `count` tensors as they are; whoever asks how they depend on any of the others is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("armhubert's ops have no second derivatives: keep them out of what is derived twice")
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd.Function: second derivatives raise a RuntimeError.
+
+    PyTorch's own decorator leaves them out without a word where autograd reaches the inputs by another path.
+    """
+    first = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return first(ctx, *gradients)
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        return _Underivable.apply(len(outputs), *outputs, *gradients, *ctx.saved_tensors)
+
+    return wrapped
 
 
 def frame_mask(lengths: Tensor, T: int) -> Tensor:

@@ -76,7 +76,10 @@ def _convolve_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) 
 
 
 def _norm(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float) -> Tensor:
-    return F.layer_norm(z, z.shape[-1:], norms[2 * layer], norms[2 * layer + 1], eps) if norms else z
+    if not norms:
+        return z
+    # autocast gives a norm's result in float32
+    return F.layer_norm(z, z.shape[-1:], norms[2 * layer], norms[2 * layer + 1], eps).to(z.dtype)
 
 
 def _first_windows(x: Tensor, shift: Tensor, low: int, high: int, w0: Tensor, stride: int) -> Tensor:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armhubert.kernels import onednn
-from armhubert.kernels.runtime import frame_mask, needs_gradient, tracing
+from armhubert.kernels.runtime import frame_mask, needs_gradient, once_differentiable, tracing
 
 Maps = tuple[Tensor, ...]
 """What `attend` keeps for `reattend`; `AttentionMap.probabilities` says in which form."""
@@ -237,7 +237,7 @@ class _ByHeads(torch.autograd.Function):
         return out, *maps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, *d_maps: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, *maps = ctx.saved_tensors
         B, T, H, d = q.shape
@@ -281,7 +281,7 @@ class _ApplyMaps(torch.autograd.Function):
         return _apply_maps(maps, v, resoftmax)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         v, *maps = ctx.saved_tensors
         B, T, H, d = v.shape
@@ -362,9 +362,19 @@ PIECE = 2**18
 """Entries of a map worked on at a time on a CPU, 1 MB of float32: they stay cached, in pages that malloc reuses."""
 
 
-def _generator(seed: Tensor | None, b: int) -> torch.Generator | None:
-    """The generator of utterance b's dropout factors, which are drawn piece by piece, in backward as in forward."""
-    return None if seed is None else torch.Generator(seed.device).manual_seed((int(seed) + b) % 2**63)
+SPREAD = 0x9E3779B97F4A7C15
+"""Odd, near 2**64 / the golden ratio: its multiples are far from each other modulo 2**63."""
+
+
+def _generators(seed: Tensor | None, B: int) -> list[torch.Generator | None]:
+    """Each utterance's generator of dropout factors, which are drawn piece by piece, in backward as in forward.
+
+    Seeds are spread, so that those of neighbours (a step's number, say) share no utterance's factors.
+    """
+    if seed is None:
+        return [None] * B
+    first = int(seed) * SPREAD
+    return [torch.Generator(seed.device).manual_seed((first + b) % 2**63) for b in range(B)]
 
 
 def _keep_mask(p: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
@@ -394,10 +404,11 @@ def attention_forward(
     """
     B, T, H, d = q.shape
     out = q.new_zeros(B, T, H, d)
+    generators = _generators(seed, B)
     for b, n in enumerate(_valid(lengths, B, T)):
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
-        generator = _generator(seed, b)
+        generator = generators[b]
         for h, r in _pieces(H, n, q.device, PIECE):
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
             if resoftmax:
@@ -422,12 +433,13 @@ def attention_backward(
     """Gradients of q, k and v, from a piece of an utterance's map at a time; the formulas are in reuse_attention.py."""
     B, T, H, d = q.shape
     dq, dk, dv = (x.new_zeros(B, H, T, d) for x in (q, k, v))
+    generators = _generators(seed, B)
     for b, n in enumerate(_valid(lengths, B, T)):
         q_b, k_b, v_b = (x[b, :n].transpose(0, 1) for x in (q, k, v))
         q_b = q_b * d**-0.5
         u_b, o_b = (x[b, :n].view(n, H, d).transpose(0, 1) for x in (d_out, out))
         dq_b, dk_b, dv_b = (x[b, :, :n] for x in (dq, dk, dv))
-        generator = _generator(seed, b)
+        generator = generators[b]
         for h, r in _pieces(H, n, q.device, PIECE):
             u = u_b[h, r]
             p = _softmax_(_logits(q_b[h, r], k_b[h]))
@@ -467,7 +479,7 @@ class _Recomputed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lengths, seed = ctx.saved_tensors
         grads = attention_backward(d_out.contiguous(), q, k, v, out, lengths, seed, *ctx.settings)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armhubert.kernels.conv_frontend import padded_counts
-from armhubert.kernels.runtime import FUSED, contiguous, float32_precision, frame_counts, launch_options
+from armhubert.kernels.runtime import FP_FUSION, adjacent, contiguous, frame_counts, launch_options, product_precision
 from armhubert.kernels.torch_conv_frontend import waveform_gradient
 from armhubert.kernels.triton_gelu import gelu, normal_cdf
 
@@ -67,7 +67,7 @@ def _put(ptr, at, column, tile, keep, N: tl.constexpr):
 # ---- forward ----------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["x_b", "T"])
 def window_sums_kernel(
     x_ptr, frames_ptr, out_ptr, x_b, T,
     K: tl.constexpr, STRIDE: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -92,7 +92,7 @@ def window_sums_kernel(
     tl.store(out_ptr + K * K, tl.sum(windows, 0), mask=tap < K)
 
 
-@triton.jit(do_not_specialize=["T", "P"])
+@triton.jit(do_not_specialize=["x_b", "T", "P"])
 def wave_kernel(
     x_ptr, shift_ptr, w_ptr, bias_ptr, out_ptr, x_b, w_b, T, P,
     K: tl.constexpr, STRIDE: tl.constexpr, TAPS: tl.constexpr, N: tl.constexpr, ACTIVATE: tl.constexpr,
@@ -113,7 +113,7 @@ def wave_kernel(
     _put(out_ptr, b * P + m, n0 + tl.arange(0, BLOCK_N), z, m < P, N)
 
 
-@triton.jit(do_not_specialize=["T", "P", "out_P"])
+@triton.jit(do_not_specialize=["x_b", "T", "P", "out_P"])
 def wave_pointwise_kernel(
     x_ptr, shift_ptr, w0_ptr, bias0_ptr, w_ptr, bias_ptr, out_ptr, z_ptr, x_b, w_b, T, P, out_P,
     K: tl.constexpr, STRIDE: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
@@ -271,13 +271,13 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def window_sums(x: Tensor, kernel: int, stride: int, frames: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum [B, K] and sum of outer products [B, K, K] of the valid windows of x [B, S], in float64."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = adjacent(x)
     B, T = len(x), (x.shape[1] - kernel) // stride + 1
     blocks = triton.cdiv(T, SUMS_BLOCK)
     partial = x.new_empty(B, blocks, kernel + 1, kernel, dtype=torch.float64)
     window_sums_kernel[(B * blocks,)](
         x, contiguous(frames), partial, x.stride(0), T, K=kernel, STRIDE=stride, TAPS=triton.next_power_of_2(kernel),
-        BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS, **FUSED,
+        BLOCK_M=SUMS_BLOCK, num_warps=SUMS_WARPS, **FP_FUSION,
     )  # fmt: skip
     return partial[:, :, kernel].sum(1), partial[:, :, :kernel].sum(1)  # two tensors: an op's outputs share no memory
 
@@ -290,16 +290,16 @@ def _wave(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor, stride: int, T: int,
     grid = (B * triton.cdiv(P, shipped.BLOCK_M) * triton.cdiv(C, shipped.BLOCK_N),)
     wave_kernel[grid](
         x, shift, w0, b0, out, x.stride(0), w0.stride(0), T, P,
-        K=K, STRIDE=stride, TAPS=_taps(K), N=C, ACTIVATE=activate, PRECISION=float32_precision(),
+        K=K, STRIDE=stride, TAPS=_taps(K), N=C, ACTIVATE=activate, PRECISION=product_precision(w0.dtype),
         BLOCK_M=shipped.BLOCK_M, BLOCK_N=shipped.BLOCK_N, num_warps=shipped.num_warps, num_stages=shipped.num_stages,
-        **FUSED,
+        **FP_FUSION,
     )  # fmt: skip
     return out
 
 
 def _dense(x: Tensor, shift: Tensor, w0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the first layer's kernels read, with adjacent samples and taps; w0 may be one matrix for all utterances."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = adjacent(x)
     return x, shift.contiguous(), w0 if w0.stride()[1:] == (w0.shape[2], 1) else w0.contiguous(), b0.contiguous()
 
 
@@ -322,7 +322,7 @@ def forward(
     padded = padded_counts(counts, strides)
     final = len(weights)
     kept: list[Tensor] = []
-    common: dict[str, Any] = {"PRECISION": float32_precision()}
+    common: dict[str, Any] = {"PRECISION": product_precision(w0.dtype)}
 
     def target(layer: int, channels: int) -> tuple[Tensor, int]:
         """The buffer of a_l and its rows an utterance: the last layer's holds valid frames only."""
@@ -375,7 +375,7 @@ def _norm_gelu(z: Tensor, norms: Sequence[Tensor], layer: int, eps: float, T: in
     out = z.new_empty(B, rows, N)
     norm_kernel[(triton.cdiv(B * P, NORM_BLOCK),)](
         z, norms[2 * layer].contiguous(), norms[2 * layer + 1].contiguous(), out, B * P, T, P, rows, eps,
-        N=N, WIDTH=triton.next_power_of_2(N), BLOCK_M=NORM_BLOCK, num_warps=NORM_WARPS, **FUSED,
+        N=N, WIDTH=triton.next_power_of_2(N), BLOCK_M=NORM_BLOCK, num_warps=NORM_WARPS, **FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -394,7 +394,7 @@ def _activation_backward(
     width = triton.next_power_of_2(N)
     block, rows = max(1, GELU_NUMBERS // width), len(z) * P
     gelu_backward_kernel[(triton.cdiv(rows, block),)](
-        g, y, gy, a, rows, T, P, g.shape[1], N=N, WIDTH=width, BLOCK_M=block, num_warps=GELU_WARPS, **FUSED
+        g, y, gy, a, rows, T, P, g.shape[1], N=N, WIDTH=width, BLOCK_M=block, num_warps=GELU_WARPS, **FP_FUSION
     )
     if not norms:
         return gy, a, []
@@ -459,7 +459,7 @@ def backward(
     d_weights: list[Tensor] = [w0] * final
     d_biases: list[Tensor] = [w0] * len(biases)
     d_norms: list[Tensor] = [w0] * len(norms)
-    upper, above = g.contiguous(), g
+    upper = above = g.contiguous()
     for layer in range(final, -1, -1):
         gz, a, d_norms[2 * layer : 2 * layer + 2] = _activation_backward(
             upper, maps[layer], norms, layer, eps, counts[layer], layer < final

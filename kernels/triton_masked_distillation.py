@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import contiguous, float32_precision, launch_options
+from armhubert.kernels.runtime import contiguous, launch_options, product_precision
 
 # ---- kernel -----------------------------------------------------------------
 
@@ -155,6 +155,6 @@ def forward(
         _pointers(hidden), weight.contiguous(), bias.contiguous(), *views, contiguous(mask), contiguous(lengths),
         residual, partial,
         hidden[0].stride(0), clean[0].stride(0), 0 if masked is None else masked[0].stride(0), N, T,
-        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=float32_precision(), **launch_options(shipped),
+        L=L, C=C, E=E, L1=l1, KEEP=keep, PRECISION=product_precision(weight.dtype), **launch_options(shipped),
     )  # fmt: skip
     return partial.sum(1) / E, residual

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armhubert.kernels.runtime import float32_precision, launch_options
+from armhubert.kernels.runtime import launch_options, product_precision
 from armhubert.kernels.triton_conv_frontend import Config
 from armhubert.kernels.triton_gelu import gelu
 
@@ -76,7 +76,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     grid = (B * groups * triton.cdiv(T, J * shipped.BLOCK_M) * (J * lanes // shipped.BLOCK_N),)
     positional_kernel[grid](
         padded, matrix, bias.contiguous(), out, B, T, frames,
-        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, PRECISION=float32_precision(),
+        G=groups, WIDTH=width, LANES=lanes, J=J, INNER=inner, ROW=row, PRECISION=product_precision(x.dtype),
         **launch_options(shipped),
     )  # fmt: skip
     return out

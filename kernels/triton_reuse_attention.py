@@ -18,7 +18,7 @@ from torch import Tensor
 
 from armhubert.kernels.reuse_attention import PITCH as _PITCH
 from armhubert.kernels.reuse_attention import pitched
-from armhubert.kernels.runtime import contiguous, float32_precision, launch_options
+from armhubert.kernels.runtime import adjacent, contiguous, launch_options, product_precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # 7 rounds of Philox 4x32 pass BigCrush; its authors' default of 10 is a safety margin
@@ -159,7 +159,7 @@ def _philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep):
+def _dropout_factors(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep):
     """Dropout's factors of map entries (m0 + i, n0 + j) of one utterance and head: the same in every kernel.
 
     Entries (m, n), (m, n + 8), (m + 8, n) and (m + 8, n + 8) take the four words of one draw from a counter. In a
@@ -203,7 +203,7 @@ def attend_kernel(
         total = total * rescale + tl.sum(p, 1)
         if seed_ptr is not None:
             i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-            p *= _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
+            p *= _dropout_factors(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
         acc *= rescale[:, None]
         if TAIL > 0:
             acc_tail *= rescale[:, None]
@@ -258,7 +258,7 @@ def _weigh(p, dtype: tl.constexpr, RESOFTMAX: tl.constexpr):
 def _probabilities(
     q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Tile of the kept map: the log-sum-exp is known, so there is no maximum to track. -> [M, N], 0 at invalid keys."""
+    """Tile of a map made again: no maximum, as the log-sum-exp is known. -> [M, N], 0 at invalid keys."""
     s = _inner(q, q_tail, k, k_tail, TAIL, PRECISION)
     return _valid_keys(tl.exp2(s * (scale * LOG2E) - lse[:, None]), 0.0, n0, valid, BLOCK_N)
 
@@ -292,7 +292,7 @@ def reattend_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     RESOFTMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A kept map times given values."""
+    """A map made again from q, k and its log-sum-exp, times given values."""
     b, h, m0, valid = _place(T, H, lengths_ptr, BLOCK_M)
     m = m0 + tl.arange(0, BLOCK_M)
     q, q_tail = _load(_head(q_ptr, b, h, q_b, q_h, ALIGN), m0, q_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_M)
@@ -320,7 +320,7 @@ def reattend_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def reattend_kept_kernel(
+def reattend_stored_kernel(
     map_ptr, v_ptr, lengths_ptr, out_ptr, v_b, v_t, v_h, T, H,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     RESOFTMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -393,7 +393,7 @@ def reattend_fused_kernel(
     PRECISION: tl.constexpr, RESOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A kept map times values that are projected here, tile by tile, and never written to memory."""
+    """A map made again, times values that are projected here, tile by tile, and never written to memory."""
     b, h, m0, valid = _place(T, H, lengths_ptr, BLOCK_M)
     m = m0 + tl.arange(0, BLOCK_M)
     q, q_tail = _load(_head(q_ptr, b, h, q_b, q_h, ALIGN), m0, q_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_M)
@@ -438,12 +438,12 @@ def _divisor(valid, RESOFTMAX: tl.constexpr):
 
 @triton.jit
 def _map_gradient(
-    u, u_tail, v, v_tail, p, factor, shift, TAIL: tl.constexpr, PRECISION: tl.constexpr, RESOFTMAX: tl.constexpr
+    a, a_tail, b, b_tail, p, factor, shift, TAIL: tl.constexpr, PRECISION: tl.constexpr, RESOFTMAX: tl.constexpr
 ):  # fmt: skip
-    """Gradient of a tile of the map after dropout, dp in the module docstring of reuse_attention.py."""
-    dp = _inner(u, u_tail, v, v_tail, TAIL, PRECISION)
+    """dp of reuse_attention.py's docstring for a tile after dropout, of u and v or, transposed, of v and u."""
+    dp = _inner(a, a_tail, b, b_tail, TAIL, PRECISION)
     if RESOFTMAX:
-        dp = (_expm1(p, u.dtype) + 1.0) * (dp * factor - shift)
+        dp = (_expm1(p, a.dtype) + 1.0) * (dp * factor - shift)
     return dp
 
 
@@ -493,12 +493,12 @@ def backward_q_kernel(
         k, k_tail = _load(k_ptr, n0, k_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         v, v_tail = _load(v_ptr, n0, v_t, valid, D, HEAD, TAIL, ALIGN, BLOCK_N)
         p = _probabilities(q, q_tail, k, k_tail, lse, n0, valid, scale, TAIL, PRECISION, BLOCK_N)
-        kept = 1.0
+        drop = 1.0
         if DROPOUT:
             i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-            kept = _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
+            drop = _dropout_factors(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
         dp = _map_gradient(u, u_tail, v, v_tail, p, factor[:, None], shift[:, None], TAIL, PRECISION, RESOFTMAX)
-        ds = (p * (dp * kept - delta[:, None])).to(k.dtype)
+        ds = (p * (dp * drop - delta[:, None])).to(k.dtype)
         dq, dq_tail = _accumulate(dq, dq_tail, ds, k, k_tail, TAIL, PRECISION)
     scale /= divisor
     _store(dq_ptr + dense, m0, H * D, T, dq * scale, dq_tail * scale, D, HEAD, TAIL, BLOCK_M)
@@ -543,14 +543,14 @@ def backward_kv_kernel(
             u_sum += u.to(tl.float32) * factor[:, None]
             if TAIL > 0:
                 u_sum_tail += u_tail.to(tl.float32) * factor[:, None]
-        kept = 1.0
+        drop = 1.0
         if DROPOUT:
             i, j = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
-            kept = _kept(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
-            weights *= kept
+            drop = _dropout_factors(seed_ptr, pair, m0, i, n0, j, threshold, inverse_keep)
+            weights *= drop
         dv, dv_tail = _accumulate(dv, dv_tail, weights.to(q.dtype), u, u_tail, TAIL, PRECISION)
         dp = _map_gradient(v, v_tail, u, u_tail, p, factor[None, :], shift[None, :], TAIL, PRECISION, RESOFTMAX)
-        ds = (p * (dp * kept - delta[None, :])).to(q.dtype)
+        ds = (p * (dp * drop - delta[None, :])).to(q.dtype)
         dk, dk_tail = _accumulate(dk, dk_tail, ds, q, q_tail, TAIL, PRECISION)
     key = (n0 + tl.arange(0, BLOCK_N) < valid)[:, None]
     if RESOFTMAX:
@@ -610,7 +610,7 @@ def config(kernel: str, d: int, dtype: torch.dtype, *, dropout: bool = False, re
         return Config(64, 32, 4, 2)
     if "backward" in kernel:
         return Config(64, 64, 4, 2)
-    if kernel == "reattend_kept":  # it reads and hardly computes: small blocks, many loads in flight
+    if kernel == "reattend_stored":  # it reads and hardly computes: small blocks, many loads in flight
         return Config(64, 64 if crowded else 128, 4, 2 if d > 64 else 3)
     return Config(128, 64, 8, 2)
 
@@ -623,7 +623,7 @@ def _float32_config(kernel: str, d: int, crowded: bool) -> Config:
     small = Config(32, 16, 8, 1)
     if kernel == "attend":
         return Config(64, 32, 8, 2) if d <= 64 else Config(32, 32 if crowded else 16, 8, 2)
-    if kernel in ("reattend", "reattend_kept"):
+    if kernel in ("reattend", "reattend_stored"):
         if d > 64:
             return small
         if crowded and d <= 48:
@@ -652,11 +652,6 @@ def inner_block(d: int, dtype: torch.dtype) -> int:
 
 
 # ---- launchers --------------------------------------------------------------
-
-
-def _rows_dense(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with adjacent columns, as wide loads need them; every other stride is free."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _align(*strides: int) -> int:
@@ -690,31 +685,31 @@ def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, seed: Tensor | None, dropout: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, T, H D], log-sum-exp [B, H, T] in float32 and, with `keep`, the map [B, H, T, pitched(T)]."""
-    q, k, v = _rows_dense(q, k, v)
+    q, k, v = map(adjacent, (q, k, v))
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
-    kept = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
+    stored = q.new_empty((B, H, T, pitched(T)) if keep else (0,))
     strides = _strides(q, k, v)
     shipped = config("attend", D, q.dtype, dropout=seed is not None)
     attend_kernel[_grid(q.shape, shipped.BLOCK_M)](
-        q, k, v, contiguous(lengths), seed, out, lse, kept if keep else None, *strides, T, H, D**-0.5,
-        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
+        q, k, v, contiguous(lengths), seed, out, lse, stored if keep else None, *strides, T, H, D**-0.5,
+        *_scalars(dropout), **_tiles(D), ALIGN=_align(*strides), PRECISION=product_precision(q.dtype),
         **launch_options(shipped),
     )  # fmt: skip
-    return out, lse, kept
+    return out, lse, stored
 
 
-def reattend_kept_forward(kept: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
+def reattend_stored_forward(stored: Tensor, v: Tensor, lengths: Tensor | None, resoftmax: bool) -> Tensor:
     """A stored map [B, H, T, pitched(T)] times v [B, T, H, D] -> out [B, T, H D]."""
-    (v,) = _rows_dense(v)
+    v = adjacent(v)
     B, T, H, D = v.shape
     out = v.new_empty(B, T, H * D)
     strides = _strides(v)
-    shipped = config("reattend_kept", D, v.dtype, resoftmax=resoftmax)
-    reattend_kept_kernel[_grid(v.shape, shipped.BLOCK_M)](
-        kept.contiguous(), v, contiguous(lengths), out, *strides, T, H,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax,
+    shipped = config("reattend_stored", D, v.dtype, resoftmax=resoftmax)
+    reattend_stored_kernel[_grid(v.shape, shipped.BLOCK_M)](
+        stored.contiguous(), v, contiguous(lengths), out, *strides, T, H,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=product_precision(v.dtype), RESOFTMAX=resoftmax,
         **launch_options(shipped),
     )  # fmt: skip
     return out
@@ -724,7 +719,7 @@ def reattend_forward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Tensor | None, resoftmax: bool
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H D], and the normaliser [B, H, T] of the second softmax (empty unless resoftmax)."""
-    q, k, v = _rows_dense(q, k, v)
+    q, k, v = map(adjacent, (q, k, v))
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
@@ -732,7 +727,7 @@ def reattend_forward(
     shipped = config("reattend", D, q.dtype, resoftmax=resoftmax)
     reattend_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, v, lse.contiguous(), contiguous(lengths), out, norm, *strides, T, H, D**-0.5,
-        **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(), RESOFTMAX=resoftmax,
+        **_tiles(D), ALIGN=_align(*strides), PRECISION=product_precision(q.dtype), RESOFTMAX=resoftmax,
         **launch_options(shipped),
     )  # fmt: skip
     return out, norm
@@ -749,7 +744,7 @@ def reattend_fused_forward(
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor]:
     """Like reattend_forward, with v = x weight^T + bias projected inside the kernel."""
-    q, k, x = _rows_dense(q, k, x)
+    q, k, x = map(adjacent, (q, k, x))
     B, T, H, D = q.shape
     out = q.new_empty(B, T, H * D)
     norm = lse.new_empty((B, H, T) if resoftmax else (0,))
@@ -757,7 +752,7 @@ def reattend_fused_forward(
     shipped = config("reattend_fused", D, q.dtype, resoftmax=resoftmax)
     reattend_fused_kernel[_grid(q.shape, shipped.BLOCK_M)](
         q, k, x, weight.contiguous(), contiguous(bias), lse.contiguous(), contiguous(lengths), out, norm, *strides,
-        T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=float32_precision(),
+        T, H, D**-0.5, C=x.shape[2], **_tiles(D), ALIGN=_align(*strides), PRECISION=product_precision(q.dtype),
         RESOFTMAX=resoftmax, BLOCK_C=inner_block(D, q.dtype), **launch_options(shipped),
     )  # fmt: skip
     return out, norm
@@ -777,14 +772,14 @@ def attention_backward(
     resoftmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous [B, T, H, D]."""
-    q, k, v = _rows_dense(q, k, v)
+    q, k, v = map(adjacent, (q, k, v))
     B, T, H, D = q.shape
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(B, H, T)
     shift = lse.new_empty(B, H, T) if resoftmax else delta
     strides = _strides(q, k, v)
     common: dict[str, Any] = {
-        **_tiles(D), "ALIGN": _align(*strides), "PRECISION": float32_precision(), "RESOFTMAX": resoftmax
+        **_tiles(D), "ALIGN": _align(*strides), "PRECISION": product_precision(q.dtype), "RESOFTMAX": resoftmax
     }  # fmt: skip
     scalars = (*strides, T, H, D**-0.5, *_scalars(dropout))
     g, out, lse, norm = (t.contiguous() for t in (d_out, out, lse, norm))

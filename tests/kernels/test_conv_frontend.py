@@ -273,6 +273,7 @@ def op_arguments(name):
 
 
 @pytest.mark.parametrize("name", ["student", "large teacher"])
+@pytest.mark.needs_triton
 def test_opcheck(name):
     stack, strides = op_arguments(name)
     for keep in (False, True):
@@ -283,17 +284,15 @@ def test_opcheck(name):
     check_op(module._sums, (stack[0], 10, 5, torch.tensor([90, 3], device=DEVICE)))
 
 
-@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
 @pytest.mark.parametrize("name", ["student", "large teacher"])
-def test_compiles_whole(name, triton, monkeypatch):
+def test_compiles_whole(name, impl):
     """Forward and backward in one graph with dynamic shapes: op and traceable twin alike."""
-    if triton:
-        monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
     torch._dynamo.reset()
     layers, norm, leaves = build((STACKS[name][0][:3], *STACKS[name][1:]), torch.float32)
 
     def frontend(x, lengths):
-        return conv_frontend(x, layers, channel_norm=norm, lengths=lengths)
+        return conv_frontend(x, layers, channel_norm=norm, lengths=lengths, impl=impl)
 
     compiled = torch.compile(frontend, fullgraph=True, dynamic=True, backend="aot_eager")
     for S in (300, 377):
@@ -393,6 +392,34 @@ def test_the_twin_keeps_one_map_a_layer():
 
 
 # ---- bad input --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", STACKS)
+def test_second_derivatives_are_refused(name, frozen):
+    """Not left out, where the waveform's gradient also comes through the norm's statistics."""
+    layers, norm, leaves = build(STACKS[name], torch.float64)
+    for leaf in leaves:
+        leaf.requires_grad_(not frozen)
+    x = draw(1, 500).to(DEVICE).requires_grad_()
+    out = conv_frontend(x, layers, channel_norm=norm)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
+def test_a_constant_far_from_zero_leaves_no_negative_variance():
+    layers, norm, _ = build(STACKS["student"], torch.float32)
+    x = 1e6 + 0.03 * draw(4, 500).to(DEVICE, torch.float32)
+    assert conv_frontend(x, layers, channel_norm=norm).isfinite().all()
+
+
+def test_moments_by_triton_have_no_gradients_and_say_so(monkeypatch):
+    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton" if impl == "triton" else "torch")
+    x = draw(1, 500).to(DEVICE).requires_grad_()
+    with pytest.raises(ValueError, match="impl='triton' has no gradients of waveforms' moments"):
+        window_moments(x, 10, 5, impl="triton")
+    assert window_moments(x, 10, 5).sum.requires_grad
 
 
 def test_bad_input_is_told_before_any_launch():

@@ -146,6 +146,7 @@ def test_reruns_are_bitwise_equal():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.needs_triton
 def test_opcheck(distance):
     hidden, weight, bias, clean, masked, mask, lengths = inputs(2, 2, 7, 16, 12, dtype=torch.float32)
     h, w, b = [x.detach() for x in hidden], weight.detach(), bias.detach()
@@ -157,8 +158,8 @@ def test_opcheck(distance):
     check_op(module._backward, (torch.ones(2, device=DEVICE), residuals, h, w, l1))
 
 
-def test_op_compiles_whole(monkeypatch):
-    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
+@pytest.mark.needs_triton
+def test_op_compiles_whole():
     torch._dynamo.reset()
     compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (7, 13):
@@ -169,6 +170,22 @@ def test_op_compiles_whole(monkeypatch):
         grads = (torch.autograd.grad(loss.sum(), leaves) for loss in (got, want))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_gradients_in_16_bits_are_not_off_by_a_factor():
+    """Rounding errors cancel over many numbers; a rounded factor of all of them would not."""
+    hidden, weight, bias, *views = inputs(3, 2, 50, 64, 96, dtype=torch.float32)
+    upstream = torch.tensor([0.3, 0.77, 1.9], device=DEVICE)
+
+    def gradient(dtype):
+        own = [h.detach().to(torch.bfloat16).to(dtype).requires_grad_() for h in hidden]
+        rest = [t.detach().to(torch.bfloat16).to(dtype) for t in (weight, bias, *views[:2])]
+        loss = distillation_loss(own, *rest, *views[2:], impl="torch")
+        return torch.stack(torch.autograd.grad(loss @ upstream.to(loss.dtype), own)).double().flatten(1)
+
+    got, want = gradient(torch.bfloat16), gradient(torch.float64)
+    scale = (got * want).sum(1) / want.square().sum(1)
+    assert (scale - 1).abs().max() < 3e-4  # a factor rounded to bfloat16 is off by up to 4e-3
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.needs_triton)])
@@ -185,11 +202,14 @@ def test_autocast(impl):
         torch.testing.assert_close(distillation_loss(hidden, weight, bias, *views, impl=impl), want.detach())
 
 
-def test_forward_only_keeps_nothing():
+@pytest.mark.parametrize(
+    "run", [module.distillation_forward, pytest.param(module._forward, marks=pytest.mark.needs_triton)]
+)
+def test_forward_only_keeps_nothing(run):
     hidden, weight, bias, *views = inputs(2, 2, 7, 16, 12, dtype=torch.float32)
     with torch.no_grad():
         assert distillation_loss(hidden, weight, bias, *views).grad_fn is None
-    _, residuals = module._forward(
+    _, residuals = run(
         [h.detach() for h in hidden], weight.detach(), bias.detach(), list(views[0]), None, None, None, False, False
     )
     assert residuals.numel() == 0
@@ -207,6 +227,9 @@ def test_bad_input_is_told_before_any_launch():
         "one \\[B, T, D\\] for each": (hidden[:1], weight, bias, clean),
         "clean and masked must share one dtype": (hidden, weight, bias, clean, masked.double(), mask),
         "clean must have 2 layers": (hidden, weight, bias, clean[:1]),
+        "clean must have 2 layers, got 0": (hidden, weight, bias, [], masked, mask),
+        "masked must have 2 layers, got 0": (hidden, weight, bias, clean, [], mask),
+        "bias must be on": (hidden, weight, bias.detach().to("meta"), clean),
         r"clean\[0\] must be \[2, 5, 4\]": (hidden, weight, bias, clean[..., :3]),
         "masked needs mask": (hidden, weight, bias, clean, masked),
         "mask must be bool": (hidden, weight, bias, clean, masked, mask.float()),

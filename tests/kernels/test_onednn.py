@@ -51,6 +51,32 @@ def test_gelu_of_a_linear_map_matches_float64(monkeypatch, calls, dtype, longest
     torch.testing.assert_close(linear(x, weight, bias, gelu=True), F.gelu(F.linear(x, weight, bias)))
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((600, 500), None), ((600, 480), (1,)), ((600, 480), (1, 600)), ((480,), None), ((), None)]
+)
+def test_what_does_not_fit_is_left_to_pytorch(monkeypatch, calls, weight, bias):
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
+    inputs = [torch.randn(512, 480), torch.randn(weight), None if bias is None else torch.randn(bias)]
+
+    def outcome(function):
+        try:
+            return function(*inputs)
+        except RuntimeError as error:
+            return str(error)
+
+    got, want = outcome(linear), outcome(F.linear)
+    assert got == want if isinstance(want, str) else torch.equal(got, want)
+    assert not calls
+
+
+def test_forward_mode_is_refused_or_right(calls):
+    """Never zero: dual tensors do not require gradients, and oneDNN's ops drop what they carry."""
+    x, weight, v = torch.randn(600, 128), torch.randn(256, 128), torch.randn(600, 128)
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: linear(x, weight), (x,), (v,))
+    assert not calls
+
+
 def test_where_mkl_is_at_its_best_only_inference_goes_to_onednn(monkeypatch, calls):
     monkeypatch.setattr(onednn, "MKL_AT_ITS_BEST", True)
     x, weight = torch.randn(600, 128), torch.nn.Parameter(torch.randn(256, 128))

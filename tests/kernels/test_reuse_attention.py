@@ -563,6 +563,7 @@ def test_reruns_are_bitwise_equal():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.needs_triton
 def test_opcheck(mode):
     q, k, v = (draw(2, 7, 2, 16, dtype=torch.float32, seed=s) for s in range(3))
     x, weight, bias = (draw(*s, dtype=torch.float32) for s in ((2, 7, 12), (32, 12), (32,)))
@@ -572,16 +573,16 @@ def test_opcheck(mode):
     _, norm = module._reattend_fwd(q, k, v, lse, lengths, resoftmax)
     for keep in (False, True):
         check_op(module._attend_fwd, (q, k, v, lengths, seed, 0.2, keep))
-    check_op(module._reattend_kept_fwd, (kept, v, lengths, resoftmax))
+    check_op(module._reattend_stored_fwd, (kept, v, lengths, resoftmax))
     check_op(module._reattend_fwd, (q, k, v, lse, lengths, resoftmax))
     check_op(module._reattend_fused_fwd, (q, k, x, weight, bias, lse, None, resoftmax))
     check_op(module._attention_bwd, (out, q, k, v, out, lse, norm, lengths, None, 0.0, resoftmax))
 
 
+@pytest.mark.needs_triton
 @pytest.mark.parametrize("mode", MODES)
 def test_stored_map_compiles_whole(mode, monkeypatch):
     monkeypatch.setattr(module, "store_map", lambda q, layers: True)
-    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
     torch._dynamo.reset()
 
     def pair(q, k, v, x, weight, lengths):
@@ -598,12 +599,12 @@ def test_stored_map_compiles_whole(mode, monkeypatch):
         torch.testing.assert_close(got * shown, want * shown)
 
 
+@pytest.mark.needs_triton
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("inside", [True, False])
 def test_op_compiles_whole(inside, mode, monkeypatch):
-    """Forward and backward in one graph with dynamic shapes: the ops are opaque, so this needs no GPU."""
+    """Forward and backward in one graph with dynamic shapes."""
     monkeypatch.setattr(module, "project_inside", lambda q: inside)
-    monkeypatch.setattr(module, "resolve_impl", lambda impl, x: "triton")
     torch._dynamo.reset()
 
     def pair(q, k, v, x, weight, lengths):
@@ -642,15 +643,34 @@ def test_inference_and_checkpointing(impl):
     torch.testing.assert_close(*grads)
 
 
-def test_float32_precision_follows_pytorch():
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_are_refused(mode):
+    q, x = draw(1, 9, 2, 4, dtype=torch.float32).requires_grad_(), draw(1, 9, 8, dtype=torch.float32).requires_grad_()
+    kept = attend(q, q, q, dropout=0.1, seed=0)[1]
+    out = reattend(kept, x, draw(8, 8, dtype=torch.float32), mode=mode)
+    for inputs, computed in (((q, x), out), ((q,), attend(q, q, q, dropout=0.1, seed=0)[0])):
+        gradients = torch.autograd.grad(computed.square().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivatives|is not implemented"):
+            torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+
+def test_neighbouring_seeds_share_no_dropout_factors():
+    q = draw(1, 31, 2, 8, dtype=torch.float32).expand(4, -1, -1, -1)
+    outs = [attend(q, q, q, dropout=0.5, seed=seed)[0] for seed in range(4)]
+    rows = torch.cat(outs).flatten(1)
+    assert (torch.cdist(rows, rows) + torch.eye(16, device=DEVICE) > 1e-3).all()
+
+
+def test_the_precision_of_products_follows_pytorch():
     """By the old and by the new name of the setting, of which PyTorch lets nobody read the old once the new is set."""
     script = (
-        "import torch; from armhubert.kernels.runtime import float32_precision as p; m = torch.backends.cuda.matmul\n"
+        "import torch; from armhubert.kernels import runtime; m = torch.backends.cuda.matmul\n"
+        "p = lambda: runtime.product_precision(torch.float32) + '-' + runtime.product_precision(torch.bfloat16)\n"
         "seen = [p()]; m.allow_tf32 = True; seen += [p()]; m.allow_tf32 = False; seen += [p()]\n"
         "m.fp32_precision = 'tf32'; seen += [p()]; m.fp32_precision = 'ieee'; seen += [p()]; print(*seen)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee"]
+    assert done.stdout.split() == ["ieee-ieee", "tf32-ieee", "ieee-ieee", "tf32-ieee", "ieee-ieee"]
 
 
 def test_autocast_of_the_twin():
