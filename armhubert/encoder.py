@@ -10,7 +10,7 @@ convolutions; past them, padded frames are zeroed before the positional convolut
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,12 @@ class Linear(nn.Linear):
 def _fusible(layer: nn.Module) -> bool:
     """Whether only `layer`'s weights matter, so that what follows may take them instead of its output.
 
-    An adapter (LoRA) or quantised layer in its place is to be called, and so is one whose output hooks wait for.
+    An adapter (LoRA) or quantised layer in its place is to be called, and so is one whose output hooks wait for, or
+    whose weight is no plain tensor.
     """
-    return type(layer) is Linear and computes_as(layer, Linear) and not hooked((layer,))
+    if type(layer) is not Linear or not computes_as(layer, Linear) or hooked((layer,)):
+        return False
+    return type(layer.weight) in (Tensor, nn.Parameter)
 
 
 # ---- attention -------------------------------------------------------------
@@ -371,10 +374,15 @@ class SpeechEncoder(nn.Module):
         impl: implementation of the attention and waveform convolution ops: `auto` (Triton on a GPU, PyTorch elsewhere),
             `triton` or `torch`. The positional convolution follows it in 16 bits without gradients, and is PyTorch's
             otherwise.
+
+    Raises:
+        ArmhubertError: no such implementation.
     """
 
     def __init__(self, config: EncoderConfig, *, impl: Impl = "auto") -> None:
         super().__init__()
+        if impl not in get_args(Impl):
+            raise ArmhubertError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
         self.config = config
         channels = config.conv_layers[-1][0]
         self.front_end = FrontEnd(config, impl=impl)

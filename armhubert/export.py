@@ -129,6 +129,8 @@ class Exported(NamedTuple):
     checks: tuple[Check, ...]
     """Checks of the float32 program, which int8 is made from."""
     quantised: Quantised | None
+    ignored: tuple[str, ...]
+    """The source's names of tensors that are no part of an encoder, a CTC head's for instance: not in the file."""
 
 
 Report = Stage | Exported
@@ -214,7 +216,9 @@ def export(config: ExportConfig) -> Iterator[Report]:
         yield Stage("time")
         quantised = _compare(run, open_program(data, config.format), float_bytes)
     write_atomic(Path(config.out), data)
-    yield Exported(Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised)
+    yield Exported(
+        Path(config.out), len(data), ("waveforms", "lengths"), model.names, checks, quantised, weights.ignored
+    )
 
 
 class OnnxProgram:
@@ -376,6 +380,8 @@ def _quantise_onnx(data: bytes) -> bytes:
     proto = onnx.load_from_string(data)
     weights = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     linear = [node.name for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    # without this mark of its own, onnxruntime advises to preprocess, by the root logger, which it sets up for that
+    proto.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(

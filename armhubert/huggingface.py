@@ -105,6 +105,13 @@ class ARMHuBERTConfig(PreTrainedConfig):
                 f"a {kind} is no {self.model_type}: load it with transformers' own class, or make it one by armhubert "
                 "convert"
             )
+        stack = [kwargs.pop(name, None) for name in ("conv_dim", "conv_kernel", "conv_stride")]
+        if any(stack):
+            if not all(stack) or len({len(part) for part in stack}) > 1:
+                raise ArmhubertError(
+                    f"conv_dim, conv_kernel and conv_stride must come together and be of one length, got {stack}"
+                )
+            kwargs["conv_layers"] = tuple(zip(*stack, strict=True))
         for name, default in dataclasses.asdict(armhubert()).items():
             setattr(self, name, kwargs.pop(name, default))
         self.apply_spec_augment = apply_spec_augment

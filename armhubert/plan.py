@@ -7,6 +7,7 @@ best is for an evaluation to say; the published one is the first.
 
 import bisect
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -89,8 +90,15 @@ def plan(
         repeats: interleaved runs of each proposal.
 
     Raises:
-        ArmhubertError: no student is small enough, or no teacher there.
+        ArmhubertError: a budget of another kind or not above 0, `repeats` below 1, no student that is small enough, or
+            no teacher there.
     """
+    if budget.kind not in _WORDS or not budget.limit > 0:
+        raise ArmhubertError(
+            f"a budget must be of {', '.join(_WORDS)}, and above 0, got {budget.kind!r} and {budget.limit}"
+        )
+    if repeats < 1:
+        raise ArmhubertError(f"repeats must be at least 1, got {repeats}")
     weights = load_weights(teacher)
     where, found = pick_device(device), []
     smallest = float("inf")
@@ -183,11 +191,14 @@ def _latencies(students: dict[str, EncoderConfig], device: torch.device, repeats
 
 
 def write(proposal: Proposal, path: Path) -> None:
-    """The proposal as a configuration file for `armhubert distill --config`."""
+    """The proposal as a configuration file for `armhubert distill --config`: JSON by that ending, else YAML."""
     chosen = ("teacher", "loss", "width", "layers", "heads", "ffn", "pattern")
     settings = {name: getattr(proposal.settings, name) for name in chosen}
     header = (
         f"# {proposal.kind}: {proposal.parameters:,} parameters without heads, {proposal.macs / 1e9:.1f} G "
         f"multiply-accumulates for 10 s\n# armhubert distill DATA --config {path.name}\n"
     )
-    write_atomic(path, header + yaml.safe_dump(settings, sort_keys=False))
+    if path.suffix.lower() == ".json":
+        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    else:
+        write_atomic(path, header + yaml.safe_dump(settings, sort_keys=False))

@@ -109,6 +109,10 @@ class ARMHuBERT(SpeechEncoder):
         *,
         heads: bool = True,
         attention_mode: AttentionMode | None = None,
+        dropout: float | None = None,
+        attention_dropout: float | None = None,
+        activation_dropout: float | None = None,
+        input_dropout: float | None = None,
         impl: Impl = "auto",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -120,22 +124,32 @@ class ARMHuBERT(SpeechEncoder):
                 `.yaml` beside it, or any source that `load_teacher` takes (a student that reuses nothing).
             heads: keep the distillation heads, if there are any; without them the model is smaller and faster.
             attention_mode: how reusing layers read the map, `exact` or `resoftmax`, instead of as recorded.
+            dropout, attention_dropout, activation_dropout, input_dropout: probabilities to train on with, as
+                `EncoderConfig` names them, instead of those recorded; they act after `.train()`.
             impl: implementation of attention and waveform convolutions: `auto`, `triton` or `torch`.
             dtype: of the parameters.
             device: of the parameters.
 
         Raises:
-            ArmhubertError: nothing usable at `source`; the message says what is missing.
+            ArmhubertError: nothing usable at `source`, the message says what is missing; no such probability.
 
         Warns:
             UserWarning: a model that was trained with `resoftmax` is read as `exact`.
         """
         weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
+        dropouts = {
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "activation_dropout": activation_dropout,
+            "input_dropout": input_dropout,
+        }
+        weights = weights.with_config(**{name: value for name, value in dropouts.items() if value is not None})
         return cls.from_weights(weights, impl=impl, dtype=dtype, device=device)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> None:
         """Write config.json, preprocessor_config.json (transformers' feature extractor), model.safetensors (in the
-        parameters' dtype) and a model card, each atomically.
+        parameters' dtype) and a model card, README.md, each atomically. A README.md that is there stays where `card`
+        is None.
 
         Raises:
             ArmhubertError: the model's tensors are no longer those of its configuration, or the folder cannot be
@@ -150,7 +164,8 @@ class ARMHuBERT(SpeechEncoder):
         write_atomic(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
         write_atomic(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
-        write_atomic(folder / "README.md", card or model_card(self))
+        if card is not None or not (folder / "README.md").exists():
+            write_atomic(folder / "README.md", card or model_card(self))
 
     def _check_saveable(self) -> None:
         with torch.device("meta"):
@@ -270,6 +285,14 @@ In transformers, after `import armhubert.huggingface`: `AutoModel.from_pretraine
 {training}
 {_METHOD if ours else _CONVERTED}
 """
+
+
+def training_section(card: str) -> str:
+    """What the card of one of our students tells of its training, for the card of another form of it; else ""."""
+    if "\n# ARMHuBERT student\n" not in card:
+        return ""
+    _, heading, rest = card.partition("\n## Training\n")
+    return heading + rest.partition("\nMethod: ")[0]
 
 
 _CONVERTED = "The weights are the source's, under its licence and conditions."

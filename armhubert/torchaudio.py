@@ -40,6 +40,9 @@ class TorchaudioEncoder(nn.Module):
         depth = self.model.config.layers
         if num_layers is not None and not 1 <= num_layers <= depth:
             raise ArmhubertError(f"num_layers must be at least 1 and at most {depth}, got {num_layers}")
+        if num_layers is None:  # on a CPU a batch of unequal lengths is then worked on in groups
+            output = SpeechEncoder.forward(self.model, waveforms, lengths)
+            return list(output.hidden_states[1:]), None if lengths is None else output.lengths.to(lengths.dtype)
         self.model.check_inputs(waveforms, lengths)
         x, frames = self.model.embed(waveforms, None if lengths is None else lengths.long())
         x = self.model.layer_inputs(x, frames, None)

@@ -54,12 +54,7 @@ def _show(report: "Converted") -> None:
         f"maps read as {config.attention_mode}"
     )
     ui.say("missing none")
-    groups: dict[str, int] = {}
-    for name in report.ignored:
-        group = ".".join(name.split(".")[:2])
-        groups[group] = groups.get(group, 0) + 1
-    listed = ", ".join(f"{group} ({n})" if n > 1 else group for group, n in groups.items())
-    ui.say(f"ignored {len(report.ignored)}" + (f": {listed}" if listed else ""))
+    ui.say(f"ignored {len(report.ignored)}" + (f": {ui.grouped(report.ignored)}" if report.ignored else ""))
     if report.inferred:
         ui.say(f"not stated by the source, taken from published models of this size: {', '.join(report.inferred)}")
     ui.say(f"wrote {report.out}, read back equal")

@@ -64,4 +64,6 @@ def _show(reports: "Iterator[Report]") -> None:
             f"{after:.3f} s for 10 s here, medians of interleaved runs), feature error {int8.error:.2%}, "
             f"of another batch {int8.padding:.2%}"
         )
+    if report.ignored:
+        ui.note(f"{ui.grouped(report.ignored)}: no part of the encoder, and not in the file")
     ui.say(f"{report.path}: {report.bytes / 1e6:.1f} MB, {', '.join(report.inputs)} -> {', '.join(report.outputs)}")

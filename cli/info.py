@@ -29,10 +29,14 @@ def info(
 
     from armhubert.audio import read_audio
     from armhubert.config import SAMPLE_RATE
+    from armhubert.convert import load_weights
     from armhubert.student import ARMHuBERT, count_parameters
 
-    student = ARMHuBERT.from_pretrained(model)
+    weights = load_weights(model)
+    student = ARMHuBERT.from_weights(weights)
     _show_model(model, student.config, count_parameters(student))
+    if weights.ignored:
+        ui.note(f"{ui.grouped(weights.ignored)}: no part of the encoder, and left out")
     if audio is not None:
         wave, shortest = read_audio(audio), student.config.receptive_field
         if len(wave) < shortest:

@@ -38,8 +38,8 @@ def plan(
     asked = [(kind, text) for kind, text in given.items() if text is not None]
     if len(asked) != 1:
         raise ArmhubertError(f"give one budget, --params, --macs or --latency, got {len(asked)} of them")
-    if min(choose, repeats) < 1:
-        raise ArmhubertError(f"--choose and --repeats must be at least 1, got {choose} and {repeats}")
+    if choose < 1:
+        raise ArmhubertError(f"--choose must be at least 1, got {choose}")
     ((kind, text),) = asked
     budget = Budget(kind, parse_amount(text, kind))  # type: ignore[arg-type]
     ui.set_threads(threads)

@@ -1,7 +1,8 @@
 """What the screens of several commands share: lines, tables, progress bars, durations."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +80,12 @@ def bars(**settings: Any) -> Progress:
 def one_line(text: str) -> str:
     """A message without its line breaks."""
     return " ".join(text.split())
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Names of tensors by their first two parts, with the number of each."""
+    groups = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{group} ({count})" if count > 1 else group for group, count in groups.items())
 
 
 def duration(seconds: float) -> str:

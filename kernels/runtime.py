@@ -148,7 +148,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as torch.autocast hands them to a matrix product; None is left alone."""
-    return tuple(None if t is None else t.to(autocast_dtype(t)) for t in tensors)
+    wanted = [None if t is None else autocast_dtype(t) for t in tensors]
+    # quantised tensors have a dtype, and no other
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, wanted, strict=True))
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

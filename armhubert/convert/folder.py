@@ -12,7 +12,7 @@ from armhubert.config import AttentionMode, EncoderConfig
 from armhubert.convert import load_weights
 from armhubert.errors import ArmhubertError
 from armhubert.files import umask
-from armhubert.student import ARMHuBERT, ParameterCount, count_parameters, model_card
+from armhubert.student import ARMHuBERT, ParameterCount, count_parameters, model_card, training_section
 
 
 class Converted(NamedTuple):
@@ -65,16 +65,21 @@ def convert(
         raise ArmhubertError(
             f"{folder} is not empty: choose another folder, or replace our files in it with force=True"
         )
-    weights = load_weights(source).chosen(heads=heads, attention_mode=attention_mode)
+    recorded = load_weights(source)
+    weights = recorded.chosen(heads=heads, attention_mode=attention_mode)
     model = ARMHuBERT.from_weights(weights)
-    assumed = ""
+    told = ""
     if weights.inferred:
-        assumed = (
+        told = (
             "\nSettings that the source does not state, taken from published models of this size: "
             f"{', '.join(weights.inferred)}.\n"
         )
     # not weights.source: of a hub id that is a folder in the cache, named by a commit
-    name = os.path.basename(os.path.abspath(source)) if os.path.exists(source) else str(source)
+    name: str | None = os.path.basename(os.path.abspath(source)) if os.path.exists(source) else str(source)
+    if training := training_section(_card(Path(weights.source))):  # a student of ours in another form
+        told, name = training, None
+        if weights.config.attention_mode != recorded.config.attention_mode:
+            told += f"\nIts maps were read as `{recorded.config.attention_mode}` in that training.\n"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # inside, as an existing folder may be a mount point, a link or the current one, which no rename replaces
@@ -84,7 +89,7 @@ def convert(
     try:
         # mkdtemp's folders are private; a model is not
         temporary.chmod(0o777 & ~umask())
-        model.save_pretrained(temporary, card=model_card(model, assumed, converted=name))
+        model.save_pretrained(temporary, card=model_card(model, told, converted=name))
         _check(temporary, model)
         if exists:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
@@ -104,6 +109,13 @@ def convert(
         weights.ignored,
         weights.inferred,
     )
+
+
+def _card(folder: Path) -> str:
+    try:
+        return (folder / "README.md").read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _check(folder: Path, model: ARMHuBERT) -> None:
