@@ -5,7 +5,8 @@
 The folder of the features also holds
 
     features.json    the model's fingerprint and everything else that the numbers depend on
-    index.jsonl      a line a finished file: audio_filepath, features, samples, frames (itself a manifest of the audio)
+    index.jsonl      a line a finished file: audio_filepath, features, samples, audio_size, audio_mtime_ns, frames;
+                     itself a manifest of the audio
     skipped.tsv      files that could not be used, and why
     scan.json        what the scan found, so that the next run need not decode everything again
 
@@ -316,7 +317,8 @@ def _extract(
     skipped_report = out / "skipped.tsv"
     write_skipped(scanned.skipped, skipped_report)
     scanned.require_utterances(skipped_report)
-    missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), u, names[u.path])]
+    lines = {u.path: _line(u, names[u.path]) for u in scanned.utterances}
+    missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), lines[u.path])]
     long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]
     short = [u for u in missing if u.samples <= config.chunk_seconds * SAMPLE_RATE]
     plan = plan_by_length(short, config.batch_seconds)
@@ -336,7 +338,7 @@ def _extract(
         skipped_report=skipped_report,
     )
 
-    run = _Run(config, model, device, selection, width, out, names)
+    run = _Run(config, model, device, selection, width, out, lines)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
     index = {name: row for name, row in known.items() if (out / name).is_file()}
@@ -374,10 +376,10 @@ class _Run:
         selection: Selection,
         width: int,
         out: Path,
-        names: Mapping[str, str],
+        lines: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config, self.model, self.device = config, model, device
-        self.selection, self.width, self.out, self.names = selection, width, out, names
+        self.selection, self.width, self.out, self.lines = selection, width, out, lines
         self.dtype = _DTYPES[config.dtype]
 
     def steps(
@@ -440,15 +442,17 @@ class _Run:
         """Features [N, T, D] -> a file."""
         header, _ = self._header(features.shape[1])
         data = header + self._bytes(features, utterance)
-        write_atomic(self.out / self.names[utterance.path], data)
-        return self._row(utterance, features.shape[1]), len(data)
+        line = self.lines[utterance.path]
+        write_atomic(self.out / line["features"], data)
+        return {**line, "frames": features.shape[1]}, len(data)
 
     def _write_long(self, utterance: Utterance) -> _Row:
         frames = self.model.config.frames(utterance.samples)
         header, offsets = self._header(frames)
         row_bytes = self.width * self.dtype.itemsize
         read = open_recording(utterance.path, utterance.samples)
-        with open_atomic(self.out / self.names[utterance.path]) as file:
+        line = self.lines[utterance.path]
+        with open_atomic(self.out / line["features"]) as file:
             file.write(header)
             for window in windows(
                 self.model,
@@ -461,7 +465,7 @@ class _Run:
                 for offset, layer in zip(offsets, features.to(self.dtype).cpu(), strict=True):
                     file.seek(offset + window.start * row_bytes)
                     file.write(self._bytes(layer, utterance))
-        return self._row(utterance, frames), len(header) + len(offsets) * frames * row_bytes
+        return {**line, "frames": frames}, len(header) + len(offsets) * frames * row_bytes
 
     def _bytes(self, features: Tensor, utterance: Utterance) -> bytes:
         if not features.isfinite().all():
@@ -471,14 +475,6 @@ class _Run:
                 f"not diverge{wider}; what is finished is kept"
             )
         return features.contiguous().view(torch.uint8).numpy().tobytes()
-
-    def _row(self, utterance: Utterance, frames: int) -> dict[str, Any]:
-        return {
-            "audio_filepath": utterance.path,
-            "features": self.names[utterance.path],
-            "samples": utterance.samples,
-            "frames": frames,
-        }
 
     def _header(self, frames: int) -> tuple[bytes, list[int]]:
         """What precedes the numbers in a file, and where each layer's [T, D] begins."""
@@ -599,21 +595,35 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _is_finished(out: Path, row: Mapping[str, Any] | None, utterance: Utterance, name: str) -> bool:
-    """Whether the features of a recording are there and no older than it.
+def _line(utterance: Utterance, name: str) -> dict[str, Any]:
+    """A recording's line of the index without its frames; size and time of change before it is read tell whether it is
+    the same later, and are -1 where it has gone."""
+    try:
+        status = os.stat(utterance.path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+    except OSError:
+        size, mtime_ns = -1, -1
+    return {
+        "audio_filepath": utterance.path,
+        "features": name,
+        "samples": utterance.samples,
+        "audio_size": size,
+        "audio_mtime_ns": mtime_ns,
+    }
+
+
+def _is_finished(out: Path, row: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Whether the features of a recording are there, and are of the recording as it is now.
 
     Raises:
         ArmhubertError: the features under this name are another recording's.
     """
-    if row is None:
+    features = out / now["features"]
+    if row is None or not features.is_file():
         return False
-    try:
-        newer = os.stat(out / name).st_mtime_ns >= os.stat(utterance.path).st_mtime_ns
-    except OSError:
-        return False
-    if row.get("audio_filepath") != utterance.path:
+    if row.get("audio_filepath") != now["audio_filepath"]:
         raise ArmhubertError(
-            f"{out / name} holds the features of {row.get('audio_filepath')!r}, not of {utterance.path!r}: "
+            f"{features} holds the features of {row.get('audio_filepath')!r}, not of {now['audio_filepath']!r}: "
             "choose another folder for other data"
         )
-    return newer and row.get("samples") == utterance.samples
+    return all(row.get(key) == value for key, value in now.items())

@@ -192,10 +192,22 @@ def test_a_torn_line_of_the_index_swallows_no_other(student, speech, tmp_path):
 def test_a_changed_recording_is_computed_again(student, speech, tmp_path):
     run(student, speech, tmp_path / "out")
     soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(9000) * 0.1, 16_000)
-    after = (tmp_path / "out/1.npy").stat().st_mtime + 5
-    os.utime(speech / "1.wav", (after, after))
     assert run(student, speech, tmp_path / "out")[-1].recordings == 1
     assert len(np.load(tmp_path / "out/1.npy")) == TINY.frames(9000)
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_recording_is_as_old_as_its_file_says(student, speech, tmp_path, days):
+    """Copies keep dates: of another recording, an older one; a clock that was wrong, one to come."""
+    run(student, speech, tmp_path / "out")
+    before = np.load(tmp_path / "out/1.npy")
+    samples = soundfile.info(speech / "1.wav").frames
+    soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(samples) * 0.1, 16_000)
+    date = (tmp_path / "out/1.npy").stat().st_mtime + days * 86_400
+    os.utime(speech / "1.wav", (date, date))
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 1
+    assert not np.array_equal(np.load(tmp_path / "out/1.npy"), before)
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 0
 
 
 @pytest.mark.parametrize(
