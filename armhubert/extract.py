@@ -584,8 +584,8 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
         )
     rows = {}
     with contextlib.suppress(OSError):
-        for line in (out / _INDEX).read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a run that was killed
+        for line in (out / _INDEX).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a kill, or damaged
                 row = json.loads(line)
                 rows[str(row["features"])] = row
     return rows

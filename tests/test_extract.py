@@ -189,6 +189,15 @@ def test_a_torn_line_of_the_index_swallows_no_other(student, speech, tmp_path):
     assert all(json.loads(line)["features"] in {"1.npy", "2.npy", "3.npy"} for line in more)
 
 
+def test_a_damaged_line_of_the_index_costs_its_recording(student, speech, tmp_path):
+    index = tmp_path / "out/index.jsonl"
+    run(student, speech, tmp_path / "out")
+    first, second, *more = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(b"".join((first.replace(b"speech", b"spe\xffch"), second, b"\x00\xfe\n", *more)))
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 1
+    assert len(index.read_text().splitlines()) == 4
+
+
 def test_a_changed_recording_is_computed_again(student, speech, tmp_path):
     run(student, speech, tmp_path / "out")
     soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(9000) * 0.1, 16_000)
