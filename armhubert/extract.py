@@ -10,8 +10,9 @@ The folder of the features also holds
     skipped.tsv      files that could not be used, and why
     scan.json        what the scan found, so that the next run need not decode everything again
 
-A file appears whole or not at all, and a second run computes what is missing. Padding never changes features
-(`armhubert.encoder`), so neither does the batch that a recording happens to be in, nor whether a run was resumed.
+A file appears whole or not at all, and a second run computes what is missing. Features do not depend on the batch that
+a recording happens to be in, nor on whether a run was resumed: padding changes none (`armhubert.encoder`), and where
+it would, in a model with `padding="as_trained"`, every recording is a batch of its own.
 """
 
 import contextlib
@@ -92,7 +93,8 @@ class ExtractConfig:
     precision: Precision = "fp32"
     """Dtype that the model computes in."""
     batch_seconds: float = 60.0
-    """Padded audio of a batch; on a GPU, more is faster until its memory is full."""
+    """Padded audio of a batch; on a GPU, more is faster until its memory is full. A model with `padding="as_trained"`
+    takes one recording at a time."""
     chunk_seconds: float = 60.0
     """Longer recordings pass the Transformer in windows of this length: see `armhubert.long_recordings`."""
     context_seconds: float = 5.0
@@ -322,6 +324,8 @@ def _extract(
     long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]
     short = [u for u in missing if u.samples <= config.chunk_seconds * SAMPLE_RATE]
     plan = plan_by_length(short, config.batch_seconds)
+    if model.config.padding == "as_trained":
+        plan = [[crop] for batch in plan for crop in batch]
     finished = len(scanned.utterances) - len(missing)
     yield Started(
         config=config,

@@ -58,8 +58,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("batch_seconds", [0.1, 60])
-def test_each_recording_gets_the_features_that_it_has_alone(student, speech, tmp_path, batch_seconds):
+@pytest.mark.parametrize(("batch_seconds", "padding"), [(0.1, "independent"), (60, "independent"), (60, "as_trained")])
+def test_each_recording_gets_the_features_that_it_has_alone(speech, tmp_path, batch_seconds, padding):
+    ARMHuBERT(dataclasses.replace(TINY, padding=padding)).save_pretrained(tmp_path / "student")
+    student = tmp_path / "student"
     reports = run(student, speech, tmp_path / "out", batch_seconds=batch_seconds)
     started = next(r for r in reports if isinstance(r, Started))
     assert (started.recordings, started.features, started.width) == (4, ("last_hidden_state",), 32)
