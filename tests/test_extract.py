@@ -305,6 +305,12 @@ def test_an_ending_that_is_kept_is_no_other_recordings_name(tmp_path):
     assert list(output_names([str(tmp_path)], paths, ".npy").values()) == expected
 
 
+def test_a_recording_whose_name_is_as_long_as_names_may_be(student, speech, tmp_path):
+    (speech / "1.wav").rename(speech / f"{'n' * 251}.wav")
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 4
+    assert (tmp_path / "out" / f"{'n' * 251}.npy").is_file()
+
+
 def test_files_that_cannot_be_used_are_listed(student, speech, tmp_path):
     (speech / "broken.wav").write_bytes(b"RIFF nothing")
     soundfile.write(speech / "short.wav", np.ones(100) * 0.1, 16_000)
