@@ -23,11 +23,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from armhubert.data import (
 )
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, write_atomic
+from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, remove_temporaries, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
 from armhubert.machine import device_name, pick_device
 from armhubert.settings import check_fields, documented, read_mapping
@@ -64,6 +64,8 @@ _WRITERS = 4
 _STEPS_AHEAD = 2
 _SETTINGS = "features.json"
 _INDEX = "index.jsonl"
+_SCAN = "scan.json"
+_SKIPPED = "skipped.tsv"
 
 
 @documented
@@ -272,9 +274,10 @@ def layer_features(model: SpeechEncoder, inputs: Tensor, frames: Tensor | None, 
 
 
 def extract(config: ExtractConfig) -> Iterator[Report]:
-    """Compute what is missing of a folder of features; reports tell how far it is.
+    """Compute what is missing of a folder of features; reports, one a batch or window, tell how far it is.
 
-    Interrupted at any time, the folder holds whole files only, and the same call goes on from there.
+    Ended at any point, the folder holds whole files, and the same call goes on from there. What a killed process was
+    writing stays under a hidden name until then.
 
     Raises:
         ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings.
@@ -294,6 +297,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     selection = select(config.layers, model.config, heads=config.heads)
     make_folder(out)
     with held(out, strict=False):
+        remove_temporaries(out / name for name in (*names.values(), _SETTINGS, _INDEX, _SCAN, _SKIPPED))
         yield from _extract(config, model, device, selection, paths, names)
 
 
@@ -315,8 +319,8 @@ def _extract(
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     shortest = model.config.receptive_field
-    scanned = yield from scan(paths, min_samples=shortest, cache=out / "scan.json")
-    skipped_report = out / "skipped.tsv"
+    scanned = yield from scan(paths, min_samples=shortest, cache=out / _SCAN)
+    skipped_report = out / _SKIPPED
     write_skipped(scanned.skipped, skipped_report)
     scanned.require_utterances(skipped_report)
     lines = {u.path: _line(u, names[u.path]) for u in scanned.utterances}
@@ -342,19 +346,16 @@ def _extract(
         skipped_report=skipped_report,
     )
 
-    run = _Run(config, model, device, selection, width, out, lines)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
         with disk_errors(out):
             log = stack.enter_context(append_lines(out / _INDEX))
+        run = _Run(config, model, device, selection, width, out, lines, log)
         writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
         steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
         for rows in _ahead(steps):
-            with disk_errors(out):
-                log.writelines(json.dumps(row).encode() + b"\n" for row, _ in rows)
-                log.flush()
             for row, count in rows:
                 index[row["features"]] = row
                 done, samples, size = done + 1, samples + row["samples"], size + count
@@ -381,9 +382,10 @@ class _Run:
         width: int,
         out: Path,
         lines: Mapping[str, Mapping[str, Any]],
+        log: BinaryIO,
     ) -> None:
         self.config, self.model, self.device = config, model, device
-        self.selection, self.width, self.out, self.lines = selection, width, out, lines
+        self.selection, self.width, self.out, self.lines, self.log = selection, width, out, lines, log
         self.dtype = _DTYPES[config.dtype]
 
     def steps(
@@ -413,11 +415,11 @@ class _Run:
                 ]
 
     def _windowed(self, utterances: Sequence[Utterance]) -> Iterator[list[Future[_Row]]]:
-        """Recordings that are too long for one pass, one after the other, written window by window."""
+        """Recordings that are too long for one pass, one after the other, written window by window; each is a step."""
         for utterance in utterances:
             written: Future[_Row] = Future()
             try:
-                written.set_result(self._write_long(utterance))
+                written.set_result((yield from self._write_long(utterance)))
             except torch.OutOfMemoryError:
                 raise ArmhubertError(
                     f"a window of {self.config.chunk_seconds:g} s does not fit the GPU's memory: lower "
@@ -448,9 +450,9 @@ class _Run:
         data = header + self._bytes(features, utterance)
         line = self.lines[utterance.path]
         write_atomic(self.out / line["features"], data)
-        return {**line, "frames": features.shape[1]}, len(data)
+        return self._finished(line, features.shape[1]), len(data)
 
-    def _write_long(self, utterance: Utterance) -> _Row:
+    def _write_long(self, utterance: Utterance) -> Generator[list[Future[_Row]], None, _Row]:
         frames = self.model.config.frames(utterance.samples)
         header, offsets = self._header(frames)
         row_bytes = self.width * self.dtype.itemsize
@@ -469,7 +471,16 @@ class _Run:
                 for offset, layer in zip(offsets, features.to(self.dtype).cpu(), strict=True):
                     file.seek(offset + window.start * row_bytes)
                     file.write(self._bytes(layer, utterance))
-        return {**line, "frames": frames}, len(header) + len(offsets) * frames * row_bytes
+                yield []
+        return self._finished(line, frames), len(header) + len(offsets) * frames * row_bytes
+
+    def _finished(self, line: Mapping[str, Any], frames: int) -> dict[str, Any]:
+        """A row of the index, there as soon as its file is whole."""
+        row = {**line, "frames": frames}
+        with disk_errors(self.out):
+            self.log.write(json.dumps(row).encode() + b"\n")
+            self.log.flush()
+        return row
 
     def _bytes(self, features: Tensor, utterance: Utterance) -> bytes:
         if not features.isfinite().all():
@@ -507,12 +518,15 @@ class _Run:
 
 
 def _ahead(steps: Iterator[list[Future[_Row]]]) -> Iterator[list[_Row]]:
-    """Results of each step, waited for once _STEPS_AHEAD more are under way: disks do not hold up the model."""
+    """After each step, the results of those of which _STEPS_AHEAD more are under way, or which are done: disks do not
+    hold up the model."""
     waiting: list[list[Future[_Row]]] = []
     for futures in steps:
         waiting.append(futures)
+        ready: list[_Row] = []
         while waiting and (len(waiting) > _STEPS_AHEAD or all(future.done() for future in waiting[0])):
-            yield [future.result() for future in waiting.pop(0)]
+            ready += [future.result() for future in waiting.pop(0)]
+        yield ready
     for futures in waiting:
         yield [future.result() for future in futures]
 

@@ -30,7 +30,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """As `write_atomic`, for what is written in parts: renamed where the block ends, removed where it raises."""
+    """As `write_atomic`, for what is written in parts: renamed where the block ends, removed where it raises.
+
+    A process that is killed leaves its temporary file: see `remove_temporaries`.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

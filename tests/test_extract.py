@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,13 +164,49 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(student, speech, tmp_
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 4
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "how", [["--batch-seconds", "0.1"], ["--chunk-seconds", "0.4", "--context-seconds", "0.1"]], ids=["batch", "window"]
+)
+def test_a_run_that_is_stopped_keeps_what_is_done(call, student, speech, tmp_path, monkeypatch, number, code, how):
+    passes, compute = [], module.layer_features
+
+    def interrupted(*of):
+        passes.append(of)
+        if len(passes) == 2:
+            signal.raise_signal(number)
+        return compute(*of)
+
+    argv = ("extract", student, speech, "--out", tmp_path / "out", "--workers", "0", *how)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "layer_features", interrupted)
+        ended, out, err = call(*argv)
+    assert (ended, len(passes)) == (code, 2)
+    assert out.splitlines()[-1] == "Stopped; the same command goes on."
+    assert "Stopping as soon as" in err
+    rows = [json.loads(line) for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
+    assert {row["features"] for row in rows} == {name for name in files(tmp_path / "out") if name.endswith("npy")}
+    assert not list((tmp_path / "out").rglob(".*"))
+    finished = re.search(r"recordings=(\d) finished_before=(\d)", call(*argv)[1].splitlines()[-1])
+    assert (int(finished[1]), int(finished[2])) == (4 - len(rows), len(rows))
+
+
+def test_what_a_killed_process_was_writing_is_removed(student, speech, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.features.json.12345678").touch()  # the first file of all
+    run(student, speech, tmp_path / "out")
+    (tmp_path / "out/deep/er/.0.npy.t_472r5e").touch()
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 0
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_long_recordings_are_in_the_index_as_soon_as_they_are_written(student, speech, tmp_path):
     (speech / "1.wav").unlink()  # the one that passes at once
     config = ExtractConfig(str(student), (str(speech),), str(tmp_path / "out"), chunk_seconds=0.4, context_seconds=0.1)
     reports = extract(config)
     assert next(report for report in reports if isinstance(report, Started)).long == 3
     for done in (1, 2):
-        assert next(reports).done == done
+        assert next(report.done for report in reports if report.done >= done) == done
         rows = (tmp_path / "out/index.jsonl").read_text().splitlines()
         assert len(rows) == len(list((tmp_path / "out").rglob("*.npy"))) == done
     reports.close()
