@@ -51,7 +51,7 @@ from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, remove_temporaries, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
-from armhubert.machine import device_name, pick_device
+from armhubert.machine import device_name, memory_errors, pick_device
 from armhubert.settings import check_fields, documented, read_mapping
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -280,7 +280,8 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     writing stays under a hidden name until then.
 
     Raises:
-        ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings.
+        ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings,
+            memory or a disk that is full.
     """
     device = pick_device(config.device)
     workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
@@ -350,6 +351,13 @@ def _extract(
     done, samples, size = 0, 0, 0
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            memory_errors(
+                f"memory must hold a batch of {config.batch_seconds:g} s, or a recording or window of up to "
+                f"{config.chunk_seconds:g} s: lower batch_seconds=..., or chunk_seconds=... for another folder; what "
+                "is finished is kept"
+            )
+        )
         with disk_errors(out):
             log = stack.enter_context(append_lines(out / _INDEX))
         run = _Run(config, model, device, selection, width, out, lines, log)
@@ -418,25 +426,13 @@ class _Run:
         """Recordings that are too long for one pass, one after the other, written window by window; each is a step."""
         for utterance in utterances:
             written: Future[_Row] = Future()
-            try:
-                written.set_result((yield from self._write_long(utterance)))
-            except torch.OutOfMemoryError:
-                raise ArmhubertError(
-                    f"a window of {self.config.chunk_seconds:g} s does not fit the GPU's memory: lower "
-                    "chunk_seconds=...; what is finished is kept"
-                ) from None
+            written.set_result((yield from self._write_long(utterance)))
             yield [written]
 
     def _compute(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """-> features [N, B, T, D] in host memory, valid frames [B]."""
         frames = self.model.config.frames(lengths)
-        try:
-            features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
-        except torch.OutOfMemoryError:
-            raise ArmhubertError(
-                f"a batch of {list(waveforms.shape)} samples does not fit the GPU's memory: lower "
-                f"batch_seconds={self.config.batch_seconds:g}; what is finished is kept"
-            ) from None
+        features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
         return features.to(self.dtype).cpu(), frames
 
     @torch.inference_mode()

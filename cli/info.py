@@ -29,11 +29,14 @@ def info(
 
     from armhubert.audio import read_audio
     from armhubert.config import SAMPLE_RATE
+    from armhubert.machine import memory_errors
     from armhubert.student import ARMHuBERT, count_parameters
 
     student = ARMHuBERT.from_pretrained(model)
     _show_model(model, student.config, count_parameters(student))
-    if audio is not None:
+    if audio is None:
+        return
+    with memory_errors(f"memory must hold all of {audio}: name a shorter recording, or use armhubert extract"):
         wave, shortest = read_audio(audio), student.config.receptive_field
         if len(wave) < shortest:
             raise ArmhubertError(

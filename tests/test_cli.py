@@ -301,6 +301,11 @@ def test_info_on_what_is_no_model(refused, tmp_path):
     refused("info", tmp_path / "absent", says="no model at")
 
 
+def test_info_on_a_recording_that_memory_does_not_hold(refused, old_run, speech, monkeypatch):
+    monkeypatch.setattr("armhubert.audio.read_audio", lambda path: torch.empty(2**60, dtype=torch.uint8))
+    refused("info", old_run, "--audio", speech / "0.wav", says=r"must hold all of .*0\.wav: name a shorter recording")
+
+
 def test_info_on_a_recording_that_is_too_short_names_it(refused, old_run, tmp_path):
     soundfile.write(tmp_path / "short.wav", torch.ones(50).numpy() * 0.1, 16_000)
     refused(

@@ -392,6 +392,18 @@ def test_the_command(call, student, speech, tmp_path):
         assert re.search(says, err), err
 
 
+@pytest.mark.parametrize("chunk_seconds", [60, 0.4])
+def test_memory_that_runs_out_is_one_line(call, student, speech, tmp_path, monkeypatch, chunk_seconds):
+    monkeypatch.setattr(module, "layer_features", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    code, _, err = call(
+        "extract", student, speech, "-o", tmp_path / "f", "--chunk-seconds", chunk_seconds, "--context-seconds", "0.1"
+    )
+    assert code == 2
+    rule = f"memory must hold a batch of 60 s, or a recording or window of up to {chunk_seconds} s"
+    remedy = "lower --batch-seconds, or --chunk-seconds for another folder; what is finished is kept"
+    assert err == f"error: {rule}: {remedy}\n"
+
+
 # ---- long recordings -------------------------------------------------------
 
 
