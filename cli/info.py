@@ -62,7 +62,7 @@ def _show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, str(value))
-    ui.out.print(table)
+    ui.draw(table)
 
 
 def _show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:
