@@ -25,7 +25,7 @@ from armhubert.distill_run import Progress, Run, Validated, Window, while_read
 from armhubert.distributed import World, join_world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import remove_temporaries, write_atomic
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.machine import device_name, high_water_mark, pick_device
@@ -177,9 +177,7 @@ def distill(
                 )
         started = _started(run, copied, out)
         if world.leads:
-            for name in (CHECKPOINT_FILE, "model.safetensors"):
-                for left in out.glob(f".{name}.*"):  # by a process that was killed while it wrote
-                    left.unlink(missing_ok=True)
+            remove_temporaries(out / name for name in (CHECKPOINT_FILE, "model.safetensors"))
             if saved is None:  # with `force`, the old run's state and student must not be taken for this one's
                 for name in (CHECKPOINT_FILE, "model.safetensors", "config.json"):
                     (out / name).unlink(missing_ok=True)

@@ -5,12 +5,14 @@
 The folder of the features also holds
 
     features.json    the model's fingerprint and everything else that the numbers depend on
-    index.jsonl      a line a finished file: audio_filepath, features, samples, frames (itself a manifest of the audio)
+    index.jsonl      a line a finished file: audio_filepath, features, samples, audio_size, audio_mtime_ns, frames;
+                     itself a manifest of the audio
     skipped.tsv      files that could not be used, and why
     scan.json        what the scan found, so that the next run need not decode everything again
 
-A file appears whole or not at all, and a second run computes what is missing. Padding never changes features
-(`armhubert.encoder`), so neither does the batch that a recording happens to be in, nor whether a run was resumed.
+A file appears whole or not at all, and a second run computes what is missing. Features do not depend on the batch that
+a recording happens to be in, nor on whether a run was resumed: padding changes none (`armhubert.encoder`), and where
+it would, in a model with `padding="as_trained"`, every recording is a batch of its own.
 """
 
 import contextlib
@@ -21,11 +23,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,9 +49,9 @@ from armhubert.data import (
 )
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, write_atomic
+from armhubert.files import append_lines, disk_errors, held, make_folder, open_atomic, remove_temporaries, write_atomic
 from armhubert.long_recordings import check_windows, open_recording, windows
-from armhubert.machine import device_name, pick_device
+from armhubert.machine import device_name, memory_errors, pick_device
 from armhubert.settings import check_fields, documented, read_mapping
 from armhubert.student import ARMHuBERT
 from armhubert.teacher import fingerprint
@@ -62,6 +64,8 @@ _WRITERS = 4
 _STEPS_AHEAD = 2
 _SETTINGS = "features.json"
 _INDEX = "index.jsonl"
+_SCAN = "scan.json"
+_SKIPPED = "skipped.tsv"
 
 
 @documented
@@ -91,7 +95,8 @@ class ExtractConfig:
     precision: Precision = "fp32"
     """Dtype that the model computes in."""
     batch_seconds: float = 60.0
-    """Padded audio of a batch; on a GPU, more is faster until its memory is full."""
+    """Padded audio of a batch; on a GPU, more is faster until its memory is full. A model with `padding="as_trained"`
+    takes one recording at a time."""
     chunk_seconds: float = 60.0
     """Longer recordings pass the Transformer in windows of this length: see `armhubert.long_recordings`."""
     context_seconds: float = 5.0
@@ -269,12 +274,14 @@ def layer_features(model: SpeechEncoder, inputs: Tensor, frames: Tensor | None, 
 
 
 def extract(config: ExtractConfig) -> Iterator[Report]:
-    """Compute what is missing of a folder of features; reports tell how far it is.
+    """Compute what is missing of a folder of features; reports, one a batch or window, tell how far it is.
 
-    Interrupted at any time, the folder holds whole files only, and the same call goes on from there.
+    Ended at any point, the folder holds whole files, and the same call goes on from there. What a killed process was
+    writing stays under a hidden name until then.
 
     Raises:
-        ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings.
+        ArmhubertError: bad settings, no usable audio, a folder that holds features of another model or other settings,
+            memory or a disk that is full.
     """
     device = pick_device(config.device)
     workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
@@ -291,6 +298,7 @@ def extract(config: ExtractConfig) -> Iterator[Report]:
     selection = select(config.layers, model.config, heads=config.heads)
     make_folder(out)
     with held(out, strict=False):
+        remove_temporaries(out / name for name in (*names.values(), _SETTINGS, _INDEX, _SCAN, _SKIPPED))
         yield from _extract(config, model, device, selection, paths, names)
 
 
@@ -312,14 +320,17 @@ def _extract(
     write_atomic(out / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     shortest = model.config.receptive_field
-    scanned = yield from scan(paths, min_samples=shortest, cache=out / "scan.json")
-    skipped_report = out / "skipped.tsv"
+    scanned = yield from scan(paths, min_samples=shortest, cache=out / _SCAN)
+    skipped_report = out / _SKIPPED
     write_skipped(scanned.skipped, skipped_report)
     scanned.require_utterances(skipped_report)
-    missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), u, names[u.path])]
+    lines = {u.path: _line(u, names[u.path]) for u in scanned.utterances}
+    missing = [u for u in scanned.utterances if not _is_finished(out, known.get(names[u.path]), lines[u.path])]
     long = [u for u in missing if u.samples > config.chunk_seconds * SAMPLE_RATE]
     short = [u for u in missing if u.samples <= config.chunk_seconds * SAMPLE_RATE]
     plan = plan_by_length(short, config.batch_seconds)
+    if model.config.padding == "as_trained":
+        plan = [[crop] for batch in plan for crop in batch]
     finished = len(scanned.utterances) - len(missing)
     yield Started(
         config=config,
@@ -336,19 +347,23 @@ def _extract(
         skipped_report=skipped_report,
     )
 
-    run = _Run(config, model, device, selection, width, out, names)
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
     index = {name: row for name, row in known.items() if (out / name).is_file()}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            memory_errors(
+                f"memory must hold a batch of {config.batch_seconds:g} s, or a recording or window of up to "
+                f"{config.chunk_seconds:g} s: lower batch_seconds=..., or chunk_seconds=... for another folder; what "
+                "is finished is kept"
+            )
+        )
         with disk_errors(out):
             log = stack.enter_context(append_lines(out / _INDEX))
+        run = _Run(config, model, device, selection, width, out, lines, log)
         writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="features"))
         steps = stack.enter_context(contextlib.closing(run.steps(short, plan, long, writers)))  # type: ignore[type-var]
         for rows in _ahead(steps):
-            with disk_errors(out):
-                log.writelines(json.dumps(row).encode() + b"\n" for row, _ in rows)
-                log.flush()
             for row, count in rows:
                 index[row["features"]] = row
                 done, samples, size = done + 1, samples + row["samples"], size + count
@@ -374,10 +389,11 @@ class _Run:
         selection: Selection,
         width: int,
         out: Path,
-        names: Mapping[str, str],
+        lines: Mapping[str, Mapping[str, Any]],
+        log: BinaryIO,
     ) -> None:
         self.config, self.model, self.device = config, model, device
-        self.selection, self.width, self.out, self.names = selection, width, out, names
+        self.selection, self.width, self.out, self.lines, self.log = selection, width, out, lines, log
         self.dtype = _DTYPES[config.dtype]
 
     def steps(
@@ -407,28 +423,16 @@ class _Run:
                 ]
 
     def _windowed(self, utterances: Sequence[Utterance]) -> Iterator[list[Future[_Row]]]:
-        """Recordings that are too long for one pass, one after the other, written window by window."""
+        """Recordings that are too long for one pass, one after the other, written window by window; each is a step."""
         for utterance in utterances:
             written: Future[_Row] = Future()
-            try:
-                written.set_result(self._write_long(utterance))
-            except torch.OutOfMemoryError:
-                raise ArmhubertError(
-                    f"a window of {self.config.chunk_seconds:g} s does not fit the GPU's memory: lower "
-                    "chunk_seconds=...; what is finished is kept"
-                ) from None
+            written.set_result((yield from self._write_long(utterance)))
             yield [written]
 
     def _compute(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """-> features [N, B, T, D] in host memory, valid frames [B]."""
         frames = self.model.config.frames(lengths)
-        try:
-            features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
-        except torch.OutOfMemoryError:
-            raise ArmhubertError(
-                f"a batch of {list(waveforms.shape)} samples does not fit the GPU's memory: lower "
-                f"batch_seconds={self.config.batch_seconds:g}; what is finished is kept"
-            ) from None
+        features = self._forward(waveforms.to(self.device, non_blocking=True), lengths.to(self.device))
         return features.to(self.dtype).cpu(), frames
 
     @torch.inference_mode()
@@ -440,15 +444,17 @@ class _Run:
         """Features [N, T, D] -> a file."""
         header, _ = self._header(features.shape[1])
         data = header + self._bytes(features, utterance)
-        write_atomic(self.out / self.names[utterance.path], data)
-        return self._row(utterance, features.shape[1]), len(data)
+        line = self.lines[utterance.path]
+        write_atomic(self.out / line["features"], data)
+        return self._finished(line, features.shape[1]), len(data)
 
-    def _write_long(self, utterance: Utterance) -> _Row:
+    def _write_long(self, utterance: Utterance) -> Generator[list[Future[_Row]], None, _Row]:
         frames = self.model.config.frames(utterance.samples)
         header, offsets = self._header(frames)
         row_bytes = self.width * self.dtype.itemsize
         read = open_recording(utterance.path, utterance.samples)
-        with open_atomic(self.out / self.names[utterance.path]) as file:
+        line = self.lines[utterance.path]
+        with open_atomic(self.out / line["features"]) as file:
             file.write(header)
             for window in windows(
                 self.model,
@@ -461,7 +467,16 @@ class _Run:
                 for offset, layer in zip(offsets, features.to(self.dtype).cpu(), strict=True):
                     file.seek(offset + window.start * row_bytes)
                     file.write(self._bytes(layer, utterance))
-        return self._row(utterance, frames), len(header) + len(offsets) * frames * row_bytes
+                yield []
+        return self._finished(line, frames), len(header) + len(offsets) * frames * row_bytes
+
+    def _finished(self, line: Mapping[str, Any], frames: int) -> dict[str, Any]:
+        """A row of the index, there as soon as its file is whole."""
+        row = {**line, "frames": frames}
+        with disk_errors(self.out):
+            self.log.write(json.dumps(row).encode() + b"\n")
+            self.log.flush()
+        return row
 
     def _bytes(self, features: Tensor, utterance: Utterance) -> bytes:
         if not features.isfinite().all():
@@ -471,14 +486,6 @@ class _Run:
                 f"not diverge{wider}; what is finished is kept"
             )
         return features.contiguous().view(torch.uint8).numpy().tobytes()
-
-    def _row(self, utterance: Utterance, frames: int) -> dict[str, Any]:
-        return {
-            "audio_filepath": utterance.path,
-            "features": self.names[utterance.path],
-            "samples": utterance.samples,
-            "frames": frames,
-        }
 
     def _header(self, frames: int) -> tuple[bytes, list[int]]:
         """What precedes the numbers in a file, and where each layer's [T, D] begins."""
@@ -507,12 +514,15 @@ class _Run:
 
 
 def _ahead(steps: Iterator[list[Future[_Row]]]) -> Iterator[list[_Row]]:
-    """Results of each step, waited for once _STEPS_AHEAD more are under way: disks do not hold up the model."""
+    """After each step, the results of those of which _STEPS_AHEAD more are under way, or which are done: disks do not
+    hold up the model."""
     waiting: list[list[Future[_Row]]] = []
     for futures in steps:
         waiting.append(futures)
+        ready: list[_Row] = []
         while waiting and (len(waiting) > _STEPS_AHEAD or all(future.done() for future in waiting[0])):
-            yield [future.result() for future in waiting.pop(0)]
+            ready += [future.result() for future in waiting.pop(0)]
+        yield ready
     for futures in waiting:
         yield [future.result() for future in futures]
 
@@ -588,8 +598,8 @@ def _earlier(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]
         )
     rows = {}
     with contextlib.suppress(OSError):
-        for line in (out / _INDEX).read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a run that was killed
+        for line in (out / _INDEX).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a kill, or damaged
                 row = json.loads(line)
                 rows[str(row["features"])] = row
     return rows
@@ -599,21 +609,35 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _is_finished(out: Path, row: Mapping[str, Any] | None, utterance: Utterance, name: str) -> bool:
-    """Whether the features of a recording are there and no older than it.
+def _line(utterance: Utterance, name: str) -> dict[str, Any]:
+    """A recording's line of the index without its frames; size and time of change before it is read tell whether it is
+    the same later, and are -1 where it has gone."""
+    try:
+        status = os.stat(utterance.path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+    except OSError:
+        size, mtime_ns = -1, -1
+    return {
+        "audio_filepath": utterance.path,
+        "features": name,
+        "samples": utterance.samples,
+        "audio_size": size,
+        "audio_mtime_ns": mtime_ns,
+    }
+
+
+def _is_finished(out: Path, row: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Whether the features of a recording are there, and are of the recording as it is now.
 
     Raises:
         ArmhubertError: the features under this name are another recording's.
     """
-    if row is None:
+    features = out / now["features"]
+    if row is None or not features.is_file():
         return False
-    try:
-        newer = os.stat(out / name).st_mtime_ns >= os.stat(utterance.path).st_mtime_ns
-    except OSError:
-        return False
-    if row.get("audio_filepath") != utterance.path:
+    if row.get("audio_filepath") != now["audio_filepath"]:
         raise ArmhubertError(
-            f"{out / name} holds the features of {row.get('audio_filepath')!r}, not of {utterance.path!r}: "
+            f"{features} holds the features of {row.get('audio_filepath')!r}, not of {now['audio_filepath']!r}: "
             "choose another folder for other data"
         )
-    return newer and row.get("samples") == utterance.samples
+    return all(row.get(key) == value for key, value in now.items())

@@ -1,9 +1,12 @@
 """Writing files whole or not at all."""
 
 import contextlib
+import errno
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,11 +30,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """As `write_atomic`, for what is written in parts: renamed where the block ends, removed where it raises."""
+    """As `write_atomic`, for what is written in parts: renamed where the block ends, removed where it raises.
+
+    A process that is killed leaves its temporary file: see `remove_temporaries`.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
@@ -43,10 +49,28 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         if isinstance(error, OSError):
-            raise ArmhubertError(
-                f"cannot write {path}: {error.strerror}; free space or choose another folder"
-            ) from None
+            remedy = "free space or choose another folder"
+            if error.errno == errno.ENAMETOOLONG:
+                remedy = "choose a shorter name"
+            raise ArmhubertError(f"cannot write {path}: {error.strerror}; {remedy}") from None
         raise
+
+
+def _prefix(path: Path) -> str:
+    """What a temporary name begins with: where `path`'s own name fits, so does the whole, in any script."""
+    return f".{path.name[:32]}."
+
+
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Remove what processes that were killed while they wrote these files left behind; for who holds their folders."""
+    prefixes: defaultdict[Path, set[str]] = defaultdict(set)
+    for path in paths:
+        prefixes[path.parent].add(_prefix(path))
+    for folder, ours in prefixes.items():
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                if re.fullmatch(r"[a-z0-9_]{8}", name[-8:]) and name[:-8] in ours:
+                    (folder / name).unlink()
 
 
 def make_folder(path: Path) -> None:

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -160,3 +161,14 @@ def free_memory(device: torch.device) -> int | None:
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """An allocation that fails in the block, on a GPU or not, is an ArmhubertError of this message."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise ArmhubertError(message) from error

@@ -53,16 +53,20 @@ class UpstreamExpert(nn.Module):
         return self.model.config.hop
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
-        """Features of waveforms [S_i] at 16 kHz; an utterance's do not depend on the others.
+        """Features of waveforms [S_i] at 16 kHz; an utterance's do not depend on the others, unless the model has
+        `padding="as_trained"`.
 
         Returns:
             `hidden_states`, the input of layer 0 and every layer's output, L + 1 tensors [B, T, D] padded to the
             longest, the last after the final norm of a model that has one, as s3prl takes it; `last_hidden_state`
             [B, T, D]; and where the student has heads `projections`, L tensors [B, T, D_t], on which the authors'
             released students were evaluated (s3prl: `-s projections`).
+
+        Raises:
+            ArmhubertError: no list of tensors [S], or one of fewer samples than a frame needs (400 in released models).
         """
-        if not wavs or not all(isinstance(wav, Tensor) for wav in wavs):
-            raise ArmhubertError("wavs must be a list of tensors [S], one or more")
+        if isinstance(wavs, Tensor) or not wavs or not all(isinstance(wav, Tensor) and wav.ndim == 1 for wav in wavs):
+            raise ArmhubertError("wavs must be a list of tensors [S], one or more: give a batch [B, S] as list(batch)")
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         output = self.model(pad_sequence(wavs, batch_first=True), lengths)
         hidden_states = [*output.hidden_states[:-1], output.last_hidden_state]

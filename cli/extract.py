@@ -1,13 +1,15 @@
 """`armhubert extract`: argv -> ExtractConfig -> reports on the screen."""
 
+import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armhubert.cli import ui
 from armhubert.cli.app import app
+from armhubert.cli.signals import stop_on_signal
 
 if TYPE_CHECKING:
     from armhubert.extract import Finished, Report, Started
@@ -50,13 +52,22 @@ def extract(
     from armhubert.extract import extract as run
     from armhubert.settings import build
 
-    _show(run(build(ExtractConfig, given, "the options")))
+    with stop_on_signal() as stop:
+        with contextlib.closing(run(build(ExtractConfig, given, "the options"))) as reports:  # type: ignore[type-var]
+            done = _show(reports, stop.asked)
+        if not done:
+            ui.say(f"Stopped; the same command goes on{', without --force' if force else ''}.")
+            stop.leave()
 
 
-def _show(reports: "Iterator[Report]") -> None:
-    """Consume an extraction's reports: a bar on a terminal; elsewhere lines at the start, every 10 s, the end."""
+def _show(reports: "Iterator[Report]", should_stop: Callable[[], bool]) -> bool:
+    """Consume an extraction's reports: a bar on a terminal; elsewhere lines at the start, every 10 s, the end.
+
+    Returns:
+        Whether it came to the end.
+    """
     from armhubert.data import Scanning
-    from armhubert.extract import Progress, Started
+    from armhubert.extract import Finished, Progress, Started
 
     live = ui.out.is_terminal
     shown = -10.0
@@ -80,6 +91,9 @@ def _show(reports: "Iterator[Report]") -> None:
             else:
                 bar.stop()
                 ui.say(_end(report, live))
+            if not isinstance(report, Finished) and should_stop():
+                return False
+    return True
 
 
 def _plan(report: "Started", live: bool) -> str:

@@ -30,6 +30,7 @@ def info(
     from armhubert.audio import read_audio
     from armhubert.config import SAMPLE_RATE
     from armhubert.convert import load_weights
+    from armhubert.machine import memory_errors
     from armhubert.student import ARMHuBERT, count_parameters
 
     weights = load_weights(model)
@@ -37,7 +38,9 @@ def info(
     _show_model(model, student.config, count_parameters(student))
     if weights.ignored:
         ui.note(f"{ui.grouped(weights.ignored)}: no part of the encoder, and left out")
-    if audio is not None:
+    if audio is None:
+        return
+    with memory_errors(f"memory must hold all of {audio}: name a shorter recording, or use armhubert extract"):
         wave, shortest = read_audio(audio), student.config.receptive_field
         if len(wave) < shortest:
             raise ArmhubertError(
@@ -63,7 +66,7 @@ def _show_model(source: str, config: "EncoderConfig", count: "ParameterCount") -
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, str(value))
-    ui.out.print(table)
+    ui.draw(table)
 
 
 def _show_features(audio: Path, seconds: float, features: "Tensor", elapsed: float) -> None:

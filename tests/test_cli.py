@@ -296,9 +296,22 @@ def test_names_that_look_like_markup_are_shown_as_they_are(call, old_run, speech
     assert "x[/b].wav" in call("info", model, "--audio", tmp_path / "x[/b].wav")[2]
 
 
+def test_info_shows_the_whole_name_of_a_model(call, old_run, tmp_path):
+    model = tmp_path / ("m" * 150)
+    model.symlink_to(old_run)
+    code, out, err = call("info", model)
+    assert (code, err) == (0, "")
+    assert str(model) in out
+
+
 def test_info_on_what_is_no_model(refused, tmp_path):
     refused("info", tmp_path, says="no config.json")
     refused("info", tmp_path / "absent", says="no model at")
+
+
+def test_info_on_a_recording_that_memory_does_not_hold(refused, old_run, speech, monkeypatch):
+    monkeypatch.setattr("armhubert.audio.read_audio", lambda path: torch.empty(2**60, dtype=torch.uint8))
+    refused("info", old_run, "--audio", speech / "0.wav", says=r"must hold all of .*0\.wav: name a shorter recording")
 
 
 def test_info_on_a_recording_that_is_too_short_names_it(refused, old_run, tmp_path):

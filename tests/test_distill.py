@@ -956,7 +956,7 @@ def test_a_checkpoint_is_due_after_a_while_unless_its_steps_are_given(settings, 
 def test_what_a_killed_process_was_writing_is_removed(settings):
     config = settings()
     run(config)
-    left = Path(config.out) / ".checkpoint.pt.a1b2"
+    left = Path(config.out) / ".checkpoint.pt.a1b2c3_4"
     left.touch()
     run(config, resume=True)
     assert not left.exists()

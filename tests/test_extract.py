@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("batch_seconds", [0.1, 60])
-def test_each_recording_gets_the_features_that_it_has_alone(student, speech, tmp_path, batch_seconds):
+@pytest.mark.parametrize(("batch_seconds", "padding"), [(0.1, "independent"), (60, "independent"), (60, "as_trained")])
+def test_each_recording_gets_the_features_that_it_has_alone(speech, tmp_path, batch_seconds, padding):
+    ARMHuBERT(dataclasses.replace(TINY, padding=padding)).save_pretrained(tmp_path / "student")
+    student = tmp_path / "student"
     reports = run(student, speech, tmp_path / "out", batch_seconds=batch_seconds)
     started = next(r for r in reports if isinstance(r, Started))
     assert (started.recordings, started.features, started.width) == (4, ("last_hidden_state",), 32)
@@ -161,13 +164,49 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(student, speech, tmp_
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 4
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "how", [["--batch-seconds", "0.1"], ["--chunk-seconds", "0.4", "--context-seconds", "0.1"]], ids=["batch", "window"]
+)
+def test_a_run_that_is_stopped_keeps_what_is_done(call, student, speech, tmp_path, monkeypatch, number, code, how):
+    passes, compute = [], module.layer_features
+
+    def interrupted(*of):
+        passes.append(of)
+        if len(passes) == 2:
+            signal.raise_signal(number)
+        return compute(*of)
+
+    argv = ("extract", student, speech, "--out", tmp_path / "out", "--workers", "0", *how)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "layer_features", interrupted)
+        ended, out, err = call(*argv)
+    assert (ended, len(passes)) == (code, 2)
+    assert out.splitlines()[-1] == "Stopped; the same command goes on."
+    assert "Stopping as soon as" in err
+    rows = [json.loads(line) for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
+    assert {row["features"] for row in rows} == {name for name in files(tmp_path / "out") if name.endswith("npy")}
+    assert not list((tmp_path / "out").rglob(".*"))
+    finished = re.search(r"recordings=(\d) finished_before=(\d)", call(*argv)[1].splitlines()[-1])
+    assert (int(finished[1]), int(finished[2])) == (4 - len(rows), len(rows))
+
+
+def test_what_a_killed_process_was_writing_is_removed(student, speech, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.features.json.12345678").touch()  # the first file of all
+    run(student, speech, tmp_path / "out")
+    (tmp_path / "out/deep/er/.0.npy.t_472r5e").touch()
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 0
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_long_recordings_are_in_the_index_as_soon_as_they_are_written(student, speech, tmp_path):
     (speech / "1.wav").unlink()  # the one that passes at once
     config = ExtractConfig(str(student), (str(speech),), str(tmp_path / "out"), chunk_seconds=0.4, context_seconds=0.1)
     reports = extract(config)
     assert next(report for report in reports if isinstance(report, Started)).long == 3
     for done in (1, 2):
-        assert next(reports).done == done
+        assert next(report.done for report in reports if report.done >= done) == done
         rows = (tmp_path / "out/index.jsonl").read_text().splitlines()
         assert len(rows) == len(list((tmp_path / "out").rglob("*.npy"))) == done
     reports.close()
@@ -189,13 +228,34 @@ def test_a_torn_line_of_the_index_swallows_no_other(student, speech, tmp_path):
     assert all(json.loads(line)["features"] in {"1.npy", "2.npy", "3.npy"} for line in more)
 
 
+def test_a_damaged_line_of_the_index_costs_its_recording(student, speech, tmp_path):
+    index = tmp_path / "out/index.jsonl"
+    run(student, speech, tmp_path / "out")
+    first, second, *more = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(b"".join((first.replace(b"speech", b"spe\xffch"), second, b"\x00\xfe\n", *more)))
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 1
+    assert len(index.read_text().splitlines()) == 4
+
+
 def test_a_changed_recording_is_computed_again(student, speech, tmp_path):
     run(student, speech, tmp_path / "out")
     soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(9000) * 0.1, 16_000)
-    after = (tmp_path / "out/1.npy").stat().st_mtime + 5
-    os.utime(speech / "1.wav", (after, after))
     assert run(student, speech, tmp_path / "out")[-1].recordings == 1
     assert len(np.load(tmp_path / "out/1.npy")) == TINY.frames(9000)
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_recording_is_as_old_as_its_file_says(student, speech, tmp_path, days):
+    """Copies keep dates: of another recording, an older one; a clock that was wrong, one to come."""
+    run(student, speech, tmp_path / "out")
+    before = np.load(tmp_path / "out/1.npy")
+    samples = soundfile.info(speech / "1.wav").frames
+    soundfile.write(speech / "1.wav", np.random.default_rng(1).standard_normal(samples) * 0.1, 16_000)
+    date = (tmp_path / "out/1.npy").stat().st_mtime + days * 86_400
+    os.utime(speech / "1.wav", (date, date))
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 1
+    assert not np.array_equal(np.load(tmp_path / "out/1.npy"), before)
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 0
 
 
 @pytest.mark.parametrize(
@@ -282,6 +342,12 @@ def test_an_ending_that_is_kept_is_no_other_recordings_name(tmp_path):
     assert list(output_names([str(tmp_path)], paths, ".npy").values()) == expected
 
 
+def test_a_recording_whose_name_is_as_long_as_names_may_be(student, speech, tmp_path):
+    (speech / "1.wav").rename(speech / f"{'n' * 251}.wav")
+    assert run(student, speech, tmp_path / "out")[-1].recordings == 4
+    assert (tmp_path / "out" / f"{'n' * 251}.npy").is_file()
+
+
 def test_files_that_cannot_be_used_are_listed(student, speech, tmp_path):
     (speech / "broken.wav").write_bytes(b"RIFF nothing")
     soundfile.write(speech / "short.wav", np.ones(100) * 0.1, 16_000)
@@ -324,6 +390,18 @@ def test_the_command(call, student, speech, tmp_path):
         assert (code, out) == (2, ""), argv
         assert len(err.splitlines()) == 1
         assert re.search(says, err), err
+
+
+@pytest.mark.parametrize("chunk_seconds", [60, 0.4])
+def test_memory_that_runs_out_is_one_line(call, student, speech, tmp_path, monkeypatch, chunk_seconds):
+    monkeypatch.setattr(module, "layer_features", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    code, _, err = call(
+        "extract", student, speech, "-o", tmp_path / "f", "--chunk-seconds", chunk_seconds, "--context-seconds", "0.1"
+    )
+    assert code == 2
+    rule = f"memory must hold a batch of 60 s, or a recording or window of up to {chunk_seconds} s"
+    remedy = "lower --batch-seconds, or --chunk-seconds for another folder; what is finished is kept"
+    assert err == f"error: {rule}: {remedy}\n"
 
 
 # ---- long recordings -------------------------------------------------------

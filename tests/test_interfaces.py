@@ -133,6 +133,12 @@ def test_what_an_upstream_refuses(folder):
         UpstreamExpert()
     with pytest.raises(ArmhubertError, match=r"model_config must be left out, got 'x\.yaml'"):
         UpstreamExpert(ckpt=folder, model_config="x.yaml")
+    upstream, batch = UpstreamExpert(ckpt=folder), torch.randn(2, 4000)
+    for wavs in ([], batch, [batch], ["a.wav"]):
+        with pytest.raises(ArmhubertError, match=r"wavs must be a list of tensors \[S\], one or more"):
+            upstream(wavs)
+    with pytest.raises(ArmhubertError, match="400"):
+        upstream([batch[0], batch[1, :399]])
 
 
 def test_registration_with_a_hub_module_like_s3prls(monkeypatch):

@@ -477,6 +477,17 @@ def test_a_system_that_does_not_tell_the_memory_asked_for_is_an_os_error(tmp_pat
         machine.resident("VmHWM")
 
 
+def test_an_allocation_that_fails_is_one_line_on_any_device():
+    def on_a_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for fails in (on_a_gpu, lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)):
+        with pytest.raises(ArmhubertError, match=r"^take less$"), machine.memory_errors("take less"):
+            fails()
+    with pytest.raises(RuntimeError, match="size"), machine.memory_errors("take less"):
+        torch.ones(2) @ torch.ones(3)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")
 def test_what_imports_took_for_a_moment_is_not_a_candidates_memory(student, monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: torch.ones(1 << 26) + 1)

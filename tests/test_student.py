@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 from armhubert import ARMHuBERT, ArmhubertError
 from armhubert.config import preset
-from armhubert.files import write_atomic
+from armhubert.files import remove_temporaries, write_atomic
 from armhubert.losses import Objective
 from armhubert.student import count_parameters
 from armhubert.torchaudio import TorchaudioEncoder
@@ -78,6 +78,25 @@ def test_writing_replaces_whole_files_and_keeps_the_umask(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("letter", ["n", "\u97f3", "\U0001f50a"])
+def test_a_name_that_fits_can_be_written(tmp_path, letter):
+    longest = 255 // len(letter.encode())
+    write_atomic(tmp_path / (letter * longest), "one")
+    assert [p.name for p in tmp_path.iterdir()] == [letter * longest]
+    with pytest.raises(ArmhubertError, match=r"File name too long; choose a shorter name$"):
+        write_atomic(tmp_path / (letter * (longest + 1)), "one")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path):
+    name = "n" * 100 + ".npy"
+    others = [name, ".a.npy.swp", ".a.npy.12345678.bak", ".b.npy.12345678", "a.npy.12345678"]
+    for other in (*others, ".a.npy.t_472r5e", f".{name[:32]}.00000000"):
+        (tmp_path / other).touch()
+    remove_temporaries([tmp_path / "a.npy", tmp_path / name, tmp_path / "absent" / "a.npy"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")

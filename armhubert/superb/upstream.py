@@ -135,6 +135,10 @@ class EncoderUpstream(Upstream):
         waveforms = F.pad(waveforms, (0, max(0, least - waveforms.shape[1])))
         lengths = lengths.clamp(min=least)
         whole = bool((lengths == waveforms.shape[1]).all())
+        if not whole and self.model.config.padding == "as_trained":  # where padding changes features
+            alone = [self(wave[None, :n], n[None]) for wave, n in zip(waveforms, lengths, strict=True)]
+            rows = nn.utils.rnn.pad_sequence([states.layers[:, 0].transpose(0, 1) for states in alone])
+            return States(rows.permute(2, 1, 0, 3), torch.cat([states.lengths for states in alone]))
         output = self.model(waveforms, None if whole else lengths)
         hidden = (
             *output.hidden_states[:-1],

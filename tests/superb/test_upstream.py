@@ -22,11 +22,14 @@ def student(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("source", ["fbank", "fbank_no_cmvn", "mfcc", "mini", "custom"])
+@pytest.mark.parametrize("source", ["fbank", "fbank_no_cmvn", "mfcc", "mini", "custom", "as trained"])
 def test_features_do_not_depend_on_the_batch(source, tmp_path):
     if source == "custom":
         (tmp_path / "own.py").write_text(UPSTREAM)
         source = f"{tmp_path / 'own.py'}:make"
+    if source == "as trained":
+        source = str(tmp_path / "student")
+        ARMHuBERT(dataclasses.replace(mini(), padding="as_trained")).save_pretrained(source)
     upstream = load_upstream(source)
     noise = torch.randn(2, 12_000, generator=torch.Generator().manual_seed(0)) * 0.1
     noise[1, 7_000:] = 0
