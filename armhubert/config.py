@@ -103,7 +103,8 @@ class EncoderConfig:
             raise ArmhubertError(f"width must be divisible by heads, got width {self.width} and heads {self.heads}")
         if self.width % self.position_groups:
             raise ArmhubertError(
-                f"width must be divisible by position_groups, got {self.width} and {self.position_groups}"
+                f"width must be divisible by position_groups, got {self.width} and {self.position_groups}: choose a "
+                f"multiple of {self.position_groups}"
             )
         if not self.conv_layers:
             raise ArmhubertError("conv_layers must hold at least one (channels, kernel, stride), got none")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 from armhubert import ARMHuBERT, ArmhubertError, load_teacher
 from armhubert.cli.app import app
 from armhubert.cli.options import as_typed
+from armhubert.config import preset
 from armhubert.convert import load_weights
 from armhubert.convert.folder import convert
+from armhubert.student import model_card
 
 WRITTEN = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:armhubert")
@@ -61,6 +64,21 @@ def test_the_card_names_what_was_given_and_never_claims_its_licence(checkpoint, 
         card = (tmp_path / "out" / "README.md").read_text()
         assert f"# {name}, converted\n" in card
         assert "license: other\n" in card
+
+
+def test_the_card_of_a_student_of_ours_keeps_its_training(tmp_path):
+    student = ARMHuBERT(dataclasses.replace(preset("mini"), layers=2, pattern="CR"))
+    training = "\n## Training\n\nDistilled from `x`.\n"
+    student.save_pretrained(tmp_path / "s", card=model_card(student, training))
+    convert(tmp_path / "s", tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").read_text() == (tmp_path / "s" / "README.md").read_text()
+    convert(tmp_path / "s", tmp_path / "other", attention_mode="resoftmax")
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert training + "\nIts maps were read as `exact` in that training.\n\nMethod: " in card
+    assert "license: other" not in card
+    (tmp_path / "s" / "README.md").write_text("# facebook/hubert\n\n## Training\n\nLong.\n")
+    convert(tmp_path / "s", tmp_path / "theirs")
+    assert "Long." not in (tmp_path / "theirs" / "README.md").read_text()
 
 
 def test_a_new_folder_is_open_to_whom_the_umask_lets(checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import logging
 import re
 import subprocess
 import sys
@@ -188,7 +189,9 @@ def test_int8_is_smaller_and_its_error_told(student, onnx_file, torch_file, kind
     data = path.read_bytes()
     reference = module.open_program(data, kind)
     if kind == "onnx":
+        handlers = list(logging.getLogger().handlers)
         small = module._quantise_onnx(data)
+        assert logging.getLogger().handlers == handlers
     else:
         model = module._Model(ARMHuBERT.from_pretrained(student, heads=False, impl="torch")).eval()
         small = module._quantise_torch(model, {}, "torch")
@@ -249,7 +252,10 @@ def test_what_cannot_be_exported(student, tmp_path, monkeypatch):
 
 
 def test_the_command(student, tmp_path, monkeypatch, call):
-    shown = [Stage("trace"), Exported(tmp_path / "m.onnx", 10, ("waveforms",), ("frames",), (), None)]
+    shown = [
+        Stage("trace"),
+        Exported(tmp_path / "m.onnx", 10, ("waveforms",), ("frames",), (), None, ("lm_head.bias", "lm_head.weight")),
+    ]
     seen = []
 
     def fake(config):
@@ -260,7 +266,7 @@ def test_the_command(student, tmp_path, monkeypatch, call):
     monkeypatch.setattr("logging.disable", lambda level: None)
 
     code, out, err = call("export", student, tmp_path / "m.onnx", "--int8", "--hidden-states")
-    assert (code, err) == (0, "trace\n")
+    assert (code, err) == (0, "trace\nlm_head.bias, lm_head.weight: no part of the encoder, and not in the file\n")
     assert out.splitlines()[-1].endswith("m.onnx: 0.0 MB, waveforms -> frames")
     assert seen == [ExportConfig(str(student), str(tmp_path / "m.onnx"), int8=True, hidden_states=True)]
     for argv, says in (

@@ -355,6 +355,17 @@ def test_attention_maps_are_the_students(folder, batch, model_class, training):
             torch.testing.assert_close(a[row, :, :n], b[row, :, :n])
 
 
+def test_the_convolutions_may_have_huberts_names():
+    layers = ((8, 10, 5), (16, 3, 2))
+    names = dict(zip(("conv_dim", "conv_kernel", "conv_stride"), map(list, zip(*layers, strict=True)), strict=True))
+    config = ARMHuBERTConfig(**names, feature_projection=True)
+    assert config.encoder.conv_layers == layers
+    assert ARMHuBERTConfig(**json.loads(config.to_json_string(use_diff=False))).encoder == config.encoder
+    for wrong in ({"conv_dim": [8, 16]}, {**names, "conv_kernel": [10]}):
+        with pytest.raises(ArmhubertError, match="conv_dim, conv_kernel and conv_stride must come together"):
+            ARMHuBERTConfig(**wrong)
+
+
 def test_what_does_not_fit_is_one_line(folder, batch):
     model = AutoModel.from_pretrained(folder)
     waves, mask = batch

@@ -96,6 +96,21 @@ def test_layers_past_the_last_one_asked_for_do_not_run(student):
         TorchaudioEncoder(student)(torch.randn(1, 300))
 
 
+def test_all_layers_of_unequal_lengths_are_worked_on_in_groups(student, monkeypatch):
+    """As in `model(...)`: padding costs nothing on a CPU."""
+    waves, lengths = torch.randn(2, 16000), torch.tensor([16000, 4000])
+    adapter, groups = TorchaudioEncoder(student), []
+    run = SpeechEncoder._in_groups
+    monkeypatch.setattr(SpeechEncoder, "_in_groups", lambda *a: (groups.append(1), run(*a))[1])
+    with torch.inference_mode():
+        features, frames = adapter.extract_features(waves, lengths)
+        again, _ = adapter.extract_features(waves, lengths, num_layers=student.config.layers)
+    assert groups == [1]
+    for a, b in zip(features, again, strict=True):
+        for row, n in enumerate(frames):
+            torch.testing.assert_close(a[row, :n], b[row, :n], atol=1e-4, rtol=1e-4)
+
+
 def test_the_adapter_shares_weights_and_mode(student):
     adapter = TorchaudioEncoder(student)
     assert adapter.training is False

@@ -10,7 +10,7 @@ from armhubert.distill import check_views
 from armhubert.distill_config import DistillConfig, student_config
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.settings import build
+from armhubert.settings import build, read_mapping
 from armhubert.student import ARMHuBERT
 
 
@@ -39,6 +39,8 @@ def test_what_is_written_is_what_distill_builds(proposals, tmp_path):
     teacher = plan.load_weights("mini").config
     assert dataclasses.replace(student_config(config, teacher), projection_width=None) == proposals[0].student
     assert config.loss == "masking"
+    plan.write(proposals[0], tmp_path / "plan.json")
+    assert build(DistillConfig, read_mapping(tmp_path / "plan.json"), "plan.json") == config
 
 
 def test_a_teacher_without_a_masked_view_is_given_a_loss_that_needs_none(tmp_path, monkeypatch):
@@ -99,6 +101,20 @@ def test_amounts_that_are_none(text, kind):
 def test_an_amount_that_is_none_is_told_by_its_option(call):
     code, _, err = call("plan", "mini", "--params", "many")
     assert (code, err) == (2, "error: --params must be like 20M or 2e7, got 'many'\n")
+
+
+@pytest.mark.parametrize(
+    ("budget", "repeats", "message"),
+    [
+        (plan.Budget("params", 1e6), 1, "a budget must be of parameters, macs, latency, and above 0, got 'params'"),
+        (plan.Budget("macs", 0), 1, "above 0, got 'macs' and 0"),
+        (plan.Budget("macs", float("nan")), 1, "above 0, got 'macs' and nan"),
+        (plan.Budget("macs", 1e9), 0, "repeats must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_told_before_any_search(budget, repeats, message):
+    with pytest.raises(ArmhubertError, match=message):
+        next(plan.plan("mini", budget, repeats=repeats))
 
 
 def test_a_budget_below_every_student_names_the_smallest():

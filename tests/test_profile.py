@@ -191,6 +191,22 @@ def test_a_ratio_is_that_of_the_medians():
     assert cell.speedup("a", "c") is None
 
 
+def test_a_batch_that_is_left_out_is_not_made(student, monkeypatch):
+    noise = profile.noise
+
+    def small(batch, seconds, device):
+        assert batch * seconds < 100
+        return noise(batch, seconds, device)
+
+    monkeypatch.setattr(profile, "noise", small)
+    config = profile.ProfileConfig(
+        student, seconds=(0.2,), batch_sizes=(10**6,), batch_seconds=10.0, repeats=1, device="cpu", memory=False
+    )
+    *_, result = profile.profile(config)
+    assert isinstance(result, profile.Profile)
+    assert [len(cell.left_out) for cell in result.cells] == [0, 1]
+
+
 def test_what_would_take_too_long_or_too_much_is_left_out_of_its_cell_alone(student, tmp_path):
     """Cells of up to 10 s always run; past them the forecast counts."""
     config = profile.ProfileConfig(
@@ -509,7 +525,10 @@ def test_what_runs_in_fewer_bits_is_weighed_without_the_model_that_it_was(studen
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_memory_is_that_of_a_process_of_its_own(student):
+def test_memory_is_that_of_a_process_of_its_own(student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # of which nothing is imported
+    (tmp_path / "statistics.py").write_text("raise RuntimeError")
+    (tmp_path / "armhubert").mkdir()
     config = profile.ProfileConfig(student, device="cpu")
     small = profile.peak_memory(config, student, "eager", 1, 1.0)
     large = profile.peak_memory(config, student, "eager", 8, 10.0)

@@ -33,6 +33,44 @@ def test_a_saved_student_comes_back_bit_for_bit(student, tmp_path):
     assert "from_pretrained" in (tmp_path / "s/README.md").read_text()
 
 
+def test_a_readme_that_is_there_stays_unless_a_card_is_given(student, tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    student.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my project"
+    student.save_pretrained(tmp_path, card="a card")
+    assert (tmp_path / "README.md").read_text() == "a card"
+
+
+def test_dropouts_to_train_on_with(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    loaded = ARMHuBERT.from_pretrained(tmp_path, dropout=0.2, attention_dropout=0.1, input_dropout=0.3)
+    assert (loaded.config.dropout, loaded.config.attention_dropout, loaded.config.input_dropout) == (0.2, 0.1, 0.3)
+    assert loaded.config.activation_dropout == student.config.activation_dropout
+    x = torch.randn(1, 3000)
+    assert torch.equal(loaded(x).last_hidden_state, student(x).last_hidden_state)
+    assert not torch.equal(loaded.train()(x).last_hidden_state, student(x).last_hidden_state)
+    with pytest.raises(ArmhubertError, match="dropout"):
+        ARMHuBERT.from_pretrained(tmp_path, dropout=1.5)
+
+
+def test_an_implementation_that_is_none_is_told_at_once():
+    with pytest.raises(ArmhubertError, match="impl must be one of auto, triton, torch, got 'cuda'"):
+        ARMHuBERT(preset("mini"), impl="cuda")
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchaos_quantised_layers_are_called(student, kind):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs armhubert[int8]")
+    x = torch.randn(2, 4000)
+    with torch.inference_mode():
+        want = student(x).last_hidden_state
+    quantization.quantize_(student, getattr(quantization, kind)())
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            got = student(x).last_hidden_state
+        assert 0 < (got - want).norm() < 0.05 * want.norm()
+
+
 def test_loading_draws_nothing_from_the_global_generator(student, tmp_path):
     student.save_pretrained(tmp_path)
     before = torch.get_rng_state()
