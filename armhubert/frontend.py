@@ -91,14 +91,14 @@ class FrontEnd(nn.Module):
             self.rest.append(ConvLayer(channels, outputs, kernel, stride, config))
             channels = outputs
 
-    def moments(self, waveforms: Tensor, lengths: Tensor | None) -> Moments | None:
+    def moments(self, waveforms: Tensor) -> Moments | None:
         """What the group norm takes from [B, S], additive over parts of a recording; None where there is no such norm.
 
         Parts start at multiples of the first convolution's stride and overlap by its kernel less its stride.
         """
         if isinstance(self.first, ConvLayer):
             return None
-        return window_moments(waveforms, self.first.kernel, self.first.stride, lengths, impl=self.impl)
+        return window_moments(waveforms, self.first.kernel, self.first.stride, impl=self.impl)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None, moments: Moments | None = None) -> Tensor:
         """[B, S] samples, valid samples [B] (None: all) -> [B, T, C].

@@ -154,7 +154,7 @@ def _statistics(model: SpeechEncoder, read: Read, samples: int) -> _Statistics:
         step = _BLOCK_SAMPLES // stride * stride
         for start in range(0, samples - kernel + 1, step):
             length = min(step + kernel - stride, samples - start)
-            part = model.front_end.moments(_waveform(model, read, start, length, mean, scale), None)
+            part = model.front_end.moments(_waveform(model, read, start, length, mean, scale))
             assert part is not None, "there is a group norm"
             moments = part if moments is None else moments.plus(part)
     return _Statistics(mean, scale, moments)

@@ -213,7 +213,7 @@ def test_convolutions_and_norms_of_another_kind_are_not_taken_for_ours():
     encoder.front_end.first.norm = nn.GroupNorm(2, 16)
     assert not torch.allclose(encoder(waves).last_hidden_state, expected, atol=1e-3)
     with pytest.raises(ArmhubertError, match="a recording in chunks is computed from the weights"):
-        encoder.front_end(waves, None, encoder.front_end.moments(waves, None))
+        encoder.front_end(waves, None, encoder.front_end.moments(waves))
     encoder = model()
     encoder.front_end.rest[0].conv.padding = (1,)
     assert encoder.front_end(waves, None).shape[1] != BASE.frames(2000)
