@@ -25,7 +25,7 @@ from armhubert.distill_run import Progress, Run, Validated, Window, while_read
 from armhubert.distributed import World, join_world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import write_atomic
+from armhubert.files import held, make_folder, write_atomic
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.machine import device_name, high_water_mark, pick_device
@@ -157,8 +157,21 @@ def distill(
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with join_world(pick_device(config.device)) as world, contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            make_folder(out)
+            stack.enter_context(held(out, strict=False))
+            _check_out(out, config, resume, force)
+
         teacher, student, copied = load_models(config, world.device)
-        data = yield from prepare(config, saved is not None, student.config.receptive_field, world, stack, should_stop)
+        data = yield from prepare(config, resume, student.config.receptive_field, world, claim, should_stop)
+        if saved is not None:  # again: until the folder was the lead's, another process may have gone on
+            saved = checkpoint.load(out / CHECKPOINT_FILE)
+            if world.any(saved.state.step != world.from_lead(saved.state.step)):
+                raise ArmhubertError(
+                    f"all processes must find the same {out / CHECKPOINT_FILE}, this one found step "
+                    f"{saved.state.step}: wait until the drive shows all the last one, and resume again"
+                )
         if data is None:
             if saved is None:
                 yield _finished(TrainingState(), "not begun", world, out)

@@ -562,6 +562,39 @@ def test_an_earlier_run_is_as_it_was_where_the_next_is_stopped_while_its_audio_i
     assert digests(Path(config.out)) == before
 
 
+@pytest.fixture
+def while_the_teacher_loads(monkeypatch):
+    """Do something once, while the next run loads its teacher: after it looked into its folder, before it holds it."""
+
+    def once(action) -> None:
+        def load(*args, real=distill.load_models):
+            monkeypatch.setattr(distill, "load_models", real)
+            action()
+            return real(*args)
+
+        monkeypatch.setattr(distill, "load_models", load)
+
+    return once
+
+
+def test_a_resumed_run_goes_on_from_what_its_predecessor_saved_last(settings, while_the_teacher_loads):
+    config = settings(steps=4, save_every=1)
+    predecessor = distill.distill(dataclasses.replace(config, steps=3))
+    next(report for report in predecessor if isinstance(report, distill.Saved))
+    while_the_teacher_loads(lambda: list(predecessor))
+    resumed = run(config, resume=True)
+    assert of(resumed, distill.Started)[0].first_step == 3
+    assert [row["step"] for row in rows(config.out)] == [1, 2, 3, 4]
+
+
+def test_a_run_does_not_overwrite_one_that_was_made_while_it_began(settings, while_the_teacher_loads):
+    config = settings()
+    while_the_teacher_loads(lambda: run(config))
+    with pytest.raises(ArmhubertError, match="holds a run: continue it with resume=True"):
+        run(config)
+    assert run(config, resume=True)[-1].reason == "done"
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, log_every, stop_after):
     # Dropout, random crops, masks, several epochs, several batches a step, validation: all chance there is.
