@@ -852,7 +852,7 @@ def test_settings_out_of_range_name_themselves(settings):
     for change in (
         {"steps": 0}, {"steps": None, "epochs": 0.0}, {"batch_seconds": 0.0}, {"mask_prob": 1.5}, {"mask_prob_end": -1},
         {"hold_out": 1.0}, {"dropout": 1.0}, {"learning_rate": -1.0}, {"seed": -1}, {"workers": -1}, {"clip": 0.0},
-        {"workers": 99999},
+        {"workers": 99999}, {"layers": 2**62}, {"mask_length": 2**62}, {"accumulate": 2**62}, {"steps": 10**400},
         {"accumulate": 0}, {"patience": 0}, {"width": 0}, {"layers": 0}, {"heads": 0}, {"ffn": 0},
         {"seed": 2**64}, {"batch_seconds": 1e-6}, {"max_seconds": 1e-6},
         {"learning_rate": float("nan")}, {"layer_weight": float("nan")}, {"warmup": float("nan")},
