@@ -29,7 +29,7 @@ from armhubert.files import held, make_folder, write_atomic
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
 from armhubert.machine import device_name, high_water_mark, pick_device
-from armhubert.settings import build, read_mapping
+from armhubert.settings import build, coerced, read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher
 
@@ -361,9 +361,9 @@ def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -
     """The settings of the run in `out`, with `changes` to those that a resumed run may change.
 
     Raises:
-        ArmhubertError: no run there, or a change to something that it computes.
+        ArmhubertError: no run there, or a change to something that it computes or that is no setting.
     """
-    out, changes = Path(out), changes or {}
+    out, changes = Path(out), coerced(DistillConfig, changes or {}, "the changes")
     config = _read_run(out)
     _check_changes(config, changes)
     if changes.get("steps") is not None:

@@ -503,6 +503,13 @@ def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, s
     assert digests(Path(config.out)) == before
 
 
+def test_a_change_to_what_is_no_setting_names_the_nearest(settings):
+    config = settings()
+    run(config)
+    with pytest.raises(ArmhubertError, match=r"unknown key 'stps' in the changes; did you mean 'steps'\?"):
+        distill.load_run_config(config.out, {"stps": 5})
+
+
 def test_a_run_is_continued_or_started_anew_not_both(settings):
     with pytest.raises(ArmhubertError, match="resume=True continues a run and force=True starts one anew"):
         run(settings(), resume=True, force=True)
