@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 
@@ -28,7 +29,7 @@ from armhubert.errors import ArmhubertError
 from armhubert.files import held, make_folder, write_atomic
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
-from armhubert.machine import device_name, high_water_mark, pick_device
+from armhubert.machine import device_name, high_water_mark, pick_device, ran_out_of_memory
 from armhubert.settings import build, coerced, read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher
@@ -231,6 +232,19 @@ def _train(
             log.draw()
         return Saved(state.step, out / CHECKPOINT_FILE)
 
+    def out_of_memory(error: Exception, what: str) -> Generator[Report, None, NoReturn]:
+        """Save and tell of memory that ran out, perhaps in this process alone; any other error goes on."""
+        if not ran_out_of_memory(error):
+            raise error
+        traceback.clear_frames(error.__traceback__)  # their tensors are in the way of saving
+        if run.world.leads:
+            yield save()
+        resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
+        raise ArmhubertError(
+            f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
+            f"batch_seconds below {config.batch_seconds:g}"
+        ) from error
+
     def validation() -> Generator[Report, None, Reason | None]:
         """Validate; returns why training is to end, if it is."""
         state.validation_due = True
@@ -240,10 +254,8 @@ def _train(
             yield save()
             run.world.wait()
             raise
-        except torch.OutOfMemoryError as error:  # perhaps in this one alone
-            if run.world.leads:
-                yield save()
-            raise _out_of_memory(run, "a batch of held-out speech") from error
+        except Exception as error:
+            yield from out_of_memory(error, "a batch of held-out speech")
         if validated is None:
             return "stopped"
         state.validation_due = False
@@ -279,10 +291,8 @@ def _train(
         yield from (Unreadable(state.step + 1, why) for _, audio in group.mine for why in audio.left_out)
         try:
             outcome = run.step(group)
-        except torch.OutOfMemoryError as error:  # perhaps in this process alone
-            if run.world.leads:
-                yield save()
-            raise _out_of_memory(run, f"a batch of step {state.step + 1}") from error
+        except Exception as error:
+            yield from out_of_memory(error, f"a batch of step {state.step + 1}")
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
@@ -316,15 +326,6 @@ def _train(
             f"new run with a learning rate below {config.learning_rate}, or with clip set"
         )
     yield _finished(state, reason, run.world, out)
-
-
-def _out_of_memory(run: Run, what: str) -> ArmhubertError:
-    config = run.config
-    resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
-    return ArmhubertError(
-        f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
-        f"batch_seconds below {config.batch_seconds:g}"
-    )
 
 
 def _finished(state: TrainingState, reason: Reason, world: World, out: Path) -> Finished:

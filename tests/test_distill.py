@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -967,23 +968,44 @@ def test_a_held_out_recording_that_goes_away_does_not_lower_the_loss(settings, s
     assert second[0].loss != first[0].loss
 
 
-def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypatch):
-    step = distill_run.Run.step
+def of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def full(self, group):
+
+def of_a_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("allocate", [of_a_gpu, of_a_cpu])
+@pytest.mark.parametrize(("part", "what"), [("step", "a batch of step 3"), ("validate", "a batch of held-out speech")])
+def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypatch, allocate, part, what):
+    real, kept = getattr(distill_run.Run, part), []
+
+    def full(self, *args):
+        large = torch.zeros(1)
+        kept.append(weakref.ref(large))
         if self.state.step == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(self, group)
+            allocate()
+        return real(self, *args)
 
-    config = settings(steps=4)
+    def save(path, content, real=checkpoint.save):
+        assert [ref() for ref in kept] == [None] * len(kept), "what the failed step held is in the way"
+        real(path, content)
+
+    config = settings(steps=4, hold_out=0.3, validate_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(distill_run.Run, "step", full)
-        with pytest.raises(
-            ArmhubertError, match="did not hold a batch of step 3: resume with gradient_checkpointing=True"
-        ):
+        patch.setattr(distill_run.Run, part, full)
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(ArmhubertError, match=f"did not hold {what}: resume with gradient_checkpointing=True"):
             run(config)
     resumed = run(dataclasses.replace(config, gradient_checkpointing=True), resume=True)
     assert (of(resumed, distill.Started)[0].first_step, resumed[-1].reason) == (2, "done")
+
+
+def test_other_errors_of_a_step_are_not_taken_for_memory(settings, monkeypatch):
+    monkeypatch.setattr(distill_run.Run, "step", lambda *args: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run(settings())
 
 
 @pytest.mark.parametrize(("save_every", "steps"), [(None, [1, 2, 3]), (1000, [3])])
