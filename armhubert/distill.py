@@ -151,8 +151,9 @@ def distill(
             checkpoint if steps have begun.
 
     Raises:
-        ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
-            checkpoint intact.
+        ArmhubertError: bad input, before anything but the scan's cache is written, or a run that cannot go on, its
+            last checkpoint intact: it diverged, memory ran out, all files of a batch have gone, a process that reads
+            audio died, the disk is full.
     """
     out = Path(config.out)
     _check_out(out, config, resume, force)
