@@ -511,6 +511,8 @@ def _started(run: Run, copied: int, out: Path) -> Started:
 
 def _notes(run: Run) -> Iterator[str]:
     config = run.config
+    if run.state.step == run.steps:
+        yield f"all {run.steps} steps were made before: to go on, resume with steps=... above {run.steps}"
     if run.world.device.type == "cpu" and run.dtype is not None and emulated(run.dtype):
         yield f"this processor has no instructions for {config.precision}: fp32 is much faster on it"
     if run.world.device.type == "cuda" and run.dtype is None:

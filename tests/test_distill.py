@@ -657,8 +657,11 @@ def test_resuming_a_finished_run_trains_nothing_and_says_done(settings):
     config = settings()
     run(config)
     before = digests(Path(config.out))
-    end = run(config, resume=True)[-1]
+    reports = run(config, resume=True)
+    end = reports[-1]
     assert (end.reason, end.step) == ("done", 2)
+    (started,) = of(reports, distill.Started)
+    assert "all 2 steps were made before: to go on, resume with steps=... above 2" in started.notes
     after = digests(Path(config.out))
     for name in ("checkpoint.pt", "model.safetensors", "metrics.jsonl"):
         assert after[name] == before[name]
