@@ -504,6 +504,37 @@ def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, s
     assert digests(Path(config.out)) == before
 
 
+def misshapen(content: dict) -> None:
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        misshapen,
+        lambda content: content["optimizer"].clear(),
+        lambda content: content["optimizer"].update(state=[1]),
+        lambda content: content["optimizer"].update(state={0: {"step": 1, "exp_avg": "x"}}),
+        lambda content: content["student"].clear(),
+        lambda content: content["student"].update({name: torch.zeros(3) for name in content["student"]}),
+        lambda content: content["state"].update(window=[(0.1, [0.2], 0.3, 0.4, 0.5)]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_student_is_one_line_and_stays(settings, damage):
+    config = settings()
+    run(config)
+    path = Path(config.out) / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    before = digests(Path(config.out))
+    with pytest.raises(ArmhubertError, match=r"does not fit the student: .*; start the run anew") as told:
+        run(dataclasses.replace(config, steps=3), resume=True)
+    assert "\n" not in str(told.value)
+    assert digests(Path(config.out)) == before
+
+
 def test_a_change_to_what_is_no_setting_names_the_nearest(settings):
     config = settings()
     run(config)
