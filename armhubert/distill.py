@@ -19,7 +19,7 @@ import torch
 from armhubert import checkpoint, runlog
 from armhubert.checkpoint import TrainingState
 from armhubert.config import SAMPLE_RATE, EncoderConfig
-from armhubert.data import SCAN_CACHE, Scanning, count_by_kind, padding_waste, write_skipped
+from armhubert.data import SCAN_CACHE, Scanning, check_main_guard, count_by_kind, padding_waste, write_skipped
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distill_data import Data, prepare, write_list
 from armhubert.distill_run import Progress, Run, Validated, Window, while_read
@@ -155,6 +155,7 @@ def distill(
             last checkpoint intact: it diverged, memory ran out, all files of a batch have gone, a process that reads
             audio died, the disk is full.
     """
+    check_main_guard()
     out = Path(config.out)
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None

@@ -104,7 +104,9 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
-    """Processes that read audio, 0 for none; unset: 6 for a GPU, 2 for a CPU."""
+    """Processes that read audio, 0 for none; unset: 6 for a GPU, 2 for a CPU. Where Python does not fork them (macOS,
+    Windows, any system from Python 3.14 on) they run your script again: put its work under
+    `if __name__ == "__main__":`."""
     seed: int = 0
     """Seed of all random numbers."""
 

@@ -470,6 +470,41 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+SCRIPT = """
+import json, multiprocessing, sys
+from armhubert.distill import DistillConfig, distill
+
+def work(workers):
+    list(distill(DistillConfig(**json.loads(sys.argv[1]) | {"workers": workers}), force=True))
+
+multiprocessing.set_start_method("spawn", force=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("work(1)", 'or the script may lack if __name__ == "__main__"; use fewer workers, or 0'),
+        ("if __name__ == '__main__': work(1)", None),
+        (
+            "if __name__ == '__main__':\n  own = multiprocessing.Process(target=work, args=(0,))\n"
+            "  own.start(); own.join(); sys.exit(own.exitcode)",
+            None,
+        ),
+    ],
+)
+def test_a_script_that_its_readers_run_again_is_told_so(settings, tmp_path, call, says):
+    (tmp_path / "script.py").write_text(SCRIPT + call)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", json.dumps(dataclasses.asdict(settings()))],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode == 0) == (says is None), done.stderr
+    if says:
+        assert "a new process runs this script again: put the script's work under if __name__" in done.stderr
+        assert says in done.stderr
+
+
 def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_after, tmp_path, speech, teacher):
     def moved(folder: Path, name: str) -> str:
         return str(shutil.copytree(folder, tmp_path / name))
