@@ -2,13 +2,14 @@
 
 import dataclasses
 import io
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from armhubert.convert.pickles import read_pickle
-from armhubert.errors import ArmhubertError
+from armhubert.errors import ArmhubertError, shown
 from armhubert.files import write_atomic
 
 FORMAT = 1
@@ -50,7 +51,7 @@ class Checkpoint(NamedTuple):
     state: TrainingState
     student: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    scaler: dict[str, float]
     identity: dict[str, Any]
     """What a resumed run must agree on: teacher, data, student's configuration, batches in a step."""
 
@@ -82,19 +83,43 @@ def load(path: Path) -> Checkpoint:
         ArmhubertError: no checkpoint there, damaged, or of another format.
     """
     if not path.is_file():
-        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; {_ANEW}")
+        raise ArmhubertError(f"{path.parent} has no {path.name}: nothing to resume; {ANEW}")
     try:
         content = read_pickle(path)
     except ArmhubertError as error:
-        raise ArmhubertError(f"{error}; {_ANEW}") from None
+        raise ArmhubertError(f"{error}; {ANEW}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}); {_ANEW}")
+        raise ArmhubertError(f"{path} is no checkpoint of this version (format {FORMAT}); {ANEW}")
     try:
         state = TrainingState(**content["state"])
         state.cursor = Cursor(*state.cursor)
-        return Checkpoint(state, content["student"], content["optimizer"], content["scaler"], content["identity"])
+        found = Checkpoint(state, content["student"], content["optimizer"], content["scaler"], content["identity"])
+        for part in (state, found):
+            for name, hint in typing.get_type_hints(type(part)).items():
+                if not _fits(value := getattr(part, name), hint):
+                    raise TypeError(f"its {name} is {shown(value)}")
     except (KeyError, TypeError) as error:
-        raise ArmhubertError(f"{path} is no complete checkpoint: {error}; {_ANEW}") from None
+        raise ArmhubertError(f"{path} is no complete checkpoint: {error}; {ANEW}") from None
+    return found
 
 
-_ANEW = "start the run anew with force=True"
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says. Whole numbers count something: none is negative."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return True
+    kinds: Any = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+        return False
+    if kind is dict:
+        return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
+    if kind is list:
+        return all(_fits(item, parts[0]) for item in value)
+    if kind is Cursor:
+        parts = int, int
+    if parts:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    return kind is not int or value >= 0
+
+
+ANEW = "start the run anew with force=True"

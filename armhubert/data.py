@@ -11,6 +11,7 @@ Nothing here touches a global random state, and nothing is written but the two f
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import time
 from collections import Counter
@@ -543,6 +544,26 @@ class ReaderDied(ArmhubertError):
     """A process that reads audio is gone."""
 
 
+_MAIN_GUARD = 'if __name__ == "__main__"'
+
+
+def _died(why: str) -> ReaderDied:
+    unguarded = "" if multiprocessing.get_start_method() == "fork" else f", or the script may lack {_MAIN_GUARD}"
+    return ReaderDied(
+        f"a process that reads audio died ({why}): memory or /dev/shm may be full{unguarded}; use fewer workers, or 0"
+    )
+
+
+def check_main_guard() -> None:
+    """Refuse to work in a new process that still runs its parent's script, as all do that are not forked.
+
+    Raises:
+        ArmhubertError: the script does its work whenever it is run.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check
+        raise ArmhubertError(f"a new process runs this script again: put the script's work under {_MAIN_GUARD}")
+
+
 def batches(
     utterances: Sequence[Utterance],
     plan: Sequence[Sequence[Crop]],
@@ -572,7 +593,10 @@ def batches(
     with ThreadPoolExecutor(1, thread_name_prefix="start-readers") as starter:
         # Started from the main thread, torch's loader takes over SIGCHLD for good, and a worker's death would raise
         # at whatever line the caller happens to be. Started elsewhere, only `next` reports it, within seconds.
-        iterator = starter.submit(iter, loader).result()
+        try:
+            iterator = starter.submit(iter, loader).result()
+        except (EOFError, OSError) as error:  # no memory for a process, or a server of processes that ended
+            raise _died(brief(error) or type(error).__name__) from None
     try:
         while True:
             died = ""
@@ -585,9 +609,7 @@ def batches(
                     raise
                 died = brief(error)
             if died:  # raised out here, where no traceback keeps the iterator and its other workers alive
-                raise ReaderDied(
-                    f"a process that reads audio died ({died}): memory or /dev/shm may be full; use fewer workers, or 0"
-                )
+                raise _died(died)
             if isinstance(batch, ArmhubertError):
                 raise batch
             yield batch

@@ -9,27 +9,28 @@ import dataclasses
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 
 from armhubert import checkpoint, runlog
 from armhubert.checkpoint import TrainingState
 from armhubert.config import SAMPLE_RATE, EncoderConfig
-from armhubert.data import SCAN_CACHE, Scanning, count_by_kind, padding_waste, write_skipped
+from armhubert.data import SCAN_CACHE, Scanning, check_main_guard, count_by_kind, padding_waste, write_skipped
 from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
 from armhubert.distill_data import Data, prepare, write_list
 from armhubert.distill_run import Progress, Run, Validated, Window, while_read
 from armhubert.distributed import World, join_world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
-from armhubert.files import remove_temporaries, write_atomic
+from armhubert.files import held, make_folder, remove_temporaries, write_atomic
 from armhubert.kernels.onednn import emulated
 from armhubert.kernels.runtime import resolve_impl
-from armhubert.machine import device_name, high_water_mark, pick_device
-from armhubert.settings import build, read_mapping
+from armhubert.machine import device_name, high_water_mark, pick_device, ran_out_of_memory
+from armhubert.settings import build, coerced, read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
 from armhubert.teacher import fingerprint, layer_mapping, load_teacher
 
@@ -150,15 +151,30 @@ def distill(
             checkpoint if steps have begun.
 
     Raises:
-        ArmhubertError: bad input, before anything but the scan's cache is written, or a run that diverged, its last
-            checkpoint intact.
+        ArmhubertError: bad input, before anything but the scan's cache is written, or a run that cannot go on, its
+            last checkpoint intact: it diverged, memory ran out, all files of a batch have gone, a process that reads
+            audio died, the disk is full.
     """
+    check_main_guard()
     out = Path(config.out)
     _check_out(out, config, resume, force)
     saved = checkpoint.load(out / CHECKPOINT_FILE) if resume else None
     with join_world(pick_device(config.device)) as world, contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            make_folder(out)
+            stack.enter_context(held(out, strict=False))
+            _check_out(out, config, resume, force)
+
         teacher, student, copied = load_models(config, world.device)
-        data = yield from prepare(config, saved is not None, student.config.receptive_field, world, stack, should_stop)
+        data = yield from prepare(config, resume, student.config.receptive_field, world, claim, should_stop)
+        if saved is not None:  # again: until the folder was the lead's, another process may have gone on
+            saved = checkpoint.load(out / CHECKPOINT_FILE)
+            if world.any(saved.state.step != world.from_lead(saved.state.step)):
+                raise ArmhubertError(
+                    f"all processes must find the same {out / CHECKPOINT_FILE}, this one found step "
+                    f"{saved.state.step}: wait until the drive shows all the last one, and resume again"
+                )
         if data is None:
             if saved is None:
                 yield _finished(TrainingState(), "not begun", world, out)
@@ -216,6 +232,19 @@ def _train(
             log.draw()
         return Saved(state.step, out / CHECKPOINT_FILE)
 
+    def out_of_memory(error: Exception, what: str) -> Generator[Report, None, NoReturn]:
+        """Save and tell of memory that ran out, perhaps in this process alone; any other error goes on."""
+        if not ran_out_of_memory(error):
+            raise error
+        traceback.clear_frames(error.__traceback__)  # their tensors are in the way of saving
+        if run.world.leads:
+            yield save()
+        resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
+        raise ArmhubertError(
+            f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
+            f"batch_seconds below {config.batch_seconds:g}"
+        ) from error
+
     def validation() -> Generator[Report, None, Reason | None]:
         """Validate; returns why training is to end, if it is."""
         state.validation_due = True
@@ -225,10 +254,8 @@ def _train(
             yield save()
             run.world.wait()
             raise
-        except torch.OutOfMemoryError as error:  # perhaps in this one alone
-            if run.world.leads:
-                yield save()
-            raise _out_of_memory(run, "a batch of held-out speech") from error
+        except Exception as error:
+            yield from out_of_memory(error, "a batch of held-out speech")
         if validated is None:
             return "stopped"
         state.validation_due = False
@@ -264,10 +291,8 @@ def _train(
         yield from (Unreadable(state.step + 1, why) for _, audio in group.mine for why in audio.left_out)
         try:
             outcome = run.step(group)
-        except torch.OutOfMemoryError as error:  # perhaps in this process alone
-            if run.world.leads:
-                yield save()
-            raise _out_of_memory(run, f"a batch of step {state.step + 1}") from error
+        except Exception as error:
+            yield from out_of_memory(error, f"a batch of step {state.step + 1}")
         if outcome is None:
             yield StepSkipped(state.step, state.skipped_in_a_row)
             if run.diverged:
@@ -301,15 +326,6 @@ def _train(
             f"new run with a learning rate below {config.learning_rate}, or with clip set"
         )
     yield _finished(state, reason, run.world, out)
-
-
-def _out_of_memory(run: Run, what: str) -> ArmhubertError:
-    config = run.config
-    resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
-    return ArmhubertError(
-        f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
-        f"batch_seconds below {config.batch_seconds:g}"
-    )
 
 
 def _finished(state: TrainingState, reason: Reason, world: World, out: Path) -> Finished:
@@ -346,9 +362,9 @@ def load_run_config(out: str | Path, changes: Mapping[str, Any] | None = None) -
     """The settings of the run in `out`, with `changes` to those that a resumed run may change.
 
     Raises:
-        ArmhubertError: no run there, or a change to something that it computes.
+        ArmhubertError: no run there, or a change to something that it computes or that is no setting.
     """
-    out, changes = Path(out), changes or {}
+    out, changes = Path(out), coerced(DistillConfig, changes or {}, "the changes")
     config = _read_run(out)
     _check_changes(config, changes)
     if changes.get("steps") is not None:
@@ -494,6 +510,8 @@ def _started(run: Run, copied: int, out: Path) -> Started:
 
 def _notes(run: Run) -> Iterator[str]:
     config = run.config
+    if run.state.step == run.steps:
+        yield f"all {run.steps} steps were made before: to go on, resume with steps=... above {run.steps}"
     if run.world.device.type == "cpu" and run.dtype is not None and emulated(run.dtype):
         yield f"this processor has no instructions for {config.precision}: fp32 is much faster on it"
     if run.world.device.type == "cuda" and run.dtype is None:

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from armhubert.bundled import TRAINING_SPEECH
-from armhubert.config import SAMPLE_RATE, AttentionMode, EncoderConfig, parse_conv_layers, preset
+from armhubert.config import MAX_LAYERS, MAX_SIZE, SAMPLE_RATE, AttentionMode, EncoderConfig, parse_conv_layers, preset
 from armhubert.data import MAX_WORKERS
 from armhubert.errors import ArmhubertError
 from armhubert.kernels import Distance, Impl
 from armhubert.losses import parse_loss
 from armhubert.settings import check_fields, documented
+
+_MOST = {"layers": MAX_LAYERS, "mask_length": MAX_SIZE, "accumulate": 10_000, "workers": MAX_WORKERS}
+"""What settings may be at most: more would fill the memory, or overflow."""
 
 
 @documented
@@ -101,7 +104,9 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int | None = None
-    """Processes that read audio, 0 for none; unset: 6 for a GPU, 2 for a CPU."""
+    """Processes that read audio, 0 for none; unset: 6 for a GPU, 2 for a CPU. Where Python does not fork them (macOS,
+    Windows, any system from Python 3.14 on) they run your script again: put its work under
+    `if __name__ == "__main__":`."""
     seed: int = 0
     """Seed of all random numbers."""
 
@@ -137,10 +142,10 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ArmhubertError(f"{name} must be at least 0, got {value}")
-        if self.workers is not None and self.workers > MAX_WORKERS:
-            raise ArmhubertError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
-        if self.seed >= 2**63:
-            raise ArmhubertError(f"seed must be below 2**63, got {self.seed}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ArmhubertError(f"{name} must be at most {most}, got {value}")
         for name in ("batch_seconds", "max_seconds"):
             if getattr(self, name) < 1 / SAMPLE_RATE:
                 raise ArmhubertError(

@@ -23,7 +23,7 @@ from armhubert.data import (
 from armhubert.distill_config import DistillConfig
 from armhubert.distributed import World
 from armhubert.errors import ArmhubertError
-from armhubert.files import held, make_folder, write_atomic
+from armhubert.files import write_atomic
 
 LIST_FILE = "data.json"
 _FORMAT = "armhubert data 1"
@@ -44,7 +44,7 @@ def prepare(
     resumed: bool,
     min_samples: int,
     world: World,
-    stack: contextlib.ExitStack,
+    claim: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> Generator[Scanning, None, Data | None]:
     """The run's data, in every process; None where it was stopped.
@@ -54,7 +54,7 @@ def prepare(
         resumed: whether to use the list in the run's folder, if it is of these sources.
         min_samples: what an utterance must have at least, at 16 kHz.
         world: the processes.
-        stack: gets the lead's hold of the run's folder.
+        claim: makes the run's folder the lead's, before anything is written there; raises where it may not.
         should_stop: asked while audio is examined.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(
     data: Data | ArmhubertError | None = None
     if world.leads:
         try:
-            data = yield from _find(config, resumed, min_samples, stack, should_stop)
+            data = yield from _find(config, resumed, min_samples, claim, should_stop)
         except ArmhubertError as error:
             data = error
     data = world.from_lead(data)
@@ -76,14 +76,13 @@ def _find(
     config: DistillConfig,
     resumed: bool,
     min_samples: int,
-    stack: contextlib.ExitStack,
+    claim: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> Generator[Scanning, None, Data | None]:
     out = Path(config.out)
     listed = _read_list(out / LIST_FILE, config) if resumed else None
     sources = [discover(paths) for paths in (config.sources, config.valid) if paths] if listed is None else []
-    make_folder(out)
-    stack.enter_context(held(out, strict=False))
+    claim()
     if listed is not None:
         return listed
     scans: list[Scan] = []

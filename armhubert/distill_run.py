@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from armhubert import losses, schedule
-from armhubert.checkpoint import Checkpoint, Cursor, TrainingState
+from armhubert.checkpoint import ANEW, Checkpoint, Cursor, TrainingState
 from armhubert.config import SAMPLE_RATE
 from armhubert.data import (
     AudioBatch,
@@ -364,15 +364,24 @@ class Run:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on from `saved`."""
+        """Go on from `saved`.
+
+        Raises:
+            ArmhubertError: it is damaged.
+        """
         self.state = saved.state
         try:
             self.student.load_state_dict(saved.student)
-            self.optimizer.load_state_dict(saved.optimizer)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved.optimizer["state"]})
+            for parameter, moments in self.optimizer.state.items():
+                if {value.shape for name, value in moments.items() if name != "step"} != {parameter.shape}:
+                    raise ValueError("the optimizer's moments have other shapes")
             if saved.scaler:
                 self.scaler.load_state_dict(saved.scaler)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ArmhubertError(f"the checkpoint does not fit the student: {brief(error)}") from None
+            if any(len(layers) != len(self.layers) for _, layers, *_ in saved.state.window):
+                raise ValueError("the open window has another number of layers")
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ArmhubertError(f"the checkpoint does not fit the student: {brief(error)}; {ANEW}") from None
 
 
 class Window:

@@ -17,6 +17,19 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_held: set[int] = set()
+"""Descriptors of the folders that this process holds."""
+
+
+def _let_go() -> None:
+    """Close what a fork inherits: a process that reads audio outlives a killed parent by seconds."""
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename: a reader sees the old file or the new one.
@@ -138,7 +151,8 @@ def append_lines(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def held(folder: Path, *, strict: bool = True) -> Iterator[None]:
-    """Hold a folder against other processes that ask the same; on Windows, nothing is held.
+    """Hold a folder, for this process and none that it forks, against others that ask the same; on Windows, nothing is
+    held.
 
     Raises:
         ArmhubertError: another process holds it; its drive has no locks (`strict`: else nothing is held there).
@@ -147,6 +161,7 @@ def held(folder: Path, *, strict: bool = True) -> Iterator[None]:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +176,9 @@ def held(folder: Path, *, strict: bool = True) -> Iterator[None]:
                 ) from None
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:  # not in a fork of this process
+            _held.remove(descriptor)
+            os.close(descriptor)
 
 
 def umask() -> int:

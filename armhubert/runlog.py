@@ -96,7 +96,8 @@ class _Board:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line, as an interrupted run leaves it, is left out."""
+    """The rows of a metrics.jsonl. A torn last line, as an interrupted run leaves it, is left out, and so is a row
+    that lacks what is drawn: kind, step, loss and layers."""
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
@@ -105,9 +106,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if _drawn(row):
             rows.append(row)
     return rows
+
+
+def _drawn(row: Any) -> bool:
+    """Whether a row has all that the pictures need."""
+    if not isinstance(row, dict) or not isinstance(row.get("layers"), list):
+        return False
+    numbers = (row.get("loss", ""), *row["layers"])
+    named = isinstance(row.get("kind"), str) and isinstance(row.get("step"), int)
+    return named and all(isinstance(number, float | int | None) for number in numbers)
 
 
 def _thinned(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -136,7 +146,7 @@ def draw_layers(rows: list[dict[str, Any]], path: Path) -> None:
     chosen = _thinned(rows, kind)
     figure, (axes,) = figures.panels()
     axes.set(xlabel="step", ylabel=f"error of each layer ({'held out' if kind == 'valid' else 'training'})")
-    count = len(chosen[0]["layers"]) if chosen else 0
+    count = min((len(row["layers"]) for row in chosen), default=0)
     colors = figures.shades(count)
     for layer in range(count):
         points = [(row["step"], row["layers"][layer]) for row in chosen]

@@ -143,11 +143,14 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
         try:
             number = hint(value)
-            if (hint is not int or number == float(value)) and abs(number) < float("inf"):
+            if hint is float and math.isfinite(number):
+                return number
+            if hint is int and (isinstance(value, str) or number == value) and number < 2**63:
                 return number
         except (ValueError, OverflowError):
             pass  # no number, or none that fits
-    kind = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[hint]
+    whole = "below 2**63" if type(value) is int else "a whole number"
+    kind = {bool: "true or false", str: "text", int: whole, float: "a number"}[hint]
     raise ArmhubertError(f"{name} must be {kind}, got {shown(value)}")
 
 

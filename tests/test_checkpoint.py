@@ -128,6 +128,26 @@ def test_a_checkpoint_with_another_state(full, tmp_path, state):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "x"}, {"step": 1.5}, {"step": -1}, {"step": True}, {"cursor": ("a", 0)}, {"cursor": (0, -1)},
+        {"cursor": "ab"}, {"best_loss": None}, {"validation_due": 1}, {"train_seconds": "x"}, {"window": [1]},
+        {"window": [(0.1, ["x"], 0.4, 0.5, 0.6)]}, {"window": [(0.1, [0.2], 0.4)]}, {"window": None},
+        {"student": [1]}, {"student": {"a": 1}}, {"optimizer": None}, {"scaler": {"scale": "x"}}, {"identity": None},
+    ],
+)  # fmt: skip
+def test_a_field_of_a_wrong_kind_is_named(full, tmp_path, change):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, full)
+    content = torch.load(path, weights_only=True)
+    (name,) = change
+    torch.save(content | change if name in content else {**content, "state": content["state"] | change}, path)
+    with pytest.raises(ArmhubertError, match=rf"no complete checkpoint: its {name} is .*; start the run anew") as told:
+        checkpoint.load(path)
+    assert "\n" not in str(told.value)
+
+
 def test_another_format(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in ({"format": 2}, [1, 2], torch.zeros(2)):

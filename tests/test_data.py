@@ -555,3 +555,14 @@ def test_a_killed_worker_is_named_where_the_next_batch_is_asked_for(speech):
         list(iterator)
     message(caught)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("error", "why"), [(EOFError(), "EOFError"), (OSError(12, "no memory"), "no memory")])
+def test_a_worker_that_cannot_be_started_is_one_line(speech, monkeypatch, error, why):
+    def refuse(loader):
+        raise error
+
+    monkeypatch.setattr(data.DataLoader, "__iter__", refuse)
+    with pytest.raises(data.ReaderDied, match=rf"died \(.*{why}\)") as caught:
+        list(batches(speech, planned(speech), workers=2))
+    message(caught)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -469,6 +470,41 @@ def test_readers_that_are_ended_in_a_validation_end_the_run_like_its_own_signal(
         run(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+SCRIPT = """
+import json, multiprocessing, sys
+from armhubert.distill import DistillConfig, distill
+
+def work(workers):
+    list(distill(DistillConfig(**json.loads(sys.argv[1]) | {"workers": workers}), force=True))
+
+multiprocessing.set_start_method("spawn", force=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("work(1)", 'or the script may lack if __name__ == "__main__"; use fewer workers, or 0'),
+        ("if __name__ == '__main__': work(1)", None),
+        (
+            "if __name__ == '__main__':\n  own = multiprocessing.Process(target=work, args=(0,))\n"
+            "  own.start(); own.join(); sys.exit(own.exitcode)",
+            None,
+        ),
+    ],
+)
+def test_a_script_that_its_readers_run_again_is_told_so(settings, tmp_path, call, says):
+    (tmp_path / "script.py").write_text(SCRIPT + call)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", json.dumps(dataclasses.asdict(settings()))],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode == 0) == (says is None), done.stderr
+    if says:
+        assert "a new process runs this script again: put the script's work under if __name__" in done.stderr
+        assert says in done.stderr
+
+
 def test_a_run_goes_on_where_its_speech_and_teacher_have_moved(settings, stop_after, tmp_path, speech, teacher):
     def moved(folder: Path, name: str) -> str:
         return str(shutil.copytree(folder, tmp_path / name))
@@ -501,6 +537,44 @@ def test_a_resumed_run_refuses_settings_that_change_what_it_computes(settings, s
     with pytest.raises(ArmhubertError, match=says):
         run(dataclasses.replace(config, **changes), resume=True)
     assert digests(Path(config.out)) == before
+
+
+def misshapen(content: dict) -> None:
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        misshapen,
+        lambda content: content["optimizer"].clear(),
+        lambda content: content["optimizer"].update(state=[1]),
+        lambda content: content["optimizer"].update(state={0: {"step": 1, "exp_avg": "x"}}),
+        lambda content: content["student"].clear(),
+        lambda content: content["student"].update({name: torch.zeros(3) for name in content["student"]}),
+        lambda content: content["state"].update(window=[(0.1, [0.2], 0.3, 0.4, 0.5)]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_student_is_one_line_and_stays(settings, damage):
+    config = settings()
+    run(config)
+    path = Path(config.out) / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    before = digests(Path(config.out))
+    with pytest.raises(ArmhubertError, match=r"does not fit the student: .*; start the run anew") as told:
+        run(dataclasses.replace(config, steps=3), resume=True)
+    assert "\n" not in str(told.value)
+    assert digests(Path(config.out)) == before
+
+
+def test_a_change_to_what_is_no_setting_names_the_nearest(settings):
+    config = settings()
+    run(config)
+    with pytest.raises(ArmhubertError, match=r"unknown key 'stps' in the changes; did you mean 'steps'\?"):
+        distill.load_run_config(config.out, {"stps": 5})
 
 
 def test_a_run_is_continued_or_started_anew_not_both(settings):
@@ -562,6 +636,39 @@ def test_an_earlier_run_is_as_it_was_where_the_next_is_stopped_while_its_audio_i
     assert digests(Path(config.out)) == before
 
 
+@pytest.fixture
+def while_the_teacher_loads(monkeypatch):
+    """Do something once, while the next run loads its teacher: after it looked into its folder, before it holds it."""
+
+    def once(action) -> None:
+        def load(*args, real=distill.load_models):
+            monkeypatch.setattr(distill, "load_models", real)
+            action()
+            return real(*args)
+
+        monkeypatch.setattr(distill, "load_models", load)
+
+    return once
+
+
+def test_a_resumed_run_goes_on_from_what_its_predecessor_saved_last(settings, while_the_teacher_loads):
+    config = settings(steps=4, save_every=1)
+    predecessor = distill.distill(dataclasses.replace(config, steps=3))
+    next(report for report in predecessor if isinstance(report, distill.Saved))
+    while_the_teacher_loads(lambda: list(predecessor))
+    resumed = run(config, resume=True)
+    assert of(resumed, distill.Started)[0].first_step == 3
+    assert [row["step"] for row in rows(config.out)] == [1, 2, 3, 4]
+
+
+def test_a_run_does_not_overwrite_one_that_was_made_while_it_began(settings, while_the_teacher_loads):
+    config = settings()
+    while_the_teacher_loads(lambda: run(config))
+    with pytest.raises(ArmhubertError, match="holds a run: continue it with resume=True"):
+        run(config)
+    assert run(config, resume=True)[-1].reason == "done"
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, log_every, stop_after):
     # Dropout, random crops, masks, several epochs, several batches a step, validation: all chance there is.
@@ -616,8 +723,11 @@ def test_resuming_a_finished_run_trains_nothing_and_says_done(settings):
     config = settings()
     run(config)
     before = digests(Path(config.out))
-    end = run(config, resume=True)[-1]
+    reports = run(config, resume=True)
+    end = reports[-1]
     assert (end.reason, end.step) == ("done", 2)
+    (started,) = of(reports, distill.Started)
+    assert "all 2 steps were made before: to go on, resume with steps=... above 2" in started.notes
     after = digests(Path(config.out))
     for name in ("checkpoint.pt", "model.safetensors", "metrics.jsonl"):
         assert after[name] == before[name]
@@ -819,7 +929,7 @@ def test_settings_out_of_range_name_themselves(settings):
     for change in (
         {"steps": 0}, {"steps": None, "epochs": 0.0}, {"batch_seconds": 0.0}, {"mask_prob": 1.5}, {"mask_prob_end": -1},
         {"hold_out": 1.0}, {"dropout": 1.0}, {"learning_rate": -1.0}, {"seed": -1}, {"workers": -1}, {"clip": 0.0},
-        {"workers": 99999},
+        {"workers": 99999}, {"layers": 2**62}, {"mask_length": 2**62}, {"accumulate": 2**62}, {"steps": 10**400},
         {"accumulate": 0}, {"patience": 0}, {"width": 0}, {"layers": 0}, {"heads": 0}, {"ffn": 0},
         {"seed": 2**64}, {"batch_seconds": 1e-6}, {"max_seconds": 1e-6},
         {"learning_rate": float("nan")}, {"layer_weight": float("nan")}, {"warmup": float("nan")},
@@ -927,23 +1037,44 @@ def test_a_held_out_recording_that_goes_away_does_not_lower_the_loss(settings, s
     assert second[0].loss != first[0].loss
 
 
-def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypatch):
-    step = distill_run.Run.step
+def of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def full(self, group):
+
+def of_a_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("allocate", [of_a_gpu, of_a_cpu])
+@pytest.mark.parametrize(("part", "what"), [("step", "a batch of step 3"), ("validate", "a batch of held-out speech")])
+def test_memory_that_runs_out_costs_nothing_that_was_learned(settings, monkeypatch, allocate, part, what):
+    real, kept = getattr(distill_run.Run, part), []
+
+    def full(self, *args):
+        large = torch.zeros(1)
+        kept.append(weakref.ref(large))
         if self.state.step == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(self, group)
+            allocate()
+        return real(self, *args)
 
-    config = settings(steps=4)
+    def save(path, content, real=checkpoint.save):
+        assert [ref() for ref in kept] == [None] * len(kept), "what the failed step held is in the way"
+        real(path, content)
+
+    config = settings(steps=4, hold_out=0.3, validate_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(distill_run.Run, "step", full)
-        with pytest.raises(
-            ArmhubertError, match="did not hold a batch of step 3: resume with gradient_checkpointing=True"
-        ):
+        patch.setattr(distill_run.Run, part, full)
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(ArmhubertError, match=f"did not hold {what}: resume with gradient_checkpointing=True"):
             run(config)
     resumed = run(dataclasses.replace(config, gradient_checkpointing=True), resume=True)
     assert (of(resumed, distill.Started)[0].first_step, resumed[-1].reason) == (2, "done")
+
+
+def test_other_errors_of_a_step_are_not_taken_for_memory(settings, monkeypatch):
+    monkeypatch.setattr(distill_run.Run, "step", lambda *args: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run(settings())
 
 
 @pytest.mark.parametrize(("save_every", "steps"), [(None, [1, 2, 3]), (1000, [3])])

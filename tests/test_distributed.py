@@ -6,6 +6,7 @@ from typing import Any
 from made import SHAPE, two_processes, write_speech, write_teacher
 
 from armhubert import checkpoint
+from armhubert.distill import DistillConfig, distill
 
 SCRIPT = """
 import json, os, sys
@@ -58,6 +59,21 @@ for report in distill(DistillConfig(**json.loads(sys.argv[2]))):
 """
 
 
+RESUMES = """
+import json, os, sys
+from armhubert import checkpoint
+from armhubert.distill import DistillConfig, distill
+
+def late(path, load=checkpoint.load):
+    found = load(path)
+    found.state.step -= os.environ["RANK"] == "1"
+    return found
+
+checkpoint.load = late
+list(distill(DistillConfig(**json.loads(sys.argv[2])), resume=True))
+"""
+
+
 def launch(script: str, folder: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
     return two_processes(str(folder / "script.py"), str(folder), json.dumps(settings))
@@ -94,3 +110,12 @@ def test_data_that_the_lead_refuses_is_refused_by_all_processes(tmp_path):
     done = launch(SCRIPT, tmp_path, run_of(tmp_path, data=[str(tmp_path / "nowhere")], steps=1))
     assert done.returncode != 0
     assert done.stderr.count("ArmhubertError: data source") == 2
+
+
+def test_processes_that_find_different_checkpoints_do_not_go_on(tmp_path):
+    settings = run_of(tmp_path, data=[str(write_speech(tmp_path / "speech", (0.6,)))], steps=2)
+    list(distill(DistillConfig(**settings, accumulate=2)))
+    done = launch(RESUMES, tmp_path, settings)
+    assert done.returncode != 0
+    assert "all processes must find the same" in done.stderr
+    assert "found step 1: wait" in done.stderr

@@ -76,7 +76,17 @@ def test_starting_anew_forgets_everything(tmp_path):
     assert len(os.listdir(tmp_path / "tensorboard")) == 1
 
 
-@pytest.mark.parametrize("tail", [b'{"kind": "train", "st', b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"\n"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"kind": "train", "st', b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"\n",
+        b'{"step": 3, "loss": 1.0, "layers": [1.0, 1.0]}\n',
+        b'{"kind": "train", "step": 3, "layers": [1.0, 1.0]}\n',
+        b'{"kind": "train", "step": 3, "loss": 1.0}\n',
+        b'{"kind": "train", "step": 3, "loss": "x", "layers": [1.0, 1.0]}\n',
+        b'{"kind": "train", "step": 3, "loss": 1.0, "layers": ["x"]}\n',
+    ],
+)  # fmt: skip
 def test_a_torn_or_foreign_last_line_is_left_out(tmp_path, tail):
     filled(tmp_path)
     whole = read_metrics(tmp_path / "metrics.jsonl")
@@ -98,6 +108,7 @@ def test_no_metrics_are_no_rows(tmp_path):
         [{"kind": "train", "step": 1, "loss": 1.0, "layers": [1.0]}],
         [{"kind": "train", "step": 1, "loss": float("nan"), "layers": [float("inf"), 0.0]}],
         [{"kind": "valid", "step": s, "loss": 0.0, "layers": [0.0] * 24} for s in range(3)],
+        [{"kind": "train", "step": s, "loss": 1.0, "layers": [1.0] * (3 - s)} for s in range(3)],
     ],
 )
 def test_pictures_are_drawn_of_any_numbers_without_a_display_or_pyplots_state(tmp_path, rows, monkeypatch):

@@ -27,7 +27,7 @@ from armhubert.superb.config import EvaluateConfig
         ({"width": "wide"}, "width in file must be a whole number, got 'wide'"),
         ({"width": 1.5}, "whole number"),
         ({"width": True}, "whole number"),
-        ({"width": 10**400}, "whole number"),
+        ({"width": 10**400}, r"width in file must be below 2\*\*63, got 1000"),
         ({"dropout": "nan"}, "must be a number"),
         ({"dropout": float("inf")}, "must be a number"),
         ({"conv_norm": "batch"}, "'group' or 'layer'"),
@@ -42,6 +42,12 @@ def test_a_configuration_file_is_read_strictly(change, message):
 
 def test_numbers_written_as_text_are_numbers():
     assert build(EncoderConfig, dataclasses.asdict(mini()) | {"norm_eps": "1e-4"}, "file").norm_eps == 1e-4
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 5249979066121302517, 2**63 - 1])
+def test_whole_numbers_that_no_float_holds_are_kept(seed):
+    for value in (seed, str(seed), np.int64(seed)):
+        assert DistillConfig(seed=value).seed == seed
 
 
 def test_settings_given_in_python_may_be_paths_and_numpys_numbers():

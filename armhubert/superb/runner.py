@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -179,7 +180,9 @@ class _Evaluation:
         config, out = self.config, Path(self.config.out)
         self.corpus = self._checked(self.task.read(Path(config.data).absolute(), config.options(self.fold)))
         if config.dry_run:
-            return (yield from self._run(None, anew))
+            with tempfile.TemporaryDirectory() as temporary:
+                self.folder = Path(temporary)
+                return (yield from self._run(None, anew))
         scan_cache = Path(config.cache or out) / SCAN_CACHE
         for folder in (out, scan_cache.parent):
             make_folder(folder)
@@ -195,19 +198,10 @@ class _Evaluation:
             cache = FeatureCache(Path(config.cache), self.upstream)
         self.features = Features(self.upstream, self.recordings, cache, self.device, config.workers)
         self.setup = Setup(config, self.task, self.corpus, self.features, self.hashes, self.should_stop, self.began)
-        if config.dry_run:
-            self.folder = out / ".dry-run"
-            shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
-        elif anew:
+        if anew and not config.dry_run:
             _clear(out)
-        try:
-            yield from self._start()
-            return (yield from self._trained() if config.training.steps else self._searched())
-        finally:
-            if config.dry_run:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    out.rmdir()  # where the dry run made it
+        yield from self._start()
+        return (yield from self._trained() if config.training.steps else self._searched())
 
     def _checked(self, corpus: Corpus) -> Corpus:
         needed = SPLITS if self.config.training.steps else SPLITS[1:]

@@ -1,6 +1,8 @@
 import contextlib
 import errno
 import json
+import multiprocessing
+import time
 
 import pytest
 import torch
@@ -86,6 +88,24 @@ def test_features_beyond_fp16_are_refused(tmp_path, upstream):
     cache = FeatureCache(tmp_path, upstream)
     with cache.writer() as writer, pytest.raises(ArmhubertError, match="beyond the 65504 of fp16"):
         writer.add("big", torch.full((1, 3, 39), 1e6))
+
+
+def test_a_folder_is_not_held_by_forks_that_outlive_its_holder(tmp_path):
+    pytest.importorskip("fcntl")
+    forking = multiprocessing.get_context("fork")
+    begun = forking.Event()
+    with held(tmp_path):
+        fork = forking.Process(target=lambda: (begun.set(), time.sleep(60)))
+        fork.start()
+        assert begun.wait(60)
+        with pytest.raises(ArmhubertError, match="another process is at work"), held(tmp_path):
+            pass
+    try:
+        with held(tmp_path):
+            assert fork.is_alive()
+    finally:
+        fork.kill()
+        fork.join()
 
 
 @pytest.mark.parametrize("strict", [True, False])

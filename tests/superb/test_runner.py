@@ -378,10 +378,13 @@ def test_a_resumed_sweep_records_what_an_uninterrupted_one_does(config, tmp_path
     assert same(whole, resumed)
 
 
-def test_a_dry_run_leaves_nothing(config, tmp_path):
-    _, reports = run(replace(config, dry_run=True))
+@pytest.mark.parametrize("out", ["run", "runs/ks", "before"])
+def test_a_dry_run_leaves_nothing(config, tmp_path, out):
+    (tmp_path / "before").mkdir()
+    before = set(tmp_path.rglob("*"))
+    _, reports = run(replace(config, dry_run=True, out=str(tmp_path / out)))
     assert reports[-1].reason == "dry run"
-    assert not list((tmp_path / "run").glob("**/*.*"))
+    assert {path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts} == before
 
 
 def test_settings_of_a_resumed_run_are_its_own(config):
