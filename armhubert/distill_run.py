@@ -469,15 +469,17 @@ def _training_section(run: Run) -> str:
     hours = state.audio_seconds / 3600
     end = "" if config.mask_prob_end is None else f" to {config.mask_prob_end}"
     masking = f"mask probability {config.mask_prob}{end}, " if "masking" in config.terms else ""
+    held_out = state.best_loss < float("inf")
+    best = ", the best on held-out speech" if held_out else ""
     lines = [
         "",
         "## Training",
         "",
         f"Distilled from `{Path(config.teacher).name}` with armhubert: loss `{config.loss}` ({config.distance}), "
-        f"{masking}{state.step} steps of {run.steps}, {hours:.2f} hours of audio seen, "
+        f"{masking}weights after step {state.step} of {run.steps}{best}, {hours:.2f} hours of audio seen, "
         f"{len(run.data.train)} utterances, peak learning rate {config.learning_rate:g}, precision {config.precision}, "
         f"seed {config.seed}.",
     ]
-    if state.best_loss < float("inf"):
+    if held_out:
         lines.append(f"Held-out loss ({len(run.data.valid)} utterances, unmasked): {state.best_loss:.4f}.")
     return "\n".join([*lines, "", "All settings: distill.json; curves: metrics.jsonl, loss.png, layers.png.", ""])
