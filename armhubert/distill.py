@@ -1,7 +1,7 @@
 """Distillation: a teacher, speech and settings in; a student, step by step, out.
 
-`distill` prepares and `_train` loops, to be read from top to bottom; they yield reports and print nothing. A step is in
-`armhubert.distill_run`.
+`distill` prepares and `_Training.reports` loops, to be read from top to bottom; they yield reports and print nothing. A
+step is in `armhubert.distill_run`.
 """
 
 import contextlib
@@ -14,25 +14,23 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import torch
-
 from armhubert import checkpoint, runlog
 from armhubert.checkpoint import TrainingState
 from armhubert.config import SAMPLE_RATE, EncoderConfig
 from armhubert.data import SCAN_CACHE, Scanning, check_main_guard, count_by_kind, padding_waste, write_skipped
-from armhubert.distill_config import RESUMABLE, DistillConfig, student_config
+from armhubert.distill_config import RESUMABLE, DistillConfig
 from armhubert.distill_data import Data, prepare, write_list
-from armhubert.distill_run import Progress, Run, Validated, Window, while_read
+from armhubert.distill_models import load_models
+from armhubert.distill_run import Progress, Run, StepBatches, Validated, Window, while_read
 from armhubert.distributed import World, join_world
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.files import held, make_folder, remove_temporaries, write_atomic
 from armhubert.kernels.onednn import emulated
-from armhubert.kernels.runtime import resolve_impl
 from armhubert.machine import device_name, high_water_mark, pick_device, ran_out_of_memory
 from armhubert.settings import build, coerced, read_mapping
 from armhubert.student import ARMHuBERT, count_parameters
-from armhubert.teacher import fingerprint, layer_mapping, load_teacher
+from armhubert.teacher import fingerprint
 
 __all__ = [
     "DistillConfig",
@@ -204,128 +202,155 @@ def distill(
         yield started
 
         try:
-            yield from _train(run, log, identity, should_stop)
+            yield from _Training(run, log, identity, should_stop).reports()
         finally:
             if log is not None:
                 log.close()
 
 
-def _train(
-    run: Run, log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
-) -> Iterator[Report]:
-    config, state, out = run.config, run.state, Path(run.config.out)
-    validate_every = config.validate_every or max(10, run.steps // 20)
-    save_every = config.save_every or validate_every
-    window = Window(run)
-    saved_at, saved_step = time.monotonic(), -1
+class _Training:
+    """Training from where a run stands to its end, or to the signal that stops it, as reports."""
 
-    def save() -> Saved:
-        nonlocal saved_at, saved_step
-        saved_at, saved_step = time.monotonic(), state.step
-        if run.world.leads:
-            window.keep()
-            checkpoint.save(out / CHECKPOINT_FILE, run.checkpoint(identity))
+    def __init__(
+        self, run: Run, log: runlog.RunLog | None, identity: dict[str, Any], should_stop: Callable[[], bool]
+    ) -> None:
+        self.run, self.log, self.identity, self.should_stop = run, log, identity, should_stop
+        self.config, self.state, self.out = run.config, run.state, Path(run.config.out)
+        self.validate_every = self.config.validate_every or max(10, run.steps // 20)
+        self.save_every = self.config.save_every or self.validate_every
+        self.window = Window(run)
+        self.saved_at, self.saved_step = time.monotonic(), -1
+
+    def reports(self) -> Iterator[Report]:
+        """Step, log, validate and save by turns; the last report is `Finished`."""
+        run, state = self.run, self.state
+        reason: Reason | None = None
+        if state.validation_due:
+            reason = yield from self.validate()
+            yield self.save()
+        groups = while_read(run.groups(), self.should_stop)
+        while not reason:
+            group = yield from self.next_group(groups)
+            if group is None:
+                reason = "done" if state.step >= run.steps else "stopped"
+                break
+            yield from self.step(group)
+            last = state.step >= run.steps
+            if self.window.count and (last or state.step % self.config.log_every == 0):
+                yield self.progress()
+            reason = "done" if last else None
+            if run.data.valid and (last or state.step % self.validate_every == 0):
+                reason = (yield from self.validate()) or reason
+            late = self.config.save_every is None and time.monotonic() - self.saved_at > SAVED_WITHIN
+            if reason or state.step % self.save_every == 0 or late:
+                yield self.save()
+        run.world.wait()
+        if reason != "stopped" and state.validations_without_gain and state.best_loss == float("inf"):
+            raise ArmhubertError(
+                f"no held-out loss was finite, so {self.out} holds the student of step {state.step}, which is no good: "
+                f"start a new run with a learning rate below {self.config.learning_rate}, or with clip set"
+            )
+        yield _finished(state, reason, run.world, self.out)
+
+    def next_group(self, groups: Iterator[StepBatches]) -> Generator[Report, None, StepBatches | None]:
+        """The next step's audio; None, with a checkpoint, where a process has no step left, a signal or a failure."""
+        group, failure, began = None, None, time.perf_counter()
+        try:
+            group = None if self.should_stop() else next(groups, None)
+        except ArmhubertError as error:  # files have gone, or a reader
+            failure = error
+        self.window.waited += time.perf_counter() - began
+        if not self.run.world.any(group is None):
+            return group
+        if self.state.step < self.run.steps and self.saved_step != self.state.step:
+            yield self.save()
+        if failure := self.run.world.failure(failure):
+            self.run.world.wait()  # the end of one process is that of all: the lead saves first
+            raise failure
+        return None
+
+    def step(self, group: StepBatches) -> Iterator[Report]:
+        """One step, which is skipped where something is not finite.
+
+        Raises:
+            ArmhubertError: so many in a row were skipped that the run has diverged, or memory ran out.
+        """
+        config, state = self.config, self.state
+        yield from (Unreadable(state.step + 1, why) for _, audio in group.mine for why in audio.left_out)
+        try:
+            outcome = self.run.step(group)
+        except Exception as error:
+            yield from self.out_of_memory(error, f"a batch of step {state.step + 1}")
+        if outcome is not None:
+            self.window.add(outcome)
+            return
+        yield StepSkipped(state.step, state.skipped_in_a_row)
+        if self.run.diverged:
+            remedy = "with clip set, or in bf16 or fp32" if config.precision == "fp16" else "or with clip set"
+            kept = f"; {self.out} keeps the last checkpoint" if (self.out / CHECKPOINT_FILE).is_file() else ""
+            raise ArmhubertError(
+                f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
+                f"{state.step}: start a new run with a learning rate below {config.learning_rate}, {remedy}{kept}"
+            )
+
+    def progress(self) -> Progress:
+        """What the steps since the last report were like."""
+        progress = self.window.report()
+        if self.log is not None:
+            scalars = {"loss": progress.loss, "learning_rate": progress.learning_rate}
+            scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
+            self.log.add("train", progress.step, scalars, progress.layers)
+        return progress
+
+    def validate(self) -> Generator[Report, None, Reason | None]:
+        """Validate, and export the best student; returns why training is to end, if it is."""
+        state = self.state
+        state.validation_due = True
+        try:
+            validated = self.run.validate(self.should_stop)
+        except ArmhubertError:  # in all processes
+            yield self.save()
+            self.run.world.wait()
+            raise
+        except Exception as error:
+            yield from self.out_of_memory(error, "a batch of held-out speech")
+        if validated is None:
+            return "stopped"
+        state.validation_due = False
+        if self.log is not None:
+            self.log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
+        if validated.best:
+            self.run.export(self.out)
+        yield from (Unreadable(state.step, why) for why in validated.left_out)
+        yield validated
+        given_up = self.config.patience is not None and state.validations_without_gain >= self.config.patience
+        return "early stop" if given_up and state.step < self.run.steps else None
+
+    def save(self) -> Saved:
+        """Everything needed to go on, by the lead."""
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step
+        if self.run.world.leads:
+            self.window.keep()
+            checkpoint.save(self.out / CHECKPOINT_FILE, self.run.checkpoint(self.identity))
             # None validated yet, or none finite: the latest is what there is.
-            if state.step and state.best_loss == float("inf"):
-                run.export(out)
-        if log is not None:
-            log.draw()
-        return Saved(state.step, out / CHECKPOINT_FILE)
+            if self.state.step and self.state.best_loss == float("inf"):
+                self.run.export(self.out)
+        if self.log is not None:
+            self.log.draw()
+        return Saved(self.state.step, self.out / CHECKPOINT_FILE)
 
-    def out_of_memory(error: Exception, what: str) -> Generator[Report, None, NoReturn]:
+    def out_of_memory(self, error: Exception, what: str) -> Generator[Report, None, NoReturn]:
         """Save and tell of memory that ran out, perhaps in this process alone; any other error goes on."""
         if not ran_out_of_memory(error):
             raise error
         traceback.clear_frames(error.__traceback__)  # their tensors are in the way of saving
-        if run.world.leads:
-            yield save()
-        resume = "" if config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
+        if self.run.world.leads:
+            yield self.save()
+        resume = "" if self.config.gradient_checkpointing else "resume with gradient_checkpointing=True, or "
         raise ArmhubertError(
-            f"the memory of {device_name(run.world.device)} did not hold {what}: {resume}start a new run with "
-            f"batch_seconds below {config.batch_seconds:g}"
+            f"the memory of {device_name(self.run.world.device)} did not hold {what}: {resume}start a new run with "
+            f"batch_seconds below {self.config.batch_seconds:g}"
         ) from error
-
-    def validation() -> Generator[Report, None, Reason | None]:
-        """Validate; returns why training is to end, if it is."""
-        state.validation_due = True
-        try:
-            validated = run.validate(should_stop)
-        except ArmhubertError:  # in all processes
-            yield save()
-            run.world.wait()
-            raise
-        except Exception as error:
-            yield from out_of_memory(error, "a batch of held-out speech")
-        if validated is None:
-            return "stopped"
-        state.validation_due = False
-        if log is not None:
-            log.add("valid", state.step, {"loss": validated.loss}, validated.layers)
-        if validated.best:
-            run.export(out)
-        yield from (Unreadable(state.step, why) for why in validated.left_out)
-        yield validated
-        given_up = config.patience is not None and state.validations_without_gain >= config.patience
-        return "early stop" if given_up and state.step < run.steps else None
-
-    reason: Reason | None = None
-    if state.validation_due:
-        reason = yield from validation()
-        yield save()
-    groups = while_read(run.groups(), should_stop)
-    while not reason:
-        group, failure, began = None, None, time.perf_counter()
-        try:
-            group = None if should_stop() else next(groups, None)
-        except ArmhubertError as error:  # files have gone, or a reader
-            failure = error
-        window.waited += time.perf_counter() - began
-        if run.world.any(group is None) or group is None:  # of any process: no step is left, a signal, a failure
-            reason = "done" if state.step >= run.steps else "stopped"
-            if reason == "stopped" and saved_step != state.step:
-                yield save()
-            if failure := run.world.failure(failure):
-                run.world.wait()  # the end of one process is that of all: the lead saves first
-                raise failure
-            break
-        yield from (Unreadable(state.step + 1, why) for _, audio in group.mine for why in audio.left_out)
-        try:
-            outcome = run.step(group)
-        except Exception as error:
-            yield from out_of_memory(error, f"a batch of step {state.step + 1}")
-        if outcome is None:
-            yield StepSkipped(state.step, state.skipped_in_a_row)
-            if run.diverged:
-                remedy = "with clip set, or in bf16 or fp32" if config.precision == "fp16" else "or with clip set"
-                kept = f"; {out} keeps the last checkpoint" if (out / CHECKPOINT_FILE).is_file() else ""
-                raise ArmhubertError(
-                    f"{state.skipped_in_a_row} steps in a row had a loss or gradients that are not finite, at step "
-                    f"{state.step}: start a new run with a learning rate below {config.learning_rate}, {remedy}{kept}"
-                )
-        else:
-            window.add(outcome)
-        last = state.step >= run.steps
-        if window.count and (last or state.step % config.log_every == 0):
-            progress = window.report()
-            if log is not None:
-                scalars = {"loss": progress.loss, "learning_rate": progress.learning_rate}
-                scalars |= {"gradient_norm": progress.gradient_norm, "audio_rate": progress.audio_rate}
-                log.add("train", state.step, scalars, progress.layers)
-            yield progress
-        reason = "done" if last else None
-        if run.data.valid and (last or state.step % validate_every == 0):
-            reason = (yield from validation()) or reason
-        late = config.save_every is None and time.monotonic() - saved_at > SAVED_WITHIN
-        if reason or state.step % save_every == 0 or late:
-            yield save()
-    assert reason is not None
-    run.world.wait()
-    if reason != "stopped" and state.validations_without_gain and state.best_loss == float("inf"):
-        raise ArmhubertError(
-            f"no held-out loss was finite, so {out} holds the student of step {state.step}, which is no good: start a "
-            f"new run with a learning rate below {config.learning_rate}, or with clip set"
-        )
-    yield _finished(state, reason, run.world, out)
 
 
 def _finished(state: TrainingState, reason: Reason, world: World, out: Path) -> Finished:
@@ -391,63 +416,6 @@ def _check_changes(saved: DistillConfig, changes: Mapping[str, Any]) -> None:
                 f"a resumed run keeps its {name} {getattr(saved, name)!r}, got {value!r}: "
                 "leave it out, or start a new run"
             )
-
-
-def check_views(config: DistillConfig, teacher: SpeechEncoder) -> None:
-    """Raise ArmhubertError where the loss needs a masked view that the teacher does not have."""
-    if "masking" in config.terms and teacher.mask_embedding is None:
-        raise ArmhubertError(
-            f"teacher {config.teacher} has no mask embedding, so it has no masked view: "
-            "use loss='plain' or loss='star', or the same weights from the hub"
-        )
-
-
-def load_models(config: DistillConfig, device: torch.device) -> tuple[SpeechEncoder, ARMHuBERT, int]:
-    """Teacher, new student, and how many tensors it has from the teacher.
-
-    Raises:
-        ArmhubertError: no teacher, settings that do not make a student of it, or kernels that do not run on `device`.
-    """
-    if config.impl == "triton":
-        try:
-            resolve_impl(config.impl, torch.empty(0, device=device))
-        except ValueError as error:
-            raise ArmhubertError(str(error)) from None
-    teacher = load_teacher(config.teacher, device=device)
-    check_views(config, teacher)
-    wanted = student_config(config, teacher.config)
-    if config.max_seconds * SAMPLE_RATE < wanted.receptive_field:
-        raise ArmhubertError(
-            f"max_seconds must be at least {wanted.receptive_field / SAMPLE_RATE}, one frame, got {config.max_seconds}"
-        )
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(config.seed)
-        student = ARMHuBERT(wanted, impl=config.impl).to(device)
-    return teacher, student, copy_matching(student, teacher) if config.init == "teacher" else 0
-
-
-@torch.no_grad()
-def copy_matching(student: ARMHuBERT, teacher: SpeechEncoder) -> int:
-    """Start the student from the teacher's tensors where names and shapes agree; returns how many were copied.
-
-    A student layer takes from the teacher layer it learns from; a reusing layer's values from that layer's values.
-    """
-    theirs = teacher.state_dict()
-    mapping = layer_mapping(student.config.layers, teacher.config.layers)
-    copied = 0
-    for name, parameter in student.named_parameters():
-        source = name
-        if name.startswith("layers."):
-            _, number, rest = name.split(".", 2)
-            source = f"layers.{mapping[int(number)] - 1}.{rest}"
-        tensor = theirs.get(source)
-        if tensor is None and ".attention.value." in source:
-            fused = theirs.get(source.replace(".value.", ".qkv."))
-            tensor = None if fused is None else fused.chunk(3)[2]
-        if tensor is not None and tensor.shape == parameter.shape:
-            parameter.copy_(tensor)
-            copied += 1
-    return copied
 
 
 def _identity(

@@ -52,7 +52,7 @@ class _MicroBatch(NamedTuple):
     crops: list[Crop]
 
 
-class _StepBatches(NamedTuple):
+class StepBatches(NamedTuple):
     """The batches of one optimizer step over all processes, and this process's share of them as audio."""
 
     all: list[_MicroBatch]
@@ -160,7 +160,7 @@ class Run:
                 yield Cursor(epoch, number + 1), plan[number]
             epoch, first = epoch + 1, 0
 
-    def groups(self) -> Iterator[_StepBatches]:
+    def groups(self) -> Iterator[StepBatches]:
         """The steps that are left, with their audio."""
         stream = self._stream(self.state.cursor)
         step = self.state.step
@@ -175,7 +175,7 @@ class Run:
             audio = self._read(self.data.train, [micro.crops for micros in mine for micro in micros])
             with contextlib.closing(audio):  # type: ignore[type-var]
                 for (micros, after), own in zip(planned, mine, strict=True):
-                    yield _StepBatches(micros, [_as_read(micro, next(audio)) for micro in own], after)
+                    yield StepBatches(micros, [_as_read(micro, next(audio)) for micro in own], after)
             step += count
 
     def _read(self, utterances: Sequence[Utterance], plan: Sequence[Sequence[Crop]]) -> Iterator[AudioBatch]:
@@ -188,7 +188,7 @@ class Run:
         totals = self.world.sum(torch.cat([sums.flatten(), sums.new_tensor([frames])]))
         return totals[:-1].view_as(sums), totals[-1]
 
-    def step(self, group: _StepBatches) -> _Outcome | None:
+    def step(self, group: StepBatches) -> _Outcome | None:
         """One optimizer step; None where it was skipped because something was not finite."""
         started = time.perf_counter()
         state, config, student = self.state, self.config, self.student

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from armhubert.clock import Timing, summarize, wait
 from armhubert.data import Scanning, discover, scan
-from armhubert.distill import load_models
 from armhubert.distill_config import DistillConfig
 from armhubert.distill_data import Data
+from armhubert.distill_models import load_models
 from armhubert.distill_run import Run
 from armhubert.distributed import World
 from armhubert.errors import ArmhubertError

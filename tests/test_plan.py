@@ -6,8 +6,8 @@ import yaml
 
 from armhubert import plan
 from armhubert.config import preset
-from armhubert.distill import check_views
 from armhubert.distill_config import DistillConfig, student_config
+from armhubert.distill_models import check_views
 from armhubert.encoder import SpeechEncoder
 from armhubert.errors import ArmhubertError
 from armhubert.settings import build, read_mapping
