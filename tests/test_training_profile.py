@@ -5,7 +5,7 @@ import pytest
 import torch
 from made import SHAPE, write_speech, write_teacher
 
-from armhubert import ArmhubertError, distill, distill_run, encoder, load_teacher
+from armhubert import ArmhubertError, distill, distill_models, distill_run, encoder, load_teacher
 from armhubert.data import Scanning
 from armhubert.distill_config import DistillConfig
 from armhubert.training_profile import PARTS, Step, TrainingProfile, profile_training
@@ -145,6 +145,6 @@ def test_no_steps_to_measure_are_refused(config, steps, warmup):
 def test_a_teacher_without_a_masked_view_is_one_line(config, monkeypatch):
     teacher = load_teacher(config.teacher)
     teacher.mask_embedding = None
-    monkeypatch.setattr(distill, "load_teacher", lambda *args, **options: teacher)
+    monkeypatch.setattr(distill_models, "load_teacher", lambda *args, **options: teacher)
     with pytest.raises(ArmhubertError, match="no mask embedding"):
         next(profile_training(config))
