@@ -349,7 +349,10 @@ def _extract(
 
     started = time.perf_counter()
     done, samples, size = 0, 0, 0
-    index = {name: row for name, row in known.items() if (out / name).is_file()}
+    unusable = {file.path for file in scanned.skipped}  # now; what is there of them is of another recording
+    index = {
+        name: row for name, row in known.items() if (out / name).is_file() and row.get("audio_filepath") not in unusable
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(
             memory_errors(

@@ -288,11 +288,14 @@ In transformers, after `import armhubert.huggingface`: `AutoModel.from_pretraine
 
 
 def training_section(card: str) -> str:
-    """What the card of one of our students tells of its training, for the card of another form of it; else ""."""
+    """What the card of one of our students tells of its training, for the card of another form of it; else "".
+
+    Without the files that lie beside it.
+    """
     if "\n# ARMHuBERT student\n" not in card:
         return ""
     _, heading, rest = card.partition("\n## Training\n")
-    return heading + rest.partition("\nMethod: ")[0]
+    return heading + rest.partition("\nMethod: ")[0].partition("\nAll settings: ")[0]
 
 
 _CONVERTED = "The weights are the source's, under its licence and conditions."

@@ -40,6 +40,8 @@ def export(
 
     ui.silence_libraries()
     _show(run(build(ExportConfig, given, "the options")))
+    if int8 and format == "torch":
+        ui.note("import torchao before torch.export.load reads it")
 
 
 def _show(reports: "Iterator[Report]") -> None:

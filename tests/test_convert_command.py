@@ -68,10 +68,10 @@ def test_the_card_names_what_was_given_and_never_claims_its_licence(checkpoint, 
 
 def test_the_card_of_a_student_of_ours_keeps_its_training(tmp_path):
     student = ARMHuBERT(dataclasses.replace(preset("mini"), layers=2, pattern="CR"))
-    training = "\n## Training\n\nDistilled from `x`.\n"
-    student.save_pretrained(tmp_path / "s", card=model_card(student, training))
+    training, files = "\n## Training\n\nDistilled from `x`.\n", "\nAll settings: distill.json.\n"
+    student.save_pretrained(tmp_path / "s", card=model_card(student, training + files))
     convert(tmp_path / "s", tmp_path / "same")
-    assert (tmp_path / "same" / "README.md").read_text() == (tmp_path / "s" / "README.md").read_text()
+    assert (tmp_path / "same" / "README.md").read_text() == model_card(student, training)
     convert(tmp_path / "s", tmp_path / "other", attention_mode="resoftmax")
     card = (tmp_path / "other" / "README.md").read_text()
     assert training + "\nIts maps were read as `exact` in that training.\n\nMethod: " in card

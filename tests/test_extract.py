@@ -358,6 +358,16 @@ def test_files_that_cannot_be_used_are_listed(student, speech, tmp_path):
     assert "short.wav\ttoo short" in listed
 
 
+def test_what_can_no_longer_be_read_leaves_the_index(student, speech, tmp_path):
+    run(student, speech, tmp_path / "out")
+    (speech / "1.wav").write_bytes(b"RIFF nothing")
+    finished = run(student, speech, tmp_path / "out")[-1]
+    assert (finished.recordings, finished.finished_before, finished.skipped) == (0, 3, 1)
+    listed = [json.loads(line)["audio_filepath"] for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
+    assert len(listed) == 3
+    assert str(speech / "1.wav") not in listed
+
+
 @pytest.mark.parametrize("spec", ["", "3", "-1", "1,,2", "first", "weighted:1,2", "weighted:a,b,c", "weighted:1,2,nan"])
 def test_layers_that_are_none(spec):
     with pytest.raises(ArmhubertError, match=r"layers must be|weight"):
