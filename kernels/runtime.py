@@ -177,14 +177,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     PyTorch's own decorator leaves them out without a word where autograd reaches the inputs by another path.
     """
-    first = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return first(ctx, *gradients)
         with torch.no_grad():
             outputs = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return outputs
         return _Underivable.apply(len(outputs), *outputs, *gradients, *ctx.saved_tensors)
 
     return wrapped
