@@ -5,8 +5,8 @@ import pytest
 import torch
 from made import SHAPE, write_speech, write_teacher
 
-from armhubert import ArmhubertError, distill, distill_models, distill_run, encoder, load_teacher
-from armhubert.data import Scanning
+from armhubert import ArmhubertError, distill, distill_models, distill_run, encoder, load_teacher, training_profile
+from armhubert.data import Scanning, discover
 from armhubert.distill_config import DistillConfig
 from armhubert.training_profile import PARTS, Step, TrainingProfile, profile_training
 
@@ -60,6 +60,17 @@ def test_the_parts_are_in_the_step_and_reading_is_beside_it(config):
     assert result.loader_rate == result.audio_seconds / result.parts["data"].median
     assert result.peak_memory > 2**20
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_of_many_files_some_are_examined(config, monkeypatch):
+    monkeypatch.setattr(training_profile, "FILES", 3)
+    drawn = calls(monkeypatch, training_profile, "scan")
+    *reports, _ = profile_training(config, steps=1, warmup=0)
+    assert [report.total for report in reports if isinstance(report, Scanning)][-1] == 3
+    (((paths,), _),) = drawn
+    everything = discover(config.sources)
+    assert set(paths) < set(everything)
+    assert paths != everything[:3]
 
 
 @pytest.mark.parametrize(
