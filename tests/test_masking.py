@@ -78,3 +78,12 @@ def test_certainty_masks_something_but_never_everything(frames):
     drawn = [span_mask(frames, 1.0, np.random.default_rng([5, i])) for i in range(50)]
     assert not any(mask.all() for mask in drawn)
     assert frames == 1 or all(mask.any() for mask in drawn)
+
+
+def test_there_are_two_spans_at_least_and_lengths_that_are_all_drawn_as_0_leave_one_of_the_mean():
+    rng = [Recorder([6, i]) for i in range(100)]
+    masks = [span_mask(30, 0.01, generator, mean_length=1) for generator in rng]
+    assert {len(generator.lengths) for generator in rng} == {2}
+    empty = [mask for mask, generator in zip(masks, rng, strict=True) if not any(generator.lengths)]
+    assert empty
+    assert all(mask.sum() == 1 for mask in empty)
