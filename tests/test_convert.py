@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from armhubert import ARMHuBERT, ArmhubertError, SpeechEncoder, load_teacher
 from armhubert.convert import load_weights, released
 from armhubert.convert import torchaudio as from_torchaudio
+from armhubert.frontend import normalize_waveform
 from armhubert.losses import Objective
 
 LARGE_GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "reuse-3by2-headdim36"
@@ -286,6 +287,19 @@ def test_input_normalisation_is_read_from_a_processor(hubert, tmp_path):
     (folder / "preprocessor_config.json").write_text('{"do_normalize": true}')
     (folder / "processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
     assert load_weights(folder).config.normalize_input
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e-4])
+def test_input_is_normalised_as_by_the_feature_extractor(scale):
+    import transformers
+
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    padded = scale * torch.randn(2, 3000) + 0.3 * scale
+    for lengths in (None, torch.tensor([2000, 3000])):
+        sizes = [3000, 3000] if lengths is None else lengths.tolist()
+        waves = [row[:size].numpy() for row, size in zip(padded, sizes, strict=True)]
+        expected = extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt")["input_values"]
+        torch.testing.assert_close(normalize_waveform(padded, lengths), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["data2vec-audio", "wav2vec2-conformer", "bert", None])
