@@ -218,6 +218,13 @@ def test_convolutions_and_norms_of_another_kind_are_not_taken_for_ours():
     encoder.front_end.rest[0].conv.padding = (1,)
     assert encoder.front_end(waves, None).shape[1] != BASE.frames(2000)
 
+    class Nothing(nn.Module):
+        def forward(self, x, lengths):
+            return torch.zeros_like(x)
+
+    encoder.front_end.rest[1] = Nothing()
+    assert not encoder.front_end(waves, None).any()
+
 
 @pytest.mark.parametrize("padding", ["independent", "as_trained"])
 def test_features_are_the_same_with_gradients_and_without_whatever_padding_holds(padding):
