@@ -123,7 +123,7 @@ def test_arpa_words(tmp_path):
     (tmp_path / "lm.arpa").write_text(text)
     with gzip.open(tmp_path / "lm.arpa.gz", "wt") as file:
         file.write(text)
-    assert arpa_words(tmp_path / "lm.arpa") == arpa_words(tmp_path / "lm.arpa.gz") == ("CAT", "HELLO")
+    assert arpa_words(tmp_path / "lm.arpa") == arpa_words(tmp_path / "lm.arpa.gz") == ("cat", "hello")
     (tmp_path / "lm.bin").write_bytes(b"\xff\xfe\x00mmap lm")
     with pytest.raises(ArmhubertError, match="language model"):
         arpa_words(tmp_path / "lm.bin")
@@ -246,21 +246,26 @@ def test_ctc_collapses_repeats_and_blanks():
 
 ARPA = """\\data\\
 ngram 1=5
+ngram 2=1
 
 \\1-grams:
--99\t<s>
+-99\t<s>\t0
 -1.0\t</s>
--1.0\t<unk>
--0.3\tCAT
--3.0\tCUT
+-1.0\t<unk>\t0
+-0.3\tCAT\t0
+-3.0\tCUT\t0
+
+\\2-grams:
+-0.5\tCUT CUT
 
 \\end\\
 """
 
 
-def test_beam_search_prefers_likely_words(tmp_path):
+@pytest.mark.parametrize(("cat", "cut"), [("CAT", "CUT"), ("cat", "cut")])
+def test_beam_search_prefers_likely_words(tmp_path, cat, cut):
     tokens = sorted(" ACTU")
-    (tmp_path / "lm.arpa").write_text(ARPA)
+    (tmp_path / "lm.arpa").write_text(ARPA.replace("CAT", cat).replace("CUT", cut))
     head = CTCRecurrent(3, tokens, size=4).eval()
     path = ["<blank>", "C", "<blank>", "U", "<blank>", "T", " ", "<blank>"]
     scores = torch.full((1, len(path), len(head.tokens)), -8.0)
@@ -270,7 +275,7 @@ def test_beam_search_prefers_likely_words(tmp_path):
     head.logits = lambda batch: scores  # type: ignore[method-assign]
     batch = Batch(torch.zeros(1, len(path), 3), torch.tensor([len(path)]), (Item("a", (), tuple("CAT")),), (0,), 320)
     assert "".join(CTCHead.predict(head, batch)[0]).strip() == "CUT"
-    beam = Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))
+    beam = Beam(str(tmp_path / "lm.arpa"), arpa_words(tmp_path / "lm.arpa"))
     if importlib.util.find_spec("flashlight") is None:
         with pytest.raises(ArmhubertError, match="needs flashlight-text"):
             beam_decoder(beam, tokens)

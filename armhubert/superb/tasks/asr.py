@@ -69,7 +69,7 @@ class SpeechRecognition(Task):
 
 
 def arpa_words(path: Path) -> tuple[str, ...]:
-    """The words of an ARPA language model (plain or gzipped): its unigrams, upper case.
+    """The words of an ARPA language model (plain or gzipped): its unigrams, as it writes them.
 
     Raises:
         ArmhubertError: no such file, or not an ARPA file; a binary model does not tell its words.
@@ -91,4 +91,4 @@ def arpa_words(path: Path) -> tuple[str, ...]:
         ) from None
     if not words:
         raise ArmhubertError(f"language model {path} must be an ARPA file with unigrams, plain or .gz")
-    return tuple(sorted({word.upper() for word in words if not word.startswith("<")}))
+    return tuple(sorted({word for word in words if not word.startswith("<")}))
