@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from armhubert.errors import ArmhubertError, brief
+from armhubert.errors import ArmhubertError
 from armhubert.kernels.runtime import frame_mask
 from armhubert.packages import import_torchaudio
 from armhubert.superb.task import Batch, Head
@@ -241,7 +241,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
                 unk_word=SPECIAL[UNKNOWN],
             )
         except (RuntimeError, ValueError, OSError) as error:
-            reason = brief(error)
+            reason = str(error).strip().rpartition("\n")[2]  # KenLM names its function first, in a long line
             raise ArmhubertError(f"language model {beam.language_model} cannot be used: {reason}") from None
 
 

@@ -284,3 +284,6 @@ def test_beam_search_prefers_likely_words(tmp_path, cat, cut):
         assert "".join(head.predict(batch)[0]) == "CAT"
         with pytest.raises(ArmhubertError, match="none of the 1 words of language model"):
             beam_decoder(Beam(beam.language_model, ("DOG",)), tokens)
+        (tmp_path / "lm.arpa").write_text(ARPA.replace("ngram 2=1\n", ""))
+        with pytest.raises(ArmhubertError, match=r"lm\.arpa cannot be used: This ngram .* at least a bigram model"):
+            beam_decoder(beam, tokens)
