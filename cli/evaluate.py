@@ -118,7 +118,10 @@ def evaluate(
     dev: Annotated[list[str] | None, typer.Option(help="Validation subsets.", rich_help_panel=DATA)] = None,
     test: Annotated[
         list[str] | None,
-        typer.Option(help="Subsets to score, the first for the result; pr: TIMIT works too.", rich_help_panel=DATA),
+        typer.Option(
+            help="Subsets to score; pr, asr: the first for the result, and the others too. pr: TIMIT works.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     fold: Annotated[int | None, typer.Option(help="er: one fold instead of all.", rich_help_panel=DATA)] = None,
     language_model: Annotated[

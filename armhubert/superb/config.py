@@ -47,7 +47,7 @@ class EvaluateConfig:
     dev: tuple[str, ...] = ()
     """Subsets to choose on, likewise."""
     test: tuple[str, ...] = ()
-    """Subsets to score, likewise: the first gives the result, every further one is scored by the same head."""
+    """Subsets to score, likewise; pr, asr: the first gives the result, every further one is scored by the same head."""
     fold: int | None = None
     """One fold of a task that has them, from 1; none: all."""
     g2p: bool = False

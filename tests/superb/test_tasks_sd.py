@@ -199,6 +199,17 @@ def test_a_split_that_is_absent(kaldi):
         TASK.read(kaldi, Options())
 
 
+def test_every_folder_that_is_named_is_taken(kaldi):
+    (kaldi / "more").mkdir()
+    for name in ("wav.scp", "segments", "utt2spk"):
+        (kaldi / "more" / name).write_text((kaldi / "train" / name).read_text().replace("m", "n"))
+    (kaldi / "more" / "wav.scp").write_text("n1 audio/m1.wav\nn2 audio/m2.wav\n")
+    corpus = TASK.read(kaldi, Options(train=("train", "more")))
+    assert [item.key for item in corpus.splits["train"].items] == ["m1", "m2", "n1", "n2"]
+    with pytest.raises(ArmhubertError, match=r"train subset .*/gone has no recordings as .*/train has"):
+        TASK.read(kaldi, Options(train=("train", "gone")))
+
+
 def test_one_speaker_throughout(kaldi):
     for split in ("train", "dev", "test"):
         (kaldi / split / "utt2spk").write_text("u1 ann\nu2 ann\nu3 ann\n")

@@ -213,6 +213,16 @@ def test_sid_holds_out_a_tenth_of_each_speaker_whatever_files_are_called(tmp_pat
     assert {name: len(split.items) for name, split in corpus.splits.items()} == {"train": 64, "dev": 8, "test": 8}
 
 
+def test_sid_takes_every_subset_that_is_named(tmp_path, waves):
+    waves(*(f"{subset}/{speaker}/{n}.wav" for subset, speaker in ("ac", "ad", "be") for n in range(3)))
+    corpus = TASKS["sid"].read(tmp_path, Options(train=("a", "b")))
+    assert corpus.labels == (("c", "d", "e"),)
+    (item,) = (item for item in corpus.splits["train"].items if item.label == ("e",))
+    assert item.key.startswith("b/e/")
+    (item, _) = TASKS["sid"].read(tmp_path, Options(train=("a",))).splits["train"].items
+    assert item.key.startswith("c/")
+
+
 def test_one_speaker_is_not_enough(tmp_path, waves):
     waves(*(f"only/{n}.wav" for n in range(10)))
     with pytest.raises(ArmhubertError, match="at least 2 speakers, got 1"):
