@@ -154,7 +154,8 @@ def evaluate(
         int | None, typer.Option(help="asr, sf: units of the LSTMs.", show_default="1024", rich_help_panel=TRAINING)
     ] = None,
     crop_seconds: Annotated[
-        float | None, typer.Option(help="Train on random crops; 0: whole utterances.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Train on random crops, but for pr, asr, sf; 0: whole utterances.", rich_help_panel=TRAINING),
     ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations.", rich_help_panel=TRAINING)

@@ -226,6 +226,8 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     """The first is SUPERB's."""
     defaults: TrainingSettings
+    whole: bool = False
+    """Labels are transcripts of whole utterances: a crop would be trained on words that are not in it."""
     folds: int = 1
     """Cross-validation: the runner trains and tests once for each fold, and averages."""
 

@@ -32,6 +32,7 @@ class SpeechRecognition(Task):
     data = "LibriSpeech"
     folders = ("LibriSpeech",)
     reads = ("train", "dev", "test", "language_model")
+    whole = True
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
     defaults = TrainingSettings(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 

@@ -41,6 +41,7 @@ class PhonemeRecognition(Task):
     data = "LibriSpeech with lexicon.txt (WORD, tab or space, phones) beside it"
     folders = ("LibriSpeech",)
     reads = ("lexicon", "g2p", "train", "dev", "test")
+    whole = True
     metrics = (Metric("per", "PER", False),)
     defaults = TrainingSettings(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
 

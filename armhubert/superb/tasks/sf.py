@@ -44,6 +44,7 @@ class SlotFilling(Task):
     title = "Slot filling"
     data = f"Audio SNIPS ({SNIPS_LIST}; train, valid, test), or label/label.json as for ic, with text for transcripts"
     folders = ("SNIPS", "audio_snips", "intents")
+    whole = True
     metrics = (
         Metric("slot_f1", "Slot F1", True),
         Metric("slot_cer", "Slot CER", False),
