@@ -227,6 +227,16 @@ def test_a_suite_gives_no_task_what_it_has_no_use_for(tmp_path, waves):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"test": ["x"]}})
 
 
+def test_data_that_are_incomplete_are_not_replaced_by_other_data(tmp_path, waves):
+    for subset, speakers in (("train-clean-100", "abcd"), ("dev-clean", "ef"), ("test-clean", "gh")):
+        waves(*(f"LibriSpeech/{subset}/{speaker}/1/{n}.wav" for speaker in speakers for n in range(2)), seconds=2.1)
+    (only,) = plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {}, ["asv"]).configs
+    assert only.data == str(tmp_path / "LibriSpeech")
+    waves("VoxCeleb1/dev/wav/id1/v/0.wav", "VoxCeleb1/test/wav/id2/v/0.wav")
+    with pytest.raises(ArmhubertError, match=r"the trial list of VoxCeleb1 is missing: put veri_test2\.txt"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {}, ["asv"])
+
+
 def test_data_for_nothing(tmp_path):
     with pytest.raises(ArmhubertError, match="has data for none of the tasks"):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {})
