@@ -13,6 +13,7 @@ from corpora import librispeech
 from armhubert.errors import ArmhubertError
 from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier, beam_decoder
+from armhubert.superb.simulate import spoken_words
 from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
@@ -78,6 +79,19 @@ def test_transcripts_without_audio_and_the_reverse_are_told(tmp_path, waves):
     notes = TASKS["asr"].read(tmp_path, Options()).notes
     assert any("1 transcripts (10-1-0000) without audio" in note for note in notes)
     assert any("1 recordings (10-1-0099) without transcript" in note for note in notes)
+
+
+def test_what_macos_leaves_beside_files_is_not_read(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=6, dev_clean=2)
+    waves("timit/SX1.WAV")
+    (tmp_path / "timit/SX1.PHN").write_text("0 10 k\n10 20 ae\n20 30 t\n")
+    options = Options(test=("timit",))
+    before = {name: TASKS[name].read(tmp_path, options if name == "pr" else Options()) for name in ("pr", "sid")}
+    spoken = list(spoken_words(tmp_path))
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert {name: TASKS[name].read(tmp_path, options if name == "pr" else Options()) for name in before} == before
+    assert list(spoken_words(tmp_path)) == spoken
 
 
 def test_dev_is_held_out_where_there_is_none(tmp_path, waves):

@@ -55,7 +55,7 @@ class SpeakerIdentification(Task):
         utterances, silent = [], []
         for speaker in (path for folder in folders for path in sorted(folder.iterdir())):
             if speaker.is_dir() and speaker.name[0] != ".":
-                files = [path for path in sorted(speaker.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
+                files = [path for path in sorted(speaker.rglob("[!.]*")) if path.suffix.lower() in AUDIO_SUFFIXES]
                 utterances += [Transcribed(path, speaker.name, ()) for path in files]
                 silent += [] if files else [speaker.name]
         if not utterances:
