@@ -1,7 +1,6 @@
 """Speaker diarization: Libri2Mix, Kaldi data folders, or mixtures simulated from any speech by speaker."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,7 +307,6 @@ class FrameActivity(Head):
         super().__init__()
         self.recurrent = nn.LSTM(width, 512, batch_first=True)
         self.classify = nn.Linear(512, speakers)
-        self.orders = tuple(permutations(range(speakers)))
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, speakers]."""
@@ -320,19 +318,19 @@ class FrameActivity(Head):
         Permutation-free training: Fujita et al., "End-to-end neural speaker diarization with permutation-free
         objectives", Interspeech 2019, equation 3.
         """
+        from scipy.optimize import linear_sum_assignment
+
         logits = self.logits(batch)
         targets = torch.zeros_like(logits)
         for row, item, first in zip(targets, batch.items, batch.first, strict=True):
             activity = frame_activity(item.label, first, row.shape[0], batch.hop)
             row[:, : activity.shape[1]] = activity
-        mask = frame_mask(batch.lengths, logits.shape[1])
-        losses = [
-            (
-                F.binary_cross_entropy_with_logits(logits, targets[..., list(order)], reduction="none").mean(2) * mask
-            ).sum(1)
-            for order in self.orders
-        ]
-        return torch.stack(losses).amin(0).sum() / batch.lengths.sum()
+        said, true = torch.broadcast_tensors(logits[..., None], targets[:, :, None])  # [B, T, outputs, speakers]
+        mask = frame_mask(batch.lengths, logits.shape[1])[..., None, None]
+        costs = (F.binary_cross_entropy_with_logits(said, true, reduction="none") * mask).sum(1)
+        found = [linear_sum_assignment(cost) for cost in costs.detach().cpu().nan_to_num()]
+        losses = [cost[outputs, speakers].mean() for cost, (outputs, speakers) in zip(costs, found, strict=True)]
+        return torch.stack(losses).sum() / batch.lengths.sum()
 
     def predict(self, batch: Batch) -> list[Activity]:
         """Probabilities of each recording's frames."""
