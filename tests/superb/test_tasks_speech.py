@@ -18,6 +18,7 @@ from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
 from armhubert.superb.tasks.ks import GAIN, WORDS, which_split
+from armhubert.superb.tasks.pr import read_lexicon
 
 
 def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
@@ -27,6 +28,14 @@ def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
     assert corpus.splits["test"].items[0].label == ("HH", "AH0", "L", "OW1", "K", "AE1", "T")
     assert corpus.notes == ()
     assert corpus.labels[0] == ("AE1", "AH0", "HH", "K", "L", "OW1", "T")
+
+
+def test_lexicons_of_other_tools(tmp_path):
+    text = ";;; # CMUdict\n;;;\naalborg AO1 L B # place\nHELLO\t0.99\t0.2\tHH AH0\n#HASH-MARK  HH AE1\nCAT 1.0 K AE1\n"
+    (tmp_path / "lexicon.txt").write_text(text)
+    assert read_lexicon(tmp_path / "lexicon.txt") == {
+        "AALBORG": ("AO1", "L", "B"), "HELLO": ("HH", "AH0"), "#HASH-MARK": ("HH", "AE1"), "CAT": ("K", "AE1"),
+    }  # fmt: skip
 
 
 def test_pr_lists_words_outside_the_lexicon(tmp_path, waves):
