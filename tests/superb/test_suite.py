@@ -108,6 +108,10 @@ def test_a_result_of_weights_that_have_changed_is_not_taken_for_the_models(tmp_p
     file.write_text(code)
     *_, finished = run_suite(plan, tmp_path / "out")
     assert finished.results == before
+    (tmp_path / "out/own.py.M/ks/result.json").unlink()  # as if interrupted
+    file.write_text(code.replace("old", "new"))
+    *_, failure, finished = run_suite(plan, tmp_path / "out")
+    assert failure.error.endswith("ks was begun with other model: start anew with force=True, or name another out=...")
 
 
 def test_a_task_that_fails_does_not_end_the_suite(tmp_path, waves):
