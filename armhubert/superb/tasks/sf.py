@@ -224,13 +224,18 @@ def _words(text: str) -> list[str]:
     return [word for part in text.split() if (word := normalize(part))]
 
 
+def _tag(slot: str) -> str:
+    """A slot's name as a part of a token, which decoded text tells by its spaces."""
+    return "_".join(slot.split())
+
+
 def _values_only(utterance: Labelled) -> tuple[str, ...] | None:
     words: list[str] = []
     tags: list[str] = []
     for slot, value in utterance.slots.items():
         spelled = _words(value)
         words += spelled
-        tags += [slot] * len(spelled)
+        tags += [_tag(slot)] * len(spelled)
     return encode(words, tags) if words else None
 
 
@@ -247,5 +252,5 @@ def _with_text(utterance: Labelled) -> tuple[str, ...] | None:
         first = next(fits, None)
         if not spelled or first is None:
             return None
-        tags[first : first + len(spelled)] = [slot] * len(spelled)
+        tags[first : first + len(spelled)] = [_tag(slot)] * len(spelled)
     return encode(words, tags) if words else None
