@@ -132,7 +132,9 @@ def labelled(waves):
 
 
 def test_json_with_transcripts(labelled):
-    corpus = TASK.read(labelled("An {drink}, with oat milk."), Options())
+    last = {"intent": "order", "slots": {"drink": "tea,", "milk": "oat milk."}, "text": "An tea, with oat milk."}
+    corpus = TASK.read(labelled("An {drink}, with oat milk.", last=last), Options())
+    assert sum(len(found.items) for found in corpus.splits.values()) == 20
     texts = {decode(item.label) for found in corpus.splits.values() for item in found.items}
     assert texts == {
         "AN B-drink TEA E-drink WITH B-milk OAT MILK E-milk",

@@ -224,6 +224,10 @@ def _words(text: str) -> list[str]:
     return [word for part in text.split() if (word := normalize(part))]
 
 
+def _unpunctuated(text: str) -> list[str]:
+    return [word.rstrip("?!.,;") for word in _words(text)]
+
+
 def _tag(slot: str) -> str:
     """A slot's name as a part of a token, which decoded text tells by its spaces."""
     return "_".join(slot.split())
@@ -241,10 +245,10 @@ def _values_only(utterance: Labelled) -> tuple[str, ...] | None:
 
 def _with_text(utterance: Labelled) -> tuple[str, ...] | None:
     """The longest values are placed first, each at the first place in the transcript that is still free."""
-    words = [word.rstrip("?!.,;") for word in _words(utterance.text or "")]
+    words = _unpunctuated(utterance.text or "")
     tags = ["O"] * len(words)
     for slot, value in sorted(utterance.slots.items(), key=lambda entry: -len(_words(entry[1]))):
-        spelled = _words(value)
+        spelled = _unpunctuated(value)
         places = range(len(words) - len(spelled) + 1)
         fits = (
             p for p in places if words[p : p + len(spelled)] == spelled and set(tags[p : p + len(spelled)]) == {"O"}
