@@ -124,7 +124,7 @@ def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     assert first["changed"].keys() == {"steps", "batch", "accumulate", "learning_rate", "validate_every"}
     assert {"torch", "numpy", "armhubert", "python"} <= first["versions"].keys()
 
-    assert first["hardware"]["device"] == f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    assert re.fullmatch(rf"CPU {re.escape(processor_name())}, \d+ threads?", first["hardware"]["device"])
     assert re.fullmatch("[0-9a-f]{32}", first["config_hash"])
     assert re.fullmatch("[0-9a-f]{32}", first["model"]["identity"])
     assert first["wall_seconds"] > 0
