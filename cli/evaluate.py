@@ -118,7 +118,10 @@ def evaluate(
     dev: Annotated[list[str] | None, typer.Option(help="Validation subsets.", rich_help_panel=DATA)] = None,
     test: Annotated[
         list[str] | None,
-        typer.Option(help="Subsets to score, the first for the result; pr: TIMIT works too.", rich_help_panel=DATA),
+        typer.Option(
+            help="Subsets to score; pr, asr: the first for the result, and the others too. pr: TIMIT works.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     fold: Annotated[int | None, typer.Option(help="er: one fold instead of all.", rich_help_panel=DATA)] = None,
     language_model: Annotated[
@@ -151,7 +154,8 @@ def evaluate(
         int | None, typer.Option(help="asr, sf: units of the LSTMs.", show_default="1024", rich_help_panel=TRAINING)
     ] = None,
     crop_seconds: Annotated[
-        float | None, typer.Option(help="Train on random crops; 0: whole utterances.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Train on random crops, but for pr, asr, sf; 0: whole utterances.", rich_help_panel=TRAINING),
     ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations.", rich_help_panel=TRAINING)

@@ -47,7 +47,7 @@ class EvaluateConfig:
     dev: tuple[str, ...] = ()
     """Subsets to choose on, likewise."""
     test: tuple[str, ...] = ()
-    """Subsets to score, likewise: the first gives the result, every further one is scored by the same head."""
+    """Subsets to score, likewise; pr, asr: the first gives the result, every further one is scored by the same head."""
     fold: int | None = None
     """One fold of a task that has them, from 1; none: all."""
     g2p: bool = False
@@ -70,7 +70,7 @@ class EvaluateConfig:
     clip: float | None = None
     """Largest gradient norm."""
     crop_seconds: float | None = None
-    """Train on random crops of this length; 0: whole utterances."""
+    """Train on random crops of this length, but for pr, asr and sf; 0: whole utterances."""
     head_size: int | None = None
     """asr, sf: units of the projection and of each LSTM's direction; SUPERB's 1024 take minutes a step on two cores."""
     sweep: Literal["lr"] | None = None
@@ -162,6 +162,8 @@ def given_in_vain(task: Task, settings: Mapping[str, Any]) -> list[str]:
     useless = {field.name for field in dataclasses.fields(Options)} - {"seed", *task.reads}
     if not task.defaults.head_size:
         useless.add("head_size")
+    if task.whole and settings.get("crop_seconds"):  # 0 is whole utterances
+        useless.add("crop_seconds")
     if not task.defaults.steps:
         useless |= {field.name for field in dataclasses.fields(TrainingSettings)} | {"sweep", "normalize_layers"}
     return [n for n, value in settings.items() if n in useless and value not in (None, (), []) and value is not False]
@@ -170,6 +172,7 @@ def given_in_vain(task: Task, settings: Mapping[str, Any]) -> list[str]:
 _ABSENT = {
     "fold": "folds",
     "head_size": "head whose size can be set",
+    "crop_seconds": "training on crops",
     "lexicon": "lexicon",
     "g2p": "lexicon",
     "language_model": "language model",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from armhubert.errors import ArmhubertError, brief
+from armhubert.errors import ArmhubertError
 from armhubert.kernels.runtime import frame_mask
 from armhubert.packages import import_torchaudio
 from armhubert.superb.task import Batch, Head
@@ -89,7 +89,7 @@ class Beam(NamedTuple):
     language_model: str
     """ARPA file."""
     words: tuple[str, ...]
-    """The lexicon: every word is spelled by its characters."""
+    """The lexicon: every word as the model writes it, spelled by its characters in upper case."""
     size: int = 5
     threshold: float = 25.0
     weight: float = 2.0
@@ -179,7 +179,7 @@ class CTCRecurrent(CTCHead):
         if self.decoder is None:
             return super().predict(batch)
         hypotheses = self.decoder(self.logits(batch).log_softmax(2).float().cpu().contiguous(), batch.lengths.cpu())
-        return [list(" ".join(best[0].words)) if best else [] for best in hypotheses]
+        return [list(" ".join(best[0].words).upper()) if best else [] for best in hypotheses]
 
 
 def both_ways(layer: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
     import tempfile
 
     known = set(tokens)
-    spelled = [f"{word} {' '.join(word)} |" for word in beam.words if set(word) <= known]
+    spelled = [f"{word} {' '.join(word.upper())} |" for word in beam.words if set(word.upper()) <= known]
     if not spelled:
         raise ArmhubertError(
             f"none of the {len(beam.words)} words of language model {beam.language_model} can be spelled with the "
@@ -241,7 +241,7 @@ def beam_decoder(beam: Beam, tokens: Sequence[str]) -> Any:
                 unk_word=SPECIAL[UNKNOWN],
             )
         except (RuntimeError, ValueError, OSError) as error:
-            reason = brief(error)
+            reason = str(error).strip().rpartition("\n")[2]  # KenLM names its function first, in a long line
             raise ArmhubertError(f"language model {beam.language_model} cannot be used: {reason}") from None
 
 

@@ -92,9 +92,9 @@ def read_subset(folder: Path) -> tuple[list[Transcribed], list[str]]:
     Raises:
         ArmhubertError: no transcripts, or none with audio.
     """
-    audio = {path.stem: path for path in sorted(folder.glob("*/*/*")) if path.suffix.lower() in AUDIO_SUFFIXES}
+    audio = {path.stem: path for path in sorted(folder.glob("*/*/[!.]*")) if path.suffix.lower() in AUDIO_SUFFIXES}
     utterances, silent, wordless = [], [], []
-    lists = sorted(folder.glob("*/*/*.trans.txt"))
+    lists = sorted(folder.glob("*/*/[!.]*.trans.txt"))  # macOS leaves ._1-2.trans.txt beside 1-2.trans.txt
     if not lists:
         raise ArmhubertError(f"{folder} has no transcripts: expected <speaker>/<chapter>/*.trans.txt")
     for path in lists:

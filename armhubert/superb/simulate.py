@@ -172,9 +172,9 @@ def spoken_words(root: Path) -> Iterator[Spoken]:
         folder = path.parent
         if folder not in lists:
             lists[folder], timed[folder] = {}, {}
-            for name in sorted(folder.glob("*.trans.txt")):
+            for name in sorted(folder.glob("[!.]*.trans.txt")):
                 lists[folder].update(_transcripts(name))
-            for name in sorted(folder.glob("*.alignment.txt")):
+            for name in sorted(folder.glob("[!.]*.alignment.txt")):
                 timed[folder].update(_alignments(name))
         if path.stem in timed[folder]:
             aligned = timed[folder][path.stem]

@@ -211,12 +211,13 @@ def plan_suite(
 
 
 def find_data(task: Task, root: Path, options: Options) -> Path:
-    """The folder of a task's data: the first of its usual names, below the root or the root's own, that it can read.
+    """The folder of a task's data: the first of its usual names that is there, below the root or the root's own.
 
-    Folders of words, speakers and emotions look alike, so no other name is taken for any of them.
+    Folders of words, speakers and emotions look alike, so no other name is taken for any of them; nor is a later one
+    where the first is incomplete.
 
     Raises:
-        ArmhubertError: none is there, or what the first that is there lacks.
+        ArmhubertError: none is there, or the task cannot read it.
     """
     folders = [root / name for name in task.folders if (root / name).is_dir()]
     if root.absolute().name in {Path(name).name for name in task.folders} or task.name in MINI:
@@ -226,15 +227,8 @@ def find_data(task: Task, root: Path, options: Options) -> Path:
             f"none of {', '.join(task.folders)} is in {root}: put its data there under such a name, or name the folder "
             f"in a settings file, as tasks: {{{task.name}: {{data: ...}}}}"
         )
-    errors = []
-    for folder in folders:
-        try:
-            task.read(folder, options)
-        except ArmhubertError as error:
-            errors.append(error)
-        else:
-            return folder
-    raise errors[0]
+    task.read(folders[0], options)
+    return folders[0]
 
 
 def run_suite(

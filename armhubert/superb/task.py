@@ -91,7 +91,7 @@ class Options:
     dev: tuple[str, ...] = ()
     """As `train`; none: SUPERB's, else a share of the training data is held out."""
     test: tuple[str, ...] = ()
-    """As `train`; the second and further ones become splits of their own, `test:<name>`."""
+    """As `train`; of pr and asr, the second and further ones become splits of their own, `test:<name>`."""
     fold: int = 0
     """One fold of a task that has them, from 0."""
     seed: int = 0
@@ -226,6 +226,8 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     """The first is SUPERB's."""
     defaults: TrainingSettings
+    whole: bool = False
+    """Labels are transcripts of whole utterances: a crop would be trained on words that are not in it."""
     folds: int = 1
     """Cross-validation: the runner trains and tests once for each fold, and averages."""
 

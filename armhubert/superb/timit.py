@@ -12,7 +12,7 @@ _TIMIT = {
     "ax": "AH", "ax-h": "AH", "ix": "IH", "axr": "ER", "el": "L", "em": "M", "en": "N", "eng": "NG", "nx": "N",
     "hv": "HH", "ux": "UW", "dx": "D",
 }  # fmt: skip
-_LABELS = "*.[pP][hH][nN]"  # the LDC's names are in capitals
+_LABELS = "[!.]*.[pP][hH][nN]"  # the LDC's names are in capitals
 _TIMIT_SILENT = frozenset(["h#", "pau", "epi", "q", "bcl", "dcl", "gcl", "pcl", "tcl", "kcl"])
 
 

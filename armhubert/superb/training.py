@@ -191,7 +191,8 @@ class Training:
             mine, saved = self.identity(), content["identity"]
             if different := [name for name in mine if saved.get(name) != mine[name]]:
                 raise ArmhubertError(
-                    f"{self.folder} was begun with other {', '.join(different)}: start anew with force=True"
+                    f"{self.folder} was begun with other {', '.join(different)}: start anew with force=True, or name "
+                    "another out=..."
                 )
             self.probe.load_state_dict(content["probe"])
             self.optimizer.load_state_dict(content["optimizer"])

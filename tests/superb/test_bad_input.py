@@ -164,7 +164,7 @@ def is_told(call, path):
     code, _, err = call("evaluate", "--resume", "run")
     assert code == 2
     assert err.splitlines()[-1].startswith((f"error: {path}", "error: run was begun with other"))
-    assert err.splitlines()[-1].endswith("start anew with --force")
+    assert err.splitlines()[-1].endswith(("start anew with --force", "start anew with --force, or name another --out"))
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])

@@ -124,7 +124,7 @@ def test_reruns_are_equal_and_results_are_complete(config, tmp_path):
     assert first["changed"].keys() == {"steps", "batch", "accumulate", "learning_rate", "validate_every"}
     assert {"torch", "numpy", "armhubert", "python"} <= first["versions"].keys()
 
-    assert first["hardware"]["device"] == f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    assert re.fullmatch(rf"CPU {re.escape(processor_name())}, \d+ threads?", first["hardware"]["device"])
     assert re.fullmatch("[0-9a-f]{32}", first["config_hash"])
     assert re.fullmatch("[0-9a-f]{32}", first["model"]["identity"])
     assert first["wall_seconds"] > 0
@@ -419,6 +419,8 @@ def test_global_state_is_left_alone(config):
         ({"task": "er", "fold": 6}, "fold must be within 1 and 5 for er, got 6"),
         ({"head_size": 8}, "ks has no head whose size can be set: leave out head_size=..."),
         ({"task": "asr", "head_size": 0}, "head_size must be above 0, got 0"),
+        ({"task": "pr", "crop_seconds": 2.0}, "pr has no training on crops: leave out crop_seconds=..."),
+        ({"task": "sf", "crop_seconds": 2.0}, "sf has no training on crops: leave out crop_seconds=..."),
         ({"task": "qbe"}, "qbe has no training: leave out learning_rate=..."),
         ({"test": ("x",)}, "ks has no choice of test subsets: leave out test=..."),
         ({"task": "sid", "dev": ("x",)}, "sid has no choice of dev subsets: leave out dev=..."),

@@ -108,6 +108,10 @@ def test_a_result_of_weights_that_have_changed_is_not_taken_for_the_models(tmp_p
     file.write_text(code)
     *_, finished = run_suite(plan, tmp_path / "out")
     assert finished.results == before
+    (tmp_path / "out/own.py.M/ks/result.json").unlink()  # as if interrupted
+    file.write_text(code.replace("old", "new"))
+    *_, failure, finished = run_suite(plan, tmp_path / "out")
+    assert failure.error.endswith("ks was begun with other model: start anew with force=True, or name another out=...")
 
 
 def test_a_task_that_fails_does_not_end_the_suite(tmp_path, waves):
@@ -225,6 +229,16 @@ def test_a_suite_gives_no_task_what_it_has_no_use_for(tmp_path, waves):
     assert (ks.task, ks.test, ks.g2p, ks.language_model, ks.fold) == ("ks", (), False, None, None)
     with pytest.raises(ArmhubertError, match="ks has no choice of test subsets"):
         plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {"ks": {"test": ["x"]}})
+
+
+def test_data_that_are_incomplete_are_not_replaced_by_other_data(tmp_path, waves):
+    for subset, speakers in (("train-clean-100", "abcd"), ("dev-clean", "ef"), ("test-clean", "gh")):
+        waves(*(f"LibriSpeech/{subset}/{speaker}/1/{n}.wav" for speaker in speakers for n in range(2)), seconds=2.1)
+    (only,) = plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {}, ["asv"]).configs
+    assert only.data == str(tmp_path / "LibriSpeech")
+    waves("VoxCeleb1/dev/wav/id1/v/0.wav", "VoxCeleb1/test/wav/id2/v/0.wav")
+    with pytest.raises(ArmhubertError, match=r"the trial list of VoxCeleb1 is missing: put veri_test2\.txt"):
+        plan_suite("superb", ["fbank"], str(tmp_path), "out", {}, {}, ["asv"])
 
 
 def test_data_for_nothing(tmp_path):

@@ -1,5 +1,6 @@
 import math
 import os
+from itertools import permutations
 from threading import current_thread
 
 import numpy as np
@@ -199,6 +200,17 @@ def test_a_split_that_is_absent(kaldi):
         TASK.read(kaldi, Options())
 
 
+def test_every_folder_that_is_named_is_taken(kaldi):
+    (kaldi / "more").mkdir()
+    for name in ("wav.scp", "segments", "utt2spk"):
+        (kaldi / "more" / name).write_text((kaldi / "train" / name).read_text().replace("m", "n"))
+    (kaldi / "more" / "wav.scp").write_text("n1 audio/m1.wav\nn2 audio/m2.wav\n")
+    corpus = TASK.read(kaldi, Options(train=("train", "more")))
+    assert [item.key for item in corpus.splits["train"].items] == ["m1", "m2", "n1", "n2"]
+    with pytest.raises(ArmhubertError, match=r"train subset .*/gone has no recordings as .*/train has"):
+        TASK.read(kaldi, Options(train=("train", "gone")))
+
+
 def test_one_speaker_throughout(kaldi):
     for split in ("train", "dev", "test"):
         (kaldi / split / "utt2spk").write_text("u1 ann\nu2 ann\nu3 ann\n")
@@ -264,6 +276,34 @@ def test_loss_is_free_of_the_order(golden_features):
     other = items_of([[(0, 10, "z"), (6, 25, "b")]] * 3)
     losses = [head.loss(Batch(features, lengths, items, (0, 0, 0), 320)).item() for items in (one, other)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("speakers", [4, 10])
+def test_the_best_of_all_orders_is_taken(golden_features, speakers):
+    torch.manual_seed(0)
+    features, lengths = golden_features
+    head = FrameActivity(6, speakers)
+    head.classify.weight.data *= 50  # outputs that differ
+    items = items_of([[(n, 5 + 2 * n, name) for n, name in enumerate("abcdefghij"[:speakers])]] * 3)
+    batch = Batch(features, lengths, items, (0, 0, 0), 320)
+    loss = head.loss(batch).item()
+    if speakers < 10:  # ten have 3,628,800 orders
+        logits, targets = head.logits(batch), frame_activity(items[0].label, 0, 30, 320)
+        expected = 0.0
+        for row, length in zip(logits, lengths.tolist(), strict=True):
+            orders = [row[:length, list(order)] for order in permutations(range(speakers))]
+            entropy = torch.nn.functional.binary_cross_entropy_with_logits
+            expected += length * min(entropy(order, targets[:length]).item() for order in orders)
+        assert loss == pytest.approx(expected / int(lengths.sum()), rel=1e-5)
+    assert math.isfinite(loss)
+
+
+def test_a_loss_that_is_not_finite_is_told_as_such(golden_features):
+    features, lengths = golden_features
+    head = FrameActivity(6, 2)
+    head.classify.bias.data[0] = math.nan
+    items = items_of([[(0, 10, "p"), (6, 25, "q")]] * 3)
+    assert math.isnan(head.loss(Batch(features, lengths, items, (0, 0, 0), 320)).item())
 
 
 def test_crops_see_their_part(golden_features):

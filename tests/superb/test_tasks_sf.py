@@ -5,7 +5,7 @@ import torch
 
 from armhubert.errors import ArmhubertError
 from armhubert.superb.heads import CTCRecurrent
-from armhubert.superb.task import Batch, Options
+from armhubert.superb.task import SPLITS, Batch, Options
 from armhubert.superb.tasks.sf import SlotFilling, decode, encode, normalize, parse_slots, plain
 
 TASK = SlotFilling()
@@ -132,7 +132,9 @@ def labelled(waves):
 
 
 def test_json_with_transcripts(labelled):
-    corpus = TASK.read(labelled("An {drink}, with oat milk."), Options())
+    last = {"intent": "order", "slots": {"drink": "tea,", "milk": "oat milk."}, "text": "An tea, with oat milk."}
+    corpus = TASK.read(labelled("An {drink}, with oat milk.", last=last), Options())
+    assert sum(len(found.items) for found in corpus.splits.values()) == 20
     texts = {decode(item.label) for found in corpus.splits.values() for item in found.items}
     assert texts == {
         "AN B-drink TEA E-drink WITH B-milk OAT MILK E-milk",
@@ -148,6 +150,16 @@ def test_json_without_transcripts(labelled):
     )
     texts = {decode(item.label) for found in corpus.splits.values() for item in found.items}
     assert "B-drink TEA E-drink B-milk OAT MILK E-milk" in texts
+
+
+@pytest.mark.parametrize("text", [{}, {"text": "green tea please"}])
+def test_names_of_several_words_are_told_apart(waves, text):
+    slots = {"drink kind": "tea", "drink colour": "green"}
+    labels = {f"{n}": {"intent": "a", "slots": slots, "split": split, **text} for n, split in enumerate(SPLITS)}
+    root = waves("0.wav", "1.wav", "2.wav")
+    (root / "labels.json").write_text(json.dumps(labels))
+    (item,) = TASK.read(root, Options()).splits["test"].items
+    assert parse_slots(decode(item.label)) == {"drink_kind": ["TEA"], "drink_colour": ["GREEN"]}
 
 
 def test_some_transcripts(labelled):

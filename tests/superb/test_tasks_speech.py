@@ -13,10 +13,12 @@ from corpora import librispeech
 from armhubert.errors import ArmhubertError
 from armhubert.superb.g2p import pronounce
 from armhubert.superb.heads import Beam, CTCHead, CTCLinear, CTCRecurrent, PooledClassifier, beam_decoder
+from armhubert.superb.simulate import spoken_words
 from armhubert.superb.task import Batch, Corpus, Item, Options, Split
 from armhubert.superb.tasks import TASKS
 from armhubert.superb.tasks.asr import arpa_words
 from armhubert.superb.tasks.ks import GAIN, WORDS, which_split
+from armhubert.superb.tasks.pr import read_lexicon
 
 
 def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
@@ -26,6 +28,14 @@ def test_pr_takes_superbs_subsets_and_the_first_pronunciation(tmp_path, waves):
     assert corpus.splits["test"].items[0].label == ("HH", "AH0", "L", "OW1", "K", "AE1", "T")
     assert corpus.notes == ()
     assert corpus.labels[0] == ("AE1", "AH0", "HH", "K", "L", "OW1", "T")
+
+
+def test_lexicons_of_other_tools(tmp_path):
+    text = ";;; # CMUdict\n;;;\naalborg AO1 L B # place\nHELLO\t0.99\t0.2\tHH AH0\n#HASH-MARK  HH AE1\nCAT 1.0 K AE1\n"
+    (tmp_path / "lexicon.txt").write_text(text)
+    assert read_lexicon(tmp_path / "lexicon.txt") == {
+        "AALBORG": ("AO1", "L", "B"), "HELLO": ("HH", "AH0"), "#HASH-MARK": ("HH", "AE1"), "CAT": ("K", "AE1"),
+    }  # fmt: skip
 
 
 def test_pr_lists_words_outside_the_lexicon(tmp_path, waves):
@@ -80,6 +90,19 @@ def test_transcripts_without_audio_and_the_reverse_are_told(tmp_path, waves):
     assert any("1 recordings (10-1-0099) without transcript" in note for note in notes)
 
 
+def test_what_macos_leaves_beside_files_is_not_read(tmp_path, waves):
+    librispeech(tmp_path, waves, train_clean_100=6, dev_clean=2)
+    waves("timit/SX1.WAV")
+    (tmp_path / "timit/SX1.PHN").write_text("0 10 k\n10 20 ae\n20 30 t\n")
+    options = Options(test=("timit",))
+    before = {name: TASKS[name].read(tmp_path, options if name == "pr" else Options()) for name in ("pr", "sid")}
+    spoken = list(spoken_words(tmp_path))
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert {name: TASKS[name].read(tmp_path, options if name == "pr" else Options()) for name in before} == before
+    assert list(spoken_words(tmp_path)) == spoken
+
+
 def test_dev_is_held_out_where_there_is_none(tmp_path, waves):
     librispeech(tmp_path, waves, train_clean_5=20, test_clean_open=2)
     corpus = TASKS["asr"].read(tmp_path, Options())
@@ -123,7 +146,7 @@ def test_arpa_words(tmp_path):
     (tmp_path / "lm.arpa").write_text(text)
     with gzip.open(tmp_path / "lm.arpa.gz", "wt") as file:
         file.write(text)
-    assert arpa_words(tmp_path / "lm.arpa") == arpa_words(tmp_path / "lm.arpa.gz") == ("CAT", "HELLO")
+    assert arpa_words(tmp_path / "lm.arpa") == arpa_words(tmp_path / "lm.arpa.gz") == ("cat", "hello")
     (tmp_path / "lm.bin").write_bytes(b"\xff\xfe\x00mmap lm")
     with pytest.raises(ArmhubertError, match="language model"):
         arpa_words(tmp_path / "lm.bin")
@@ -213,6 +236,16 @@ def test_sid_holds_out_a_tenth_of_each_speaker_whatever_files_are_called(tmp_pat
     assert {name: len(split.items) for name, split in corpus.splits.items()} == {"train": 64, "dev": 8, "test": 8}
 
 
+def test_sid_takes_every_subset_that_is_named(tmp_path, waves):
+    waves(*(f"{subset}/{speaker}/{n}.wav" for subset, speaker in ("ac", "ad", "be") for n in range(3)))
+    corpus = TASKS["sid"].read(tmp_path, Options(train=("a", "b")))
+    assert corpus.labels == (("c", "d", "e"),)
+    (item,) = (item for item in corpus.splits["train"].items if item.label == ("e",))
+    assert item.key.startswith("b/e/")
+    (item, _) = TASKS["sid"].read(tmp_path, Options(train=("a",))).splits["train"].items
+    assert item.key.startswith("c/")
+
+
 def test_one_speaker_is_not_enough(tmp_path, waves):
     waves(*(f"only/{n}.wav" for n in range(10)))
     with pytest.raises(ArmhubertError, match="at least 2 speakers, got 1"):
@@ -246,21 +279,26 @@ def test_ctc_collapses_repeats_and_blanks():
 
 ARPA = """\\data\\
 ngram 1=5
+ngram 2=1
 
 \\1-grams:
--99\t<s>
+-99\t<s>\t0
 -1.0\t</s>
--1.0\t<unk>
--0.3\tCAT
--3.0\tCUT
+-1.0\t<unk>\t0
+-0.3\tCAT\t0
+-3.0\tCUT\t0
+
+\\2-grams:
+-0.5\tCUT CUT
 
 \\end\\
 """
 
 
-def test_beam_search_prefers_likely_words(tmp_path):
+@pytest.mark.parametrize(("cat", "cut"), [("CAT", "CUT"), ("cat", "cut")])
+def test_beam_search_prefers_likely_words(tmp_path, cat, cut):
     tokens = sorted(" ACTU")
-    (tmp_path / "lm.arpa").write_text(ARPA)
+    (tmp_path / "lm.arpa").write_text(ARPA.replace("CAT", cat).replace("CUT", cut))
     head = CTCRecurrent(3, tokens, size=4).eval()
     path = ["<blank>", "C", "<blank>", "U", "<blank>", "T", " ", "<blank>"]
     scores = torch.full((1, len(path), len(head.tokens)), -8.0)
@@ -270,7 +308,7 @@ def test_beam_search_prefers_likely_words(tmp_path):
     head.logits = lambda batch: scores  # type: ignore[method-assign]
     batch = Batch(torch.zeros(1, len(path), 3), torch.tensor([len(path)]), (Item("a", (), tuple("CAT")),), (0,), 320)
     assert "".join(CTCHead.predict(head, batch)[0]).strip() == "CUT"
-    beam = Beam(str(tmp_path / "lm.arpa"), ("CAT", "CUT"))
+    beam = Beam(str(tmp_path / "lm.arpa"), arpa_words(tmp_path / "lm.arpa"))
     if importlib.util.find_spec("flashlight") is None:
         with pytest.raises(ArmhubertError, match="needs flashlight-text"):
             beam_decoder(beam, tokens)
@@ -279,3 +317,6 @@ def test_beam_search_prefers_likely_words(tmp_path):
         assert "".join(head.predict(batch)[0]) == "CAT"
         with pytest.raises(ArmhubertError, match="none of the 1 words of language model"):
             beam_decoder(Beam(beam.language_model, ("DOG",)), tokens)
+        (tmp_path / "lm.arpa").write_text(ARPA.replace("ngram 2=1\n", ""))
+        with pytest.raises(ArmhubertError, match=r"lm\.arpa cannot be used: This ngram .* at least a bigram model"):
+            beam_decoder(beam, tokens)

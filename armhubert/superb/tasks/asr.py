@@ -32,6 +32,7 @@ class SpeechRecognition(Task):
     data = "LibriSpeech"
     folders = ("LibriSpeech",)
     reads = ("train", "dev", "test", "language_model")
+    whole = True
     metrics = (Metric("wer", "WER", False), Metric("cer", "CER", False))
     defaults = TrainingSettings(learning_rate=1e-4, batch=32, steps=200_000, validate_every=2_000, head_size=1024)
 
@@ -69,7 +70,7 @@ class SpeechRecognition(Task):
 
 
 def arpa_words(path: Path) -> tuple[str, ...]:
-    """The words of an ARPA language model (plain or gzipped): its unigrams, upper case.
+    """The words of an ARPA language model (plain or gzipped): its unigrams, as it writes them.
 
     Raises:
         ArmhubertError: no such file, or not an ARPA file; a binary model does not tell its words.
@@ -91,4 +92,4 @@ def arpa_words(path: Path) -> tuple[str, ...]:
         ) from None
     if not words:
         raise ArmhubertError(f"language model {path} must be an ARPA file with unigrams, plain or .gz")
-    return tuple(sorted({word.upper() for word in words if not word.startswith("<")}))
+    return tuple(sorted({word for word in words if not word.startswith("<")}))

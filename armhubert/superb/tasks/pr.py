@@ -41,6 +41,7 @@ class PhonemeRecognition(Task):
     data = "LibriSpeech with lexicon.txt (WORD, tab or space, phones) beside it"
     folders = ("LibriSpeech",)
     reads = ("lexicon", "g2p", "train", "dev", "test")
+    whole = True
     metrics = (Metric("per", "PER", False),)
     defaults = TrainingSettings(learning_rate=1e-2, batch=16, accumulate=2, steps=100_000, validate_every=1_000)
 
@@ -113,10 +114,17 @@ def find_lexicon(root: Path, options: Options) -> Path:
 
 
 def read_lexicon(path: Path) -> dict[str, tuple[str, ...]]:
-    """Upper-case word -> phones of its first pronunciation, with the stress marks of vowels (AH0) that it may have."""
+    """Upper-case word -> phones of its first pronunciation, with the stress marks of vowels (AH0) that it may have.
+
+    CMUdict's comments (lines of `;;;`, and what follows ` # `) are none, nor are the probabilities (0.99) that Kaldi's
+    lexiconp.txt and MFA's dictionaries have between word and phones.
+    """
     lexicon: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(read_lines(path, "lexicon"), start=1):
-        word, *phones = line.split()
+        if line.startswith(";;;"):
+            continue
+        word, *phones = line.partition(" # ")[0].split()
+        phones = [phone for phone in phones if not re.fullmatch(r"\d+\.\d+", phone)]
         if not phones:
             raise ArmhubertError(f"{path}:{number}: a word must be followed by its phones, got {line[:60]!r}")
         word = re.sub(r"\(\d+\)$", "", word).upper()  # CMUdict numbers further pronunciations

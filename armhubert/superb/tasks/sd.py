@@ -1,7 +1,6 @@
 """Speaker diarization: Libri2Mix, Kaldi data folders, or mixtures simulated from any speech by speaker."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,9 +83,9 @@ class SpeakerDiarization(Task):
         """Simulated mixtures have as many recordings as half the utterances, at most Libri2Mix's number."""
         notes: tuple[str, ...] = ()
         if (folders := _kaldi_folders(root, options)) is not None:
-            splits = {split: list(read_kaldi(folder, root)) for split, folder in folders.items()}
+            splits = _read_all(read_kaldi, folders, root)
         elif (folders := _librimix_folders(root, options)) is not None:
-            splits = {split: list(read_librimix(folder, root)) for split, folder in folders.items()}
+            splits = _read_all(read_librimix, folders, root)
             notes = (
                 "who speaks when is measured on s1 and s2 by their energy; SUPERB takes it from LibriMix's rttm: give "
                 "the Kaldi folders that its prepare_diarization.py writes",
@@ -156,11 +155,17 @@ def _corpus(splits: Mapping[SplitName, Sequence[Item]], notes: Sequence[str]) ->
 # ---- Kaldi and Libri2Mix ---------------------------------------------------
 
 
-def _kaldi_folders(root: Path, options: Options) -> dict[SplitName, Path] | None:
+def _read_all(
+    read: Callable[[Path, Path], Iterator[Item]], folders: Mapping[SplitName, Sequence[Path]], root: Path
+) -> dict[SplitName, list[Item]]:
+    return {split: [item for path in paths for item in read(path, root)] for split, paths in folders.items()}
+
+
+def _kaldi_folders(root: Path, options: Options) -> dict[SplitName, list[Path]] | None:
     return _split_folders(root, options, lambda folder: (folder / "wav.scp").is_file())
 
 
-def _librimix_folders(root: Path, options: Options) -> dict[SplitName, Path] | None:
+def _librimix_folders(root: Path, options: Options) -> dict[SplitName, list[Path]] | None:
     bases = [
         root,
         *(root / name for name in ("wav16k/max", "wav16k/min", "Libri2Mix/wav16k/max", "Libri2Mix/wav16k/min")),
@@ -172,15 +177,22 @@ def _librimix_folders(root: Path, options: Options) -> dict[SplitName, Path] | N
     return None
 
 
-def _split_folders(base: Path, options: Options, holds: Callable[[Path], bool]) -> dict[SplitName, Path] | None:
-    """The folder of each split in `base` for which `holds`; None where there is none at all."""
-    found: dict[SplitName, Path] = {}
+def _split_folders(base: Path, options: Options, holds: Callable[[Path], bool]) -> dict[SplitName, list[Path]] | None:
+    """The folders of each split in `base` for which `holds`, all that are named, else one; None where no split has any.
+
+    Raises:
+        ArmhubertError: a split has none, or not all that are named.
+    """
+    found: dict[SplitName, list[Path]] = {}
     for split in SPLITS:
-        names = getattr(options, split) or (split, *({"dev": ("valid",), "test": ("eval",)}.get(split, ())))
-        folders = [base / name for name in names] + ([] if getattr(options, split) else sorted(base.glob(f"{split}-*")))
-        folder = next((folder for folder in folders if folder.is_dir() and holds(folder)), None)
-        if folder is not None:
-            found[split] = folder
+        named = getattr(options, split)
+        names = named or (split, *({"dev": ("valid",), "test": ("eval",)}.get(split, ())))
+        folders = [base / name for name in names] + ([] if named else sorted(base.glob(f"{split}-*")))
+        usable = [folder for folder in folders if folder.is_dir() and holds(folder)]
+        if named and usable and (wrong := [folder for folder in folders if folder not in usable]):
+            raise ArmhubertError(f"{split} subset {wrong[0]} has no recordings as {usable[0]} has: correct the name")
+        if usable:
+            found[split] = usable if named else usable[:1]
     if not found:
         return None
     if absent := [split for split in SPLITS if split not in found]:
@@ -295,7 +307,6 @@ class FrameActivity(Head):
         super().__init__()
         self.recurrent = nn.LSTM(width, 512, batch_first=True)
         self.classify = nn.Linear(512, speakers)
-        self.orders = tuple(permutations(range(speakers)))
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, speakers]."""
@@ -307,19 +318,19 @@ class FrameActivity(Head):
         Permutation-free training: Fujita et al., "End-to-end neural speaker diarization with permutation-free
         objectives", Interspeech 2019, equation 3.
         """
+        from scipy.optimize import linear_sum_assignment
+
         logits = self.logits(batch)
         targets = torch.zeros_like(logits)
         for row, item, first in zip(targets, batch.items, batch.first, strict=True):
             activity = frame_activity(item.label, first, row.shape[0], batch.hop)
             row[:, : activity.shape[1]] = activity
-        mask = frame_mask(batch.lengths, logits.shape[1])
-        losses = [
-            (
-                F.binary_cross_entropy_with_logits(logits, targets[..., list(order)], reduction="none").mean(2) * mask
-            ).sum(1)
-            for order in self.orders
-        ]
-        return torch.stack(losses).amin(0).sum() / batch.lengths.sum()
+        said, true = torch.broadcast_tensors(logits[..., None], targets[:, :, None])  # [B, T, outputs, speakers]
+        mask = frame_mask(batch.lengths, logits.shape[1])[..., None, None]
+        costs = (F.binary_cross_entropy_with_logits(said, true, reduction="none") * mask).sum(1)
+        found = [linear_sum_assignment(cost) for cost in costs.detach().cpu().nan_to_num()]
+        losses = [cost[outputs, speakers].mean() for cost, (outputs, speakers) in zip(costs, found, strict=True)]
+        return torch.stack(losses).sum() / batch.lengths.sum()
 
     def predict(self, batch: Batch) -> list[Activity]:
         """Probabilities of each recording's frames."""

@@ -44,6 +44,7 @@ class SlotFilling(Task):
     title = "Slot filling"
     data = f"Audio SNIPS ({SNIPS_LIST}; train, valid, test), or label/label.json as for ic, with text for transcripts"
     folders = ("SNIPS", "audio_snips", "intents")
+    whole = True
     metrics = (
         Metric("slot_f1", "Slot F1", True),
         Metric("slot_cer", "Slot CER", False),
@@ -223,22 +224,31 @@ def _words(text: str) -> list[str]:
     return [word for part in text.split() if (word := normalize(part))]
 
 
+def _unpunctuated(text: str) -> list[str]:
+    return [word.rstrip("?!.,;") for word in _words(text)]
+
+
+def _tag(slot: str) -> str:
+    """A slot's name as a part of a token, which decoded text tells by its spaces."""
+    return "_".join(slot.split())
+
+
 def _values_only(utterance: Labelled) -> tuple[str, ...] | None:
     words: list[str] = []
     tags: list[str] = []
     for slot, value in utterance.slots.items():
         spelled = _words(value)
         words += spelled
-        tags += [slot] * len(spelled)
+        tags += [_tag(slot)] * len(spelled)
     return encode(words, tags) if words else None
 
 
 def _with_text(utterance: Labelled) -> tuple[str, ...] | None:
     """The longest values are placed first, each at the first place in the transcript that is still free."""
-    words = [word.rstrip("?!.,;") for word in _words(utterance.text or "")]
+    words = _unpunctuated(utterance.text or "")
     tags = ["O"] * len(words)
     for slot, value in sorted(utterance.slots.items(), key=lambda entry: -len(_words(entry[1]))):
-        spelled = _words(value)
+        spelled = _unpunctuated(value)
         places = range(len(words) - len(spelled) + 1)
         fits = (
             p for p in places if words[p : p + len(spelled)] == spelled and set(tags[p : p + len(spelled)]) == {"O"}
@@ -246,5 +256,5 @@ def _with_text(utterance: Labelled) -> tuple[str, ...] | None:
         first = next(fits, None)
         if not spelled or first is None:
             return None
-        tags[first : first + len(spelled)] = [slot] * len(spelled)
+        tags[first : first + len(spelled)] = [_tag(slot)] * len(spelled)
     return encode(words, tags) if words else None

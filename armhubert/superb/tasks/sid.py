@@ -1,5 +1,6 @@
 """Speaker identification: VoxCeleb1 with its list, LibriSpeech's speakers, or folders of speakers."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,16 +48,18 @@ class SpeakerIdentification(Task):
         if (root / LIST).is_file():
             options.refuse(root / LIST, "train")
             return self._read_list(root)
-        folder = root
+        folders = [root]
         if options.train or is_librispeech(root):
-            folder = choose_subsets(root, options)[0]["train"][0]
+            folders = choose_subsets(root, options)[0]["train"]
+        base = Path(os.path.commonpath(folders))
         utterances, silent = [], []
-        for speaker in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-            files = [path for path in sorted(speaker.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES]
-            utterances += [Transcribed(path, speaker.name, ()) for path in files]
-            silent += [] if files else [speaker.name]
+        for speaker in (path for folder in folders for path in sorted(folder.iterdir())):
+            if speaker.is_dir() and speaker.name[0] != ".":
+                files = [path for path in sorted(speaker.rglob("[!.]*")) if path.suffix.lower() in AUDIO_SUFFIXES]
+                utterances += [Transcribed(path, speaker.name, ()) for path in files]
+                silent += [] if files else [speaker.name]
         if not utterances:
-            raise ArmhubertError(f"{folder} has no folders of speakers with audio in them: expected {self.data}")
+            raise ArmhubertError(f"{base} has no folders of speakers with audio in them: expected {self.data}")
         count = Counter(utterance.speaker for utterance in utterances)
         many = {speaker for speaker in count if count[speaker] >= MIN_UTTERANCES}
         rare = count.keys() - many
@@ -64,9 +67,9 @@ class SpeakerIdentification(Task):
         if silent:
             notes.append(f"{len(silent)} folders without audio are left out ({some(silent)})")
         if not many:
-            raise ArmhubertError(f"no speaker in {folder} has {MIN_UTTERANCES} recordings, one a split: add data")
+            raise ArmhubertError(f"no speaker in {base} has {MIN_UTTERANCES} recordings, one a split: add data")
         splits, more = hold_out_utterances({"train": [u for u in utterances if u.speaker in many]}, by_speaker=True)
-        items = {split: [Item.of_file(u.path, folder, (u.speaker,)) for u in found] for split, found in splits.items()}
+        items = {split: [Item.of_file(u.path, base, (u.speaker,)) for u in found] for split, found in splits.items()}
         return classes(items, "speaker", notes=notes + more)
 
     def _read_list(self, root: Path) -> Corpus:
